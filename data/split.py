@@ -1,0 +1,37 @@
+"""Which prompts are kept from training.
+
+A prompt's place is a hash of its own words, so the same prompt falls on the same side in every source, in any
+order and next to any other rows. A row is held out when its place lies below the share; a larger share
+therefore holds out everything that a smaller one does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Sequence
+
+from data.schema import Message, Row, Text
+
+
+def bucket(messages: Sequence[Message]) -> float:
+    """The prompt's place in [0, 1): sha256 of its turns, Unicode-composed (NFC) and with runs of white space
+    as one.
+
+    System turns do not count: a question is the same question under another system prompt.
+    """
+    turns = [[message.role, _canonical(message.content)] for message in messages if message.role != "system"]
+    digest = hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode()).digest()
+    # 53 bits are what a float holds exactly; more could round up to 1.0.
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2.0**53
+
+
+def is_held_out(row: Row, share: float) -> bool:
+    """Whether a row is kept from training when this share of the prompts is."""
+    messages = (Message("user", row.text),) if isinstance(row, Text) else row.prompt
+    return bucket(messages) < share
+
+
+def _canonical(content: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", content).split())

@@ -1,0 +1,270 @@
+"""The command line: reads arguments, calls, prints. Nothing is decided here."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline import inspection, loader, runner, store, terminal
+from pipeline import manifest as manifests
+from pipeline import plan as planning
+from pipeline.config import RunSettings
+from pipeline.errors import ArtifactError, BatonError, ConfigError
+from pipeline.manifest import Metric
+from pipeline.plan import Decision
+from pipeline.store import RunDirectory
+from pipeline.suggestion import suggest
+from pipeline.terminal import printable
+
+app = typer.Typer(
+    name="baton",
+    help="From tokenizer to PPO, each stage verified before it is handed on.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
+
+Config = Annotated[Path, typer.Argument(help="Configuration file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, as in stages.dpo.beta=0.2.")
+]
+Run = Annotated[Path, typer.Argument(help="Run directory or configuration file.")]
+Only = Annotated[list[str] | None, typer.Option(help="Just this stage; may be repeated.")]
+Until = Annotated[str | None, typer.Option(help="This stage and what it needs.")]
+Force = Annotated[list[str] | None, typer.Option(help="Run this stage in any case; may be repeated.")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Changed code and environment count as reasons to run.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and show the plan; run nothing.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    only: Only = None,
+    until: Until = None,
+    force: Force = None,
+    dry_run: DryRun = False,
+    strict: Strict = False,
+) -> None:
+    """Bring a run up to date: run the stages that need it and write the report."""
+    settings = loader.load(config, overrides or [])
+    if dry_run:
+        print_plan(planning.plan(settings, only=only or [], until=until, force=force or [], strict=strict))
+        return
+    command = shlex.join(["baton", "run", str(config), *(overrides or [])])
+    runner.run(settings, only=only or [], until=until, force=force or [], strict=strict, command=command)
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    only: Only = None,
+    until: Until = None,
+    force: Force = None,
+    strict: Strict = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show which stages would run, and why."""
+    settings = loader.load(config, overrides or [])
+    decisions = planning.plan(settings, only=only or [], until=until, force=force or [], strict=strict)
+    if as_json:
+        _print_json([_decision(decision) for decision in decisions])
+    else:
+        print_plan(decisions)
+
+
+@app.command()
+def status(run: Run, as_json: AsJson = False) -> None:
+    """Show what is published, failed or missing."""
+    states = inspection.status(run)
+    if as_json:
+        _print_json(states)
+        return
+    headings = ("stage", "kind", "state", "started", "seconds", "digest")
+    _print(terminal.table(headings, map(_status_row, states)))
+
+
+@app.command()
+def show(
+    directory: Annotated[Path, typer.Argument(metavar="STAGE_DIR", help="Directory of a stage.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show a stage: what it is, what it was made from, and its figures."""
+    manifest = manifests.load(directory)
+    ancestors = inspection.lineage(directory)
+    if as_json:
+        _print_json({"manifest": manifest.model_dump(mode="json"), "lineage": ancestors})
+        return
+    _print(f"{manifest.stage}: {manifest.kind} of a {manifest.stage_kind} stage, digest {manifest.digest}")
+    _print(f"made {manifest.started} in {manifest.cost.seconds:.1f} s by: {manifest.command}")
+    for name, metric in manifest.metrics.items():
+        _print(f"  {name}: {_figure(metric)}")
+    for warning in manifest.warnings:
+        _print(f"  warning: {warning}")
+    _print(terminal.table(("role", "kind", "digest", "directory", "data"), map(_ancestor_row, ancestors)))
+
+
+@app.command()
+def verify(run: Run, as_json: AsJson = False) -> None:
+    """Re-hash every file and check the chain of manifests."""
+    problems = inspection.integrity(run)
+    if as_json:
+        _print_json(problems)
+    else:
+        for stage, found in problems.items():
+            _print("\n  ".join([f"{stage}: {'damaged' if found else 'intact'}", *found]))
+    damaged = [stage for stage, found in problems.items() if found]
+    if damaged:
+        hint = "`baton run` makes damaged stages again"
+        raise ArtifactError(f"damaged: {', '.join(damaged)}", where=run, hint=hint)
+
+
+@app.command()
+def why(
+    run: Run,
+    stage: Annotated[str, typer.Argument(help="Name of the stage.")],
+) -> None:
+    """Show why a stage ran last, and whether and why it would run now."""
+    settings = inspection.settings_of(run)
+    decisions = planning.plan(settings, until=stage)
+    last = inspection.history(RunDirectory.of(settings), stage)
+    if last is None:
+        _print(f"{stage} has not run")
+    else:
+        _print(f"{stage} last ran {last['started']}: {last['outcome']}")
+        _print("".join(f"  {reason}\n" for reason in last["reasons"]).rstrip("\n"))
+    print_plan([decision for decision in decisions if decision.stage == stage])
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Run directory or configuration file.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Run directory or configuration file.")],
+) -> None:
+    """Show what two runs differ in: settings, data, inputs, environment and metrics."""
+    found = list(inspection.differences(inspection.run_of(first), inspection.run_of(second)))
+    if not found:
+        _print("no difference")
+    for stage, name, old, new in found:
+        _print(f"{stage}: {name}: {planning.short(old)} -> {planning.short(new)}")
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Write the report again from the manifests."""
+    from pipeline import report as reporting
+
+    _print(str(reporting.write(inspection.run_of(run).root)))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the configuration: every setting with its meaning and default."""
+    _print_json(RunSettings.model_json_schema())
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("baton.yaml"),
+    recipe: Annotated[str, typer.Option(help="Name of a recipe.")] = "quickstart",
+) -> None:
+    """Write a configuration to start from."""
+    recipes = _recipes()
+    if recipe not in recipes:
+        raise ConfigError(f"no recipe `{printable(recipe)}`{suggest(recipe, recipes)}")
+    if path.exists():
+        raise ConfigError("exists already", where=path, hint="give another path")
+    with store.storage_errors(path):
+        shutil.copyfile(recipes[recipe], path)
+    _print(f"wrote {path}; next: baton run {shlex.quote(str(path))}")
+
+
+def main() -> None:
+    """Run the command line and exit with the code that errors promise."""
+    sys.exit(execute(app))
+
+
+def execute(command: Callable[..., Any], arguments: Sequence[str] | None = None) -> int:
+    """Run a typer application; returns the exit code, after printing the error if there was one."""
+    try:
+        command(args=arguments)
+    except BatonError as error:
+        return _fail(error)
+    except OSError as error:
+        refusal = store.storage_error(error, Path(error.filename or "."))
+        if refusal is None:
+            raise
+        return _fail(refusal)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+def print_plan(decisions: Sequence[Decision]) -> None:
+    """Print each stage's verdict and reasons."""
+    for decision in decisions:
+        verdict = "run" if decision.run else "keep"
+        _print("\n".join([f"{verdict:4}  {decision.stage} ({decision.kind})", *_reasons(decision)]))
+    count = sum(decision.run for decision in decisions)
+    _print(f"{count} of {len(decisions)} would run" if count else "nothing to do: every stage is up to date")
+
+
+def _fail(error: BatonError) -> int:
+    terminal.console(stderr=True).print(terminal.printable_lines(f"error: {error}"))
+    return error.exit_code
+
+
+def _recipes() -> dict[str, Path]:
+    """Recipe name -> file; packaged, or beside the packages in a checkout."""
+    here = Path(__file__).resolve().parent
+    folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _print(text: str) -> None:
+    terminal.console().print(terminal.printable_lines(text))
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def _reasons(decision: Decision) -> list[str]:
+    mark = "      " if decision.run else "      warning: "
+    return [f"{mark}{reason}" for reason in decision.reasons]
+
+
+def _decision(decision: Decision) -> dict[str, Any]:
+    reasons = [asdict(reason) for reason in decision.reasons]
+    return {"stage": decision.stage, "kind": decision.kind, "run": decision.run, "reasons": reasons}
+
+
+def _ancestor_row(ancestor: dict[str, Any]) -> tuple[str, ...]:
+    data = "; ".join(ancestor["data"])
+    return ancestor["role"], ancestor["kind"], ancestor["digest"][:8], ancestor["directory"], data
+
+
+def _figure(metric: Metric) -> str:
+    if metric.low is None or metric.high is None:
+        return f"{metric.value:.4g}"
+    return f"{metric.value:.4g} [{metric.low:.4g}, {metric.high:.4g}]"
+
+
+def _status_row(state: dict[str, Any]) -> tuple[str, ...]:
+    said = state["state"] + (", last attempt failed" if state["failed"] else "")
+    named = (state["stage"], state["kind"], said)
+    if state["state"] != "published":
+        return *named, "", "", ""
+    return *named, state["started"], f"{state['seconds']:.1f}", state["digest"][:8]

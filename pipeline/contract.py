@@ -1,0 +1,80 @@
+"""What a stage is given and what it gives back.
+
+A stage is a module `stages.KIND` with `run(context) -> Result`. It reads its inputs, writes its files into
+`context.directory`, and returns what its manifest needs to say. It never sees the run directory or another stage's
+temporary files; publishing is the runner's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.config import DataSource, StageSettings
+from pipeline.manifest import Adaptation, DataCard, Manifest, Metric
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An input that was verified: a stage directory with its manifest, or a foreign model directory without one."""
+
+    directory: Path
+    kind: str
+    digest: str
+    manifest: Manifest | None = None
+    source: str = ""
+    """The reference in the configuration: a stage name, a path or `hub:owner/name@revision`."""
+    base: Artifact | None = None
+    """For adapters and reward models: the model that they sit on."""
+
+
+class Progress(Protocol):
+    """How a stage tells the runner where it is."""
+
+    def __call__(self, record: Mapping[str, Any], *, done: int, total: int) -> None:
+        """Log one record (numbers and short strings) after `done` of `total` steps."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything a stage may use."""
+
+    name: str
+    settings: Any
+    """The stage's own settings, a subclass of `StageSettings`."""
+    inputs: Mapping[str, Artifact]
+    """By role, as `StageSettings.roles()` names them."""
+    data: Mapping[str, DataSource]
+    """By data role."""
+    directory: Path
+    """An empty directory that the stage fills; it becomes the stage directory."""
+    progress: Progress
+    say: Callable[[str], None]
+    """Print one line for the user."""
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+@dataclass
+class Result:
+    """What a stage reports; together with its files it becomes the manifest."""
+
+    kind: str
+    """`tokenizer`, `model`, `adapter`, `reward` or `evaluation`."""
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    data: list[DataCard] = field(default_factory=list)
+    adaptation: Adaptation | None = None
+    """For adapters, reward models and merged models: which base, which reference, merged or not."""
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    """Digest of the tokenizer, digest of the chat template, special ids, vocabulary size."""
+    tokens: int = 0
+    """Tokens that went through the model in training or sampling."""
+    compute: dict[str, str] = field(default_factory=dict)
+    """Device and dtype that were chosen."""
+    warnings: list[str] = field(default_factory=list)
+
+
+__all__ = ["Artifact", "Context", "Progress", "Result", "StageSettings"]

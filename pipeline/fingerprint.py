@@ -1,0 +1,87 @@
+"""Digests: what makes two files, settings, sources or machines the same. All are sha256 in lower-case hex."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The directory that holds the packages `pipeline`, `data`, `reward` and `stages`."""
+
+LIBRARIES = (
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "numpy",
+    "peft",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "trl",
+)
+
+
+def file_sha256(path: Path) -> str:
+    """Sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def canonical(value: Any) -> str:
+    """The one JSON text of a value: sorted keys, no blanks. NaN and infinity are a `ValueError`."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """Sha256 of a JSON-able value's canonical text."""
+    return hashlib.sha256(canonical(value).encode("utf-8")).hexdigest()
+
+
+def content(files: Mapping[str, str]) -> str:
+    """Digest of a set of files, given their relative path -> sha256; the order does not matter."""
+    return digest(sorted(files.items()))
+
+
+def sources(kind: str) -> str:
+    """Digest of the modules that a stage of this kind computes with."""
+    modules = sorted(_modules(kind))
+    return content({path.relative_to(ROOT).as_posix(): file_sha256(path) for path in modules})
+
+
+def environment() -> dict[str, Any]:
+    """What results may depend on besides configuration and data; imports no library."""
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()}-{platform.machine()}",
+        "libraries": {name: version for name in LIBRARIES if (version := _version(name))},
+        "cpus": _cpus(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
+    }
+
+
+def _modules(kind: str) -> Iterator[Path]:
+    stage = ROOT / "stages" / f"{kind}.py"
+    if stage.is_file():
+        yield stage
+    for package in ("stages/core", "data", "reward"):
+        yield from (ROOT / package).glob("*.py")
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

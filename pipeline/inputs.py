@@ -1,0 +1,209 @@
+"""From a reference in the configuration to an input whose every byte was checked.
+
+A reference is a stage of the run, the path of a stage directory, the path of a plain `transformers` model
+directory, or `hub:owner/name@revision`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline import fingerprint
+from pipeline import manifest as manifests
+from pipeline.contract import Artifact
+from pipeline.errors import ArtifactError, ConfigError
+from pipeline.manifest import Manifest
+from pipeline.references import HUB
+from pipeline.store import RunDirectory
+from pipeline.terminal import printable
+
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+"""What a foreign model directory is read for; nothing in it can hold code."""
+
+
+class NotDownloaded(ArtifactError):
+    """A hub model is not in the local cache and downloading was not asked for."""
+
+
+def resolve(
+    reference: str, run: RunDirectory, stages: Collection[str], *, download: bool = False
+) -> Artifact:
+    """Find an input and re-hash all of it, down to its base model.
+
+    Args:
+        reference: As in the configuration.
+        run: The run directory that stage names are looked up in.
+        stages: Names of the run's stages.
+        download: Fetch a hub model that is not in the local cache.
+
+    Raises:
+        ArtifactError: Missing, damaged, not a model, or on another base than it was trained on.
+        ConfigError: A stage of the run that has not been published.
+        NotDownloaded: A hub model is not cached and `download` is False.
+    """
+    if reference in stages:
+        directory = run.stage(reference)
+        if not (directory / manifests.FILE_NAME).is_file():
+            raise ConfigError(
+                f"stage `{reference}` has not been published", hint="run it first, or leave out `--only`"
+            )
+        return _stage(directory, reference, download)
+    return _elsewhere(reference, download)
+
+
+def require(artifact: Artifact, role: str, accepts: tuple[str, ...]) -> Artifact:
+    """The artifact itself when a role takes its kind.
+
+    Raises:
+        ArtifactError: It is of another kind.
+    """
+    if artifact.kind not in accepts:
+        what = f"`{printable(artifact.source)}` is a {artifact.kind}, `{role}` needs a {' or '.join(accepts)}"
+        raise ArtifactError(what, where=artifact.directory)
+    return artifact
+
+
+def size(artifact: Artifact) -> int:
+    """Bytes of an input's files, its base included."""
+    own = sum(path.stat().st_size for path in artifact.directory.iterdir() if path.is_file())
+    return own + (size(artifact.base) if artifact.base else 0)
+
+
+def _elsewhere(reference: str, download: bool) -> Artifact:
+    if reference.startswith("hub:"):
+        return _hub(reference, download)
+    directory = Path(reference)
+    if (directory / manifests.FILE_NAME).is_file():
+        return _stage(directory, reference, download)
+    if not directory.is_dir():
+        raise ArtifactError("no such stage, directory or hub reference", where=printable(reference))
+    return Artifact(directory, "model", _foreign_digest(directory), source=reference)
+
+
+def _stage(directory: Path, source: str, download: bool) -> Artifact:
+    manifest = manifests.verify(directory)
+    artifact = Artifact(directory, manifest.kind, manifest.digest, manifest, source)
+    if manifest.kind not in ("adapter", "reward"):
+        return artifact
+    return replace(artifact, base=_base(directory, manifest, download))
+
+
+def _base(directory: Path, manifest: Manifest, download: bool) -> Artifact:
+    """The model that an adapter sits on: a stage beside it, or wherever its manifest says it was."""
+    adaptation = manifest.adaptation
+    if adaptation is None:
+        raise ArtifactError(f"the manifest of this {manifest.kind} names no base", where=directory)
+    sibling = directory.parent / adaptation.base_source
+    if (sibling / manifests.FILE_NAME).is_file():
+        base = _stage(sibling, adaptation.base_source, download)
+    else:
+        base = _elsewhere(adaptation.base_source, download)
+    if base.digest != adaptation.base:
+        source = printable(adaptation.base_source)
+        raise ArtifactError(
+            f"its base `{source}` has digest {base.digest}, it was trained on {adaptation.base}",
+            where=directory,
+            hint="run the stage again on this base, or bring back the base it was trained on",
+        )
+    return base
+
+
+def _foreign_digest(directory: Path) -> str:
+    return fingerprint.content({path.name: fingerprint.file_sha256(path) for path in _model_files(directory)})
+
+
+def _model_files(directory: Path) -> list[Path]:
+    """The files of a foreign model directory, which must be complete and hold its weights as safetensors.
+
+    Raises:
+        ArtifactError: Not a model, an adapter without a manifest, weights only as pickles, or shards missing.
+    """
+    if (directory / "adapter_config.json").exists():
+        hint = "merge it into its base and give the merged directory"
+        raise ArtifactError(
+            "an adapter without a manifest: its base cannot be checked", where=directory, hint=hint
+        )
+    if not (directory / "config.json").is_file():
+        raise ArtifactError("neither a stage (manifest.json) nor a model (config.json)", where=directory)
+    files = sorted({path for pattern in MODEL_FILES for path in directory.glob(pattern) if path.is_file()})
+    names = {path.name for path in files}
+    if not any(name.endswith(".safetensors") for name in names):
+        pickled = sorted(path.name for path in directory.glob("*.bin"))
+        found = f"only pickled weights ({', '.join(map(printable, pickled))})" if pickled else "no weights"
+        hint = "save it with `model.save_pretrained(directory)`, which writes safetensors"
+        raise ArtifactError(f"{found}: safetensors needed", where=directory, hint=hint)
+    missing = sorted(_shards(directory) - names)
+    if missing:
+        raise ArtifactError(f"shards missing: {', '.join(map(printable, missing))}", where=directory)
+    return files
+
+
+def _shards(directory: Path) -> set[str]:
+    """File names in a sharded model's index; one that leads out of the directory is never among its files."""
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return set()
+    try:
+        return set(map(str, json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"not an index of shards: {error}", where=index) from None
+
+
+def _hub(reference: str, download: bool) -> Artifact:
+    match = HUB.match(reference)
+    if match is None:
+        raise ConfigError(f"`{printable(reference)}` is not of the form `hub:owner/name@revision`")
+    repository, revision = match["repository"], match["revision"]
+    snapshot = _cached(repository, revision)
+    if snapshot is None:
+        if not download:
+            raise NotDownloaded("not in the local cache", where=printable(reference))
+        snapshot = _download(repository, revision)
+    for path in _model_files(snapshot):
+        _check_blob(path)
+    digest = fingerprint.digest({"repository": repository, "commit": snapshot.name})
+    return Artifact(snapshot, "model", digest, source=reference)
+
+
+def _cache() -> Path:
+    """Where `huggingface_hub` keeps its cache, by the same variables."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+
+
+def _cached(repository: str, revision: str) -> Path | None:
+    root = _cache() / f"models--{repository.replace('/', '--')}"
+    reference = root / "refs" / revision
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    snapshot = root / "snapshots" / commit
+    complete = (snapshot / "config.json").is_file() and any(snapshot.glob("*.safetensors"))
+    return snapshot if complete and _shards(snapshot) <= {path.name for path in snapshot.iterdir()} else None
+
+
+def _download(repository: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = snapshot_download(
+            repository, revision=revision, cache_dir=_cache(), allow_patterns=list(MODEL_FILES)
+        )
+    except (OSError, ValueError) as error:
+        what = f"cannot download: {printable(str(error), 300)}"
+        hint = "check the name, the revision and the connection, or give the path of a model directory"
+        raise ArtifactError(what, where=f"hub:{repository}@{revision}", hint=hint) from error
+    return Path(path)
+
+
+def _check_blob(path: Path) -> None:
+    """Re-hash a cached weight file: the cache names large files by their sha256."""
+    expected = path.resolve().name
+    if path.suffix != ".safetensors" or len(expected) != 64:
+        return
+    found = fingerprint.file_sha256(path)
+    if found != expected:
+        hint = "delete the file and run the same command again"
+        raise ArtifactError(f"damaged: sha256 {found}, expected {expected}", where=path, hint=hint)

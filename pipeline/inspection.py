@@ -1,0 +1,190 @@
+"""What can be said about runs from their manifests alone: state, lineage, differences, integrity.
+
+Everything here returns plain values that print as JSON; how they look on a terminal is the command line's
+business.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline import loader
+from pipeline import manifest as manifests
+from pipeline.config import RunSettings
+from pipeline.errors import ArtifactError, ConfigError
+from pipeline.manifest import InputRecord, Manifest
+from pipeline.plan import changes
+from pipeline.references import in_order
+from pipeline.store import RunDirectory
+
+
+def settings_of(place: Path) -> RunSettings:
+    """The settings of a run, given a configuration file or its directory, which may have been moved.
+
+    Raises:
+        ConfigError: Neither.
+    """
+    if not place.is_dir():
+        return loader.load(place)
+    path = RunDirectory(place).config
+    if not path.is_file():
+        raise ConfigError("not a run directory: no config.yaml", where=place)
+    return loader.load(path, [f"output={json.dumps(str(place))}"])
+
+
+def run_of(place: Path) -> RunDirectory:
+    """The run directory, given itself or a configuration file that names it.
+
+    Raises:
+        ConfigError: Neither, or nothing was run yet.
+    """
+    run = RunDirectory(place) if place.is_dir() else RunDirectory.of(settings_of(place))
+    if not run.stages.is_dir():
+        raise ConfigError("not a run directory, or nothing has been published in it", where=run.root)
+    return run
+
+
+def status(place: Path) -> list[dict[str, Any]]:
+    """For each stage of a run: its kind, state and what its manifest says; nothing is re-hashed."""
+    settings = settings_of(place)
+    run = RunDirectory.of(settings)
+    return [_state(run, name, settings.stages[name].kind) for name in in_order(settings.stages)]
+
+
+def lineage(directory: Path) -> list[dict[str, Any]]:
+    """A stage and everything it was made from, nearest first, down to the base and the data.
+
+    Raises:
+        ArtifactError: Not a stage directory.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    waiting = [("", directory)]
+    while waiting:
+        role, place = waiting.pop(0)
+        if str(place) in found:
+            continue
+        manifest = manifests.load(place) if (place / manifests.FILE_NAME).is_file() else None
+        found[str(place)] = _ancestor(role, place, manifest)
+        for name, record in manifest.inputs.items() if manifest else ():
+            waiting.append((name, locate(place, record)))
+    return list(found.values())
+
+
+def locate(directory: Path, record: InputRecord) -> Path:
+    """Where an input of the stage in this directory stands now; a run directory may have been moved."""
+    path = Path(record.directory)
+    return path if path.is_absolute() else directory.parent.parent / path
+
+
+def integrity(place: Path) -> dict[str, list[str]]:
+    """Stage -> what is wrong with its files or with the chain to its inputs; empty when all is well."""
+    if (place / manifests.FILE_NAME).is_file():
+        return {place.name: _problems(place, {})}
+    run = run_of(place)
+    shelf = {
+        manifests.sha256(path.parent): path.parent for path in run.archive.glob(f"*/{manifests.FILE_NAME}")
+    }
+    names = sorted(path.name for path in run.stages.iterdir())
+    return {name: _problems(run.stage(name), shelf) for name in names}
+
+
+def history(run: RunDirectory, stage: str) -> dict[str, Any] | None:
+    """The last entry of the run's history about a stage: when it ran, why, and how that ended."""
+    if not run.history.is_file():
+        return None
+    entries = [entry for entry in _entries(run.history) if entry["stage"] == stage]
+    return entries[-1] if entries else None
+
+
+def differences(first: RunDirectory, second: RunDirectory) -> Iterator[tuple[str, str, str, str]]:
+    """Stage, dotted name, old and new of everything that two runs differ in."""
+    for name in sorted({*first.published(), *second.published()}):
+        sides = [run.stage(name) if name in run.published() else None for run in (first, second)]
+        old, new = (_comparable(manifests.load(side)) if side else None for side in sides)
+        if old is None or new is None:
+            yield (
+                name,
+                "stage",
+                "absent" if old is None else "published",
+                "absent" if new is None else "published",
+            )
+        else:
+            for change in changes(old, new):
+                yield name, *change
+
+
+def _state(run: RunDirectory, name: str, kind: str) -> dict[str, Any]:
+    state: dict[str, Any] = {
+        "stage": name,
+        "kind": kind,
+        "state": "not run",
+        "failed": run.failed(name).is_dir(),
+    }
+    if not run.stage(name).exists():
+        return state
+    try:
+        manifest = manifests.load(run.stage(name))
+    except ArtifactError as error:
+        return state | {"state": "damaged", "problem": error.what}
+    metrics = {metric: figure.value for metric, figure in manifest.metrics.items()}
+    made = {"started": manifest.started, "seconds": manifest.cost.seconds, "digest": manifest.digest}
+    return state | {"state": "published", **made, "metrics": metrics, "warnings": manifest.warnings}
+
+
+def _ancestor(role: str, place: Path, manifest: Manifest | None) -> dict[str, Any]:
+    facts: dict[str, Any] = {"role": role, "directory": str(place)}
+    if manifest is None:
+        return facts | {"stage": "", "kind": "model", "digest": "", "data": []}
+    data = [f"{card.source} ({card.rows} rows, {card.split})" for card in manifest.data]
+    return facts | {"stage": manifest.stage, "kind": manifest.kind, "digest": manifest.digest, "data": data}
+
+
+def _problems(directory: Path, archived: dict[str, Path]) -> list[str]:
+    try:
+        found = [str(damage) for damage in manifests.damages(directory)]
+        manifest = manifests.load(directory)
+    except ArtifactError as error:
+        return [f"{manifests.FILE_NAME}: {error.what}"]
+    for role, record in manifest.inputs.items():
+        if record.manifest_sha256 is not None:
+            found += _broken_link(role, locate(directory, record), record, archived)
+    return found
+
+
+def _broken_link(role: str, place: Path, record: InputRecord, archived: dict[str, Path]) -> list[str]:
+    """What is wrong with the chain to one input.
+
+    An input that was replaced since is in the archive; one that was made again may have come out the same.
+    """
+    expected, path = str(record.manifest_sha256), place / manifests.FILE_NAME
+    found = manifests.sha256(place) if path.is_file() else "nothing"
+    if found == expected:
+        return []
+    if expected in archived:
+        kept = archived[expected]
+        return [f"input {role}: {kept.name}/{damage}" for damage in manifests.damages(kept)]
+    if path.is_file() and manifests.load(place).digest == record.digest:
+        return []
+    return [f"input {role}: {path}: sha256 {found}, expected {expected}"]
+
+
+def _entries(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:  # the last line may have been cut off by a power cut
+            continue
+
+
+def _comparable(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "settings": manifest.settings,
+        "data": manifest.data_settings,
+        "inputs": {role: record.digest for role, record in manifest.inputs.items()},
+        "environment": manifest.environment,
+        "metrics": {name: metric.value for name, metric in manifest.metrics.items()},
+        "digest": manifest.digest,
+    }

@@ -1,0 +1,144 @@
+"""From a file and overrides to `RunSettings`; every mistake is reported at once, with its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeGuard, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from pipeline import references, store
+from pipeline.config import DataSource, RunSettings
+from pipeline.document import MAX_BYTES, SCALARS, Document, Location, Problem, override, parse
+from pipeline.errors import ConfigError
+from pipeline.references import STAGES
+from pipeline.suggestion import suggest
+from pipeline.terminal import printable
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
+    """Read, override and check a configuration.
+
+    Args:
+        path: A YAML file.
+        overrides: `a.b=c`, applied in order.
+
+    Raises:
+        ConfigError: One line per mistake: `file:line: setting: what is wrong`.
+    """
+    document = parse(_read(path), str(path))
+    for assignment in overrides:
+        override(document, assignment)
+    references.check(document)
+    settings = _validate(document)
+    if settings is None or document.problems:
+        problems = sorted(document.problems, key=_line_number)
+        raise ConfigError("\n".join(dict.fromkeys(map(str, problems))))
+    return settings
+
+
+def resolved(settings: RunSettings) -> dict[str, Any]:
+    """All settings, defaults included, as JSON-able values."""
+    return settings.model_dump(mode="json")
+
+
+def write_resolved(settings: RunSettings, path: Path) -> None:
+    """Write all settings as YAML that `load` reads back to the same settings."""
+    text = yaml.dump(resolved(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    store.write_text(path, "# All settings of this run, defaults included.\n" + text)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that either YAML 1.1 or our own reader would take for something else."""
+
+
+for _tag, (_pattern, _first) in SCALARS.items():
+    _Dumper.add_implicit_resolver(_tag, _pattern, _first)
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(MAX_BYTES + 1).decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration: {error.strerror}", where=path) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"byte {error.start} is not UTF-8", where=path) from None
+
+
+def _validate(document: Document) -> RunSettings | None:
+    try:
+        return RunSettings.model_validate(document.values)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            # a complaint about the whole is about references, which were checked by their place already
+            if detail["loc"] or not document.problems:
+                _note(document, detail)
+        return None
+
+
+def _note(document: Document, detail: ErrorDetails) -> None:
+    location = _location(document.values, detail["loc"], detail["type"] == "missing")
+    setting = ".".join(printable(str(each)) for each in location)
+    document.note(
+        location, f"{setting}: {_message(document, location, detail)}" if setting else detail["msg"]
+    )
+
+
+def _message(document: Document, location: Location, detail: ErrorDetails) -> str:
+    kind, last = detail["type"], str(location[-1])
+    if kind == "extra_forbidden":
+        return f"unknown setting{suggest(last, _settings_at(document.values, location[:-1]))}"
+    if kind == "union_tag_invalid":
+        given = str(detail["input"]["kind"])
+        return f"unknown kind `{printable(given)}`{suggest(given, STAGES)}"
+    if kind == "union_tag_not_found":
+        return f"`kind` is missing{suggest(last, STAGES)}"
+    if kind == "missing":
+        return "missing"
+    if kind == "value_error":
+        return str(detail["ctx"]["error"])
+    value = detail["input"]
+    shown = "" if isinstance(value, dict | list) else f", not {printable(repr(value))}"
+    return f"{detail['msg'][0].lower()}{detail['msg'][1:]}{shown}"
+
+
+def _line_number(problem: Problem) -> int:
+    """For sorting: problems of the file by line, those of the command line after them."""
+    line = problem.where.rpartition(":")[2]
+    return int(line) if line.isdecimal() else MAX_BYTES
+
+
+def _location(values: Any, raw: Location, missing: bool) -> Location:
+    """An error's location without what pydantic adds: the kind of the stage, the alternative of a union."""
+    if len(raw) > 2 and raw[0] == "stages":
+        raw = raw[:2] + raw[3:]
+    kept: list[str | int] = []
+    for key in raw:
+        inside = range(len(values)) if isinstance(values, list) else values
+        if isinstance(values, list | dict) and key in inside:
+            values = values[key]  # type: ignore[index]
+            kept.append(key)
+    if missing:
+        kept.append(raw[-1])
+    return tuple(kept)
+
+
+def _settings_at(values: Any, location: Location) -> list[str]:
+    """Names of the settings that may stand at a place of the configuration."""
+    model: type[BaseModel] = RunSettings
+    if location[:1] == ("stages",):
+        model, location = STAGES[values["stages"][location[1]]["kind"]], location[2:]
+    elif location[:1] == ("data",):
+        model, location = DataSource, location[2:]
+    for key in location:
+        annotation = model.model_fields[str(key)].annotation
+        model = next(each for each in (annotation, *get_args(annotation)) if _is_model(each))
+    return list(model.model_fields)
+
+
+def _is_model(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

@@ -1,0 +1,239 @@
+"""The manifest: what a stage directory says about itself, and what a receiver checks before it uses it.
+
+`manifest.json` is written last, so a directory that has one is complete. It lists every other file with its
+size and sha256; its own sha256 stands in the manifests of the stages that use it, so the chain reaches back
+to the base model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import ArtifactError
+from pipeline.fingerprint import content, file_sha256
+
+SCHEMA_VERSION = 1
+FILE_NAME = "manifest.json"
+
+
+class Record(BaseModel):
+    """Base of all parts of a manifest."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class Metric(Record):
+    """A figure with its 95% interval and the number of observations behind it."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+
+
+class InputRecord(Record):
+    """An input as it was when the stage started."""
+
+    source: str
+    """The reference in the configuration."""
+    kind: str
+    digest: str
+    """Content digest of its artefact files; enters the key."""
+    manifest_sha256: str | None = None
+    """None for foreign model directories."""
+    directory: str = ""
+    """Relative to the run directory when inside it."""
+
+
+class DataCard(Record):
+    """What was read from one data source."""
+
+    role: str
+    source: str
+    digest: str
+    format: str
+    rows: int
+    """Rows used, after splitting and dropping."""
+    split: str = "train"
+    """`train` or `held-out`."""
+    dropped: dict[str, int] = {}
+    """Reason -> rows."""
+
+
+class OutputRecord(Record):
+    """One file of the stage directory."""
+
+    path: str
+    bytes: int
+    sha256: str
+    role: Literal["artifact", "log"] = "artifact"
+    """Logs hold times and are left out of the content digest."""
+
+
+class Adaptation(Record):
+    """How trained weights relate to their base."""
+
+    base: str
+    """Content digest of the model they sit on."""
+    base_source: str
+    """Where that model was found: a stage name, a path or a hub reference."""
+    reference: str | None = None
+    """Content digest of the model that the policy was held close to."""
+    merged: bool = False
+    """Whether the adapter was merged into the weights in this directory."""
+    quantization: str = "none"
+
+
+class Cost(Record):
+    """What the stage took."""
+
+    seconds: float
+    tokens: int
+    peak_memory_bytes: int
+
+
+class Manifest(Record):
+    """The record of a finished stage."""
+
+    schema_version: int = SCHEMA_VERSION
+    stage: str
+    stage_kind: str
+    kind: str
+    key: str
+    """Hard key: digest of kind, behavioural settings, input digests by role, data digests, seed."""
+    digest: str
+    """Content digest of the artefact files."""
+    inputs: dict[str, InputRecord]
+    settings: dict[str, Any]
+    """All settings of the stage, defaults included, and the run's seed, device and dtype."""
+    data_settings: dict[str, Any]
+    """Data role -> its settings and digest."""
+    data: list[DataCard]
+    outputs: list[OutputRecord]
+    adaptation: Adaptation | None
+    tokenizer: dict[str, Any]
+    metrics: dict[str, Metric]
+    cost: Cost
+    environment: dict[str, Any]
+    """Soft key: python, platform, library versions, digest of the stage's source modules, device, dtype, threads."""
+    seed: int
+    warnings: list[str]
+    command: str
+    """Reproduces the stage."""
+    started: str
+    """Information only; never used to order anything."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file of a stage directory that is not what the manifest says."""
+
+    file: str
+    found: str
+    expected: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.found}, expected {self.expected}"
+
+
+def load(directory: Path) -> Manifest:
+    """The manifest of a stage directory; says nothing about the files it lists.
+
+    Raises:
+        ArtifactError: No manifest, not JSON, another schema version, or malformed.
+    """
+    path = directory / FILE_NAME
+    try:
+        fields = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError("no manifest: not a finished stage", where=directory) from None
+    except ValueError as error:
+        raise ArtifactError(f"the manifest is not JSON: {error}", where=path) from None
+    version = fields.get("schema_version") if isinstance(fields, dict) else None
+    if version != SCHEMA_VERSION:
+        hint = "use the version of Baton that wrote it, or run the stage again"
+        raise ArtifactError(f"schema version {version!r}, expected {SCHEMA_VERSION}", where=path, hint=hint)
+    try:
+        return Manifest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ArtifactError(f"malformed manifest: {field}: {first['msg']}", where=path) from None
+
+
+def sha256(directory: Path) -> str:
+    """Sha256 of the manifest file, by which the stages that use the directory know it."""
+    return file_sha256(directory / FILE_NAME)
+
+
+def content_digest(outputs: Iterable[OutputRecord]) -> str:
+    """Digest of the artefact files; logs are left out."""
+    return content({output.path: output.sha256 for output in outputs if output.role == "artifact"})
+
+
+def damages(directory: Path) -> list[Damage]:
+    """Everything in which a stage directory differs from its manifest; empty when it is intact.
+
+    Raises:
+        ArtifactError: The manifest itself cannot be read.
+    """
+    manifest = load(directory)
+    listed = {output.path: output for output in manifest.outputs}
+    present = {path.relative_to(directory).as_posix(): path for path in walk(directory)}
+    present.pop(FILE_NAME, None)
+    extra = sorted(present.keys() - listed.keys())
+    found = [Damage(name, "not in the manifest", "no such file") for name in extra]
+    for name, output in sorted(listed.items()):
+        damage = _damage(present.get(name), output)
+        if damage is not None:
+            found.append(damage)
+    if content_digest(manifest.outputs) != manifest.digest:
+        found.append(Damage(FILE_NAME, "digest of the listed files differs", f"digest {manifest.digest}"))
+    return found
+
+
+def verify(directory: Path) -> Manifest:
+    """The manifest of a stage directory whose every file was re-hashed.
+
+    Raises:
+        ArtifactError: Names every damaged file with both values.
+    """
+    found = damages(directory)
+    if found:
+        what = "; ".join(map(str, found))
+        raise ArtifactError(f"damaged: {what}", where=directory, hint="`baton run` on its run makes it again")
+    return load(directory)
+
+
+def walk(directory: Path) -> Iterator[Path]:
+    """All entries below a directory that are not directories; links are not followed."""
+    for parent, folders, files in os.walk(directory):
+        links = [name for name in folders if Path(parent, name).is_symlink()]
+        yield from (Path(parent, name) for name in sorted(files + links))
+
+
+def _damage(path: Path | None, output: OutputRecord) -> Damage | None:
+    if path is None:
+        return Damage(output.path, "missing", f"{output.bytes} bytes")
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        found = "a link" if stat.S_ISLNK(status.st_mode) else "not a regular file"
+        return Damage(output.path, found, "a regular file")
+    if status.st_size != output.bytes:
+        return Damage(output.path, f"{status.st_size} bytes", f"{output.bytes} bytes")
+    digest = file_sha256(path)
+    return (
+        None
+        if digest == output.sha256
+        else Damage(output.path, f"sha256 {digest}", f"sha256 {output.sha256}")
+    )

@@ -1,0 +1,115 @@
+"""Where a running stage is: a bar on a terminal, now and then a line elsewhere, every record on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipeline.terminal import printable
+
+FILE_NAME = "metrics.jsonl"
+SECONDS_BETWEEN_LINES = 10.0
+SHARE_BETWEEN_LINES = 0.1
+SHOWN = ("loss", "reward", "score", "accuracy", "kl", "learning_rate")
+"""Fields that are worth a place beside the bar, when a record has them."""
+
+
+class StageProgress:
+    """Logs the records of one stage to `metrics.jsonl` and shows them; a context manager.
+
+    Args:
+        name: The stage.
+        directory: The stage's work directory.
+        console: Where to show; a bar when it is a terminal.
+        clock: Seconds; for tests.
+    """
+
+    def __init__(
+        self, name: str, directory: Path, console: Console, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._name = name
+        self._console = console
+        self._clock = clock
+        self._started = self._line_at = clock()
+        self._line_share = 0.0
+        self._log = (directory / FILE_NAME).open("a", encoding="utf-8")
+        self._bar = _bar(console) if console.is_terminal else None
+        self._task = self._bar.add_task(name, total=None, figures="") if self._bar else None
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+        self._log.close()
+        path = Path(self._log.name)
+        if path.exists() and path.stat().st_size == 0:
+            path.unlink()
+
+    def __call__(self, record: Mapping[str, Any], *, done: int, total: int) -> None:
+        """Log one record after `done` of `total` steps."""
+        seconds = self._clock() - self._started
+        line = {"step": done, "total": total, "seconds": round(seconds, 3), **record}
+        fields = {name: _plain(value) for name, value in line.items()}
+        self._log.write(json.dumps(fields, allow_nan=False) + "\n")
+        self._log.flush()
+        self._show(fields, done, total)
+
+    def say(self, text: str) -> None:
+        """Print one line of the stage's."""
+        self._console.print(f"{self._name}: {printable(text, 400)}")
+
+    def _show(self, fields: Mapping[str, Any], done: int, total: int) -> None:
+        figures = "  ".join(f"{name} {_figure(fields[name])}" for name in SHOWN if name in fields)
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=done, total=total, figures=figures)
+        elif self._line_is_due(done, total):
+            self._console.print(f"{self._name}: {done}/{total}  {figures}".rstrip())
+
+    def _line_is_due(self, done: int, total: int) -> bool:
+        now, share = self._clock(), done / max(total, 1)
+        due = (
+            done == total
+            or share - self._line_share >= SHARE_BETWEEN_LINES
+            or now - self._line_at >= SECONDS_BETWEEN_LINES
+        )
+        if due:
+            self._line_at, self._line_share = now, share
+        return due
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}", markup=False),
+        console=console,
+        transient=True,
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A number, text or truth value for JSON, which has no NaN: that is written as text."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else str(number)
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value), 20)

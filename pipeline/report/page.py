@@ -1,0 +1,242 @@
+"""The report as one static page: what each section shows; `page.j2` says how, `page.css` in which colours.
+
+The page runs no script and loads nothing. Its policy admits one stylesheet, by its hash. Everything printed
+is escaped, and characters that would hide or reorder text are written out: models wrote the responses.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline.manifest import Metric
+from pipeline.report import lineage, wording
+from pipeline.report.curves import Curve, draw_curves
+from pipeline.report.forest import compare, direction
+from pipeline.report.inputs import Evaluation, ModelEvaluation, RunRecord, Sample, StageRecord
+from pipeline.report.summary import evaluated
+from pipeline.terminal import printable_lines
+
+_HERE = Path(__file__).parent
+_REWARDS = ("gold", "reward", "win_rate")
+_COLUMNS = (*_REWARDS, "accuracy", "pair_accuracy", "perplexity", "bits_per_byte", "kl", "length")
+_GAINS = {"gold": "gold_gain", "reward": "reward_gain"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A metric of one model: its value, and where there is one its gain over the parent."""
+
+    label: str
+    value: str = ""
+    interval: str = ""
+    gain: str = ""
+    gain_interval: str = ""
+    direction: str = "level"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One model's row in a table of metrics."""
+
+    name: str
+    parent: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One model's response to a prompt and its scores, already worded."""
+
+    model: str
+    text: str
+    scores: tuple[str, ...]
+
+
+def render(run: RunRecord, summary: Mapping[str, Any]) -> str:
+    """The page as HTML; the same run gives the same bytes."""
+    style = (_HERE / "page.css").read_text(encoding="utf-8")
+    models = evaluated(run)
+    return (
+        _environment()
+        .get_template("page.j2")
+        .render(
+            run=run,
+            summary=summary,
+            style=Markup(style),
+            style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+            warnings=[
+                (name, text) for name, stage in summary["stages"].items() for text in stage["warnings"]
+            ],
+            forest=compare(models, summary["verdict"]["metric"] or "gold"),
+            drawing=_lineage(run),
+            box=(lineage.BOX_WIDTH, lineage.BOX_HEIGHT),
+            comparison=_table(models, _columns(models)),
+            tasks=_table(models, _tasks(models)),
+            judges=_judges(run.stages.values()),
+            measured=_measured(run),
+            curves=_curves(run),
+            samples=_samples(run),
+            cards=[(name, card) for name, record in run.stages.items() for card in record.manifest.data],
+            cost=_cost(run),
+            environment=_settings_of_machines(run),
+        )
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_printed,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    for worded in (wording.duration, wording.size, wording.label, wording.brief, wording.excerpt):
+        environment.filters[worded.__name__] = worded
+    return environment
+
+
+def _printed(value: Any) -> Any:
+    return printable_lines(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _lineage(run: RunRecord) -> lineage.Drawing:
+    roles: dict[tuple[str, str], list[str]] = {}
+    for name, record in run.stages.items():
+        for role, each in record.manifest.inputs.items():
+            roles.setdefault((each.source, name), []).append(role.partition(".")[0])
+    outside = sorted({source for source, _ in roles} - run.stages.keys())
+    edges = {edge: ", ".join(dict.fromkeys(found)) for edge, found in sorted(roles.items())}
+    return lineage.lay_out(edges, [*outside, *run.stages])
+
+
+def _columns(models: Mapping[str, ModelEvaluation]) -> list[str]:
+    present = {name for model in models.values() for name in model.metrics}
+    known = [name for name in _COLUMNS if name in present]
+    others = present - {*known, *_GAINS.values(), *_tasks(models)}
+    return [*known, *sorted(others)]
+
+
+def _tasks(models: Mapping[str, ModelEvaluation]) -> list[str]:
+    present = {name for model in models.values() for name in model.metrics}
+    return sorted(name for name in present if name.startswith("accuracy."))
+
+
+def _table(models: Mapping[str, ModelEvaluation], columns: list[str]) -> list[Line]:
+    if not columns:
+        return []
+    return [
+        Line(name, model.parent or "", tuple(_cell(column, model.metrics) for column in columns))
+        for name, model in models.items()
+    ]
+
+
+def _cell(column: str, metrics: Mapping[str, Metric]) -> Cell:
+    label = wording.label(column.removeprefix("accuracy."))
+    measured = metrics.get(column)
+    if measured is None:
+        return Cell(label)
+    gain = metrics.get(_GAINS.get(column, ""))
+    cell = Cell(label, wording.number(column, measured.value), wording.interval(column, measured))
+    if gain is not None:
+        return replace(
+            cell,
+            gain=wording.number(column, gain.value, signed=True),
+            gain_interval=wording.interval(column, gain, signed=True),
+            direction=direction(gain.low, gain.high),
+        )
+    if column == "win_rate":
+        return replace(cell, direction=direction(measured.low, measured.high, neutral=0.5))
+    return cell
+
+
+def _judges(records: Iterable[StageRecord]) -> list[str]:
+    """Who decided the win rates, in words; empty when nobody did."""
+    spelled = {"gold": "the gold reward", "reward": "the learned reward model"}
+    judged = [
+        record.evaluation
+        for record in records
+        if record.evaluation
+        and any("win_rate" in model.metrics for model in record.evaluation.models.values())
+    ]
+    return list(dict.fromkeys(spelled.get(each.judge, each.judge) for each in judged if each.judge))
+
+
+def _measured(run: RunRecord) -> list[tuple[str, list[tuple[Cell, int | None]]]]:
+    """What stages other than evaluations measured of themselves, each figure with how many it is from."""
+    return [
+        (name, [(_cell(metric, {metric: each}), each.n) for metric, each in sorted(own.items())])
+        for name, own in ((name, record.manifest.metrics) for name, record in run.stages.items())
+        if own and run.stages[name].evaluation is None
+    ]
+
+
+def _curves(run: RunRecord) -> list[tuple[str, str, list[Curve]]]:
+    drawn = [
+        (name, record.manifest.stage_kind, draw_curves(name, record.steps))
+        for name, record in run.stages.items()
+        if record.steps
+    ]
+    return [each for each in drawn if each[2]]
+
+
+def _samples(run: RunRecord) -> list[tuple[Sample, str, list[Answer]]]:
+    return [
+        (sample, _expected(sample), _answers(sample, record.evaluation))
+        for record in run.stages.values()
+        for sample in record.samples
+    ]
+
+
+def _expected(sample: Sample) -> str:
+    if sample.answer is None:
+        return ""
+    return sample.answer if isinstance(sample.answer, str) else json.dumps(sample.answer, sort_keys=True)
+
+
+def _answers(sample: Sample, evaluation: Evaluation | None) -> list[Answer]:
+    order = list(evaluation.models) if evaluation else []
+    names = [name for name in order if name in sample.responses]
+    others = sorted(sample.responses.keys() - names)
+    return [Answer(name, sample.responses[name], tuple(_scores(sample, name))) for name in (*names, *others)]
+
+
+def _scores(sample: Sample, name: str) -> Iterable[str]:
+    for metric, scores in (("gold", sample.gold), ("reward", sample.reward)):
+        score = scores.get(name)
+        if score is not None:
+            yield f"{metric} {wording.brief(score, decimals=2)}"
+
+
+def _cost(run: RunRecord) -> dict[str, Any]:
+    costs = {name: record.manifest.cost for name, record in run.stages.items()}
+    return {
+        "rows": costs,
+        "seconds": sum(cost.seconds for cost in costs.values()),
+        "tokens": sum(cost.tokens for cost in costs.values()),
+        "peak_memory_bytes": max(cost.peak_memory_bytes for cost in costs.values()),
+    }
+
+
+def _settings_of_machines(run: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Setting -> its values, each with the stages that had it; the stages are left out where all agree."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, record in run.stages.items():
+        for setting, value in record.manifest.environment.items():
+            found.setdefault(setting, {}).setdefault(wording.compact(value), []).append(name)
+    return [(setting, _by_stage(values)) for setting, values in sorted(found.items())]
+
+
+def _by_stage(values: Mapping[str, list[str]]) -> list[tuple[str, str]]:
+    return [(value, ", ".join(stages) if len(values) > 1 else "") for value, stages in values.items()]

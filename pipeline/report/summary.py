@@ -1,0 +1,88 @@
+"""The report as data: what `report.json` holds and the page is drawn from."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
+import pipeline
+from pipeline.manifest import Metric
+from pipeline.report.inputs import ModelEvaluation, RunRecord, StageRecord
+from pipeline.report.verdict import judge, over_optimised
+
+
+def summarise(run: RunRecord) -> dict[str, Any]:
+    """JSON values only, with nothing that depends on when or where the report is made."""
+    models = evaluated(run)
+    return {
+        "run": run.name,
+        "created_by": f"baton {pipeline.__version__}",
+        "command": command(run),
+        "stages": {name: _stage(name, run, models.get(name)) for name in run.stages},
+        "verdict": judge(models).as_json(),
+    }
+
+
+def evaluated(run: RunRecord) -> dict[str, ModelEvaluation]:
+    """Every evaluated model; of two evaluations of the same model, the first in the run's order counts."""
+    found: dict[str, ModelEvaluation] = {}
+    for record in run.stages.values():
+        if record.evaluation is not None:
+            found = {**record.evaluation.models, **found}
+    return found
+
+
+def command(run: RunRecord) -> str:
+    """The command that makes the run again, from the configuration that is kept in it."""
+    return f"baton run {shlex.quote(str(PurePath(_output(run)) / 'config.yaml'))}"
+
+
+class _ConfigLoader(yaml.SafeLoader):
+    """Only the output directory is read."""
+
+
+def _output(run: RunRecord) -> str:
+    try:
+        config = yaml.load(run.config, _ConfigLoader)
+    except yaml.YAMLError:
+        return run.name
+    output = config.get("output") if isinstance(config, dict) else None
+    return output if isinstance(output, str) else run.name
+
+
+def _stage(name: str, run: RunRecord, model: ModelEvaluation | None) -> dict[str, Any]:
+    record = run.stages[name]
+    manifest = record.manifest
+    measured = {**manifest.metrics, **(model.metrics if model else {})}
+    return {
+        "kind": manifest.kind,
+        "stage_kind": manifest.stage_kind,
+        "digest": manifest.digest,
+        "manifest_sha256": record.manifest_sha256,
+        "key": manifest.key,
+        "parents": {role: each.source for role, each in manifest.inputs.items()},
+        "metrics": _metrics(measured),
+        "cost": manifest.cost.model_dump(),
+        "data": [card.model_dump() for card in manifest.data],
+        "warnings": [*manifest.warnings, *_found_here(record, run, model)],
+    }
+
+
+def _metrics(measured: Mapping[str, Metric]) -> dict[str, Any]:
+    return {name: metric.model_dump() for name, metric in measured.items()}
+
+
+def _found_here(record: StageRecord, run: RunRecord, model: ModelEvaluation | None) -> list[str]:
+    """Warnings that no stage can give about itself."""
+    found = [
+        f"made from another {each.source} ({role}) than the one in this run: {each.digest} is now "
+        f"{run.stages[each.source].manifest.digest}"
+        for role, each in sorted(record.manifest.inputs.items())
+        if each.source in run.stages and run.stages[each.source].manifest.digest != each.digest
+    ]
+    warning = over_optimised(model) if model else None
+    return [*found, warning] if warning else found

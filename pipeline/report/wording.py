@@ -1,0 +1,88 @@
+"""How numbers and text from models are written for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.manifest import Metric
+
+LONGEST = 2_000
+_SHARES = frozenset({"win_rate", "accuracy", "pair_accuracy"})
+_DECIMALS = {"perplexity": 2, "reward": 2, "kl": 2, "length": 1}
+
+
+def excerpt(text: str) -> str:
+    """The first 2,000 characters, saying so when there are more."""
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[:LONGEST]} … (cut here; {len(text):,} characters in all)"
+
+
+def label(metric: str) -> str:
+    """A metric's name as a heading: `accuracy.sums` is `accuracy, sums`."""
+    spelled = {"gold": "gold reward", "kl": "KL to reference", "reward": "learned reward"}
+    return spelled.get(metric, metric.replace(".", ", ").replace("_", " "))
+
+
+def number(metric: str, value: float, *, signed: bool = False) -> str:
+    """A value of `metric`: shares in percent, the rest with the decimals that mean something."""
+    sign = "+" if signed else ""
+    if metric.split(".")[0] in _SHARES:
+        written = f"{100 * value:{sign}.1f}%"
+    else:
+        written = f"{value:{sign},.{_DECIMALS.get(metric, 3)}f}"
+    return _with_minus(written)
+
+
+def brief(value: float, *, decimals: int | None = None) -> str:
+    """Any quantity in three significant figures, or with so many decimals."""
+    return _with_minus(f"{value:.3g}" if decimals is None else f"{value:.{decimals}f}")
+
+
+def interval(metric: str, measured: Metric, *, signed: bool = False) -> str:
+    """`[low, high]`, or nothing when there is no interval."""
+    if measured.low is None or measured.high is None:
+        return ""
+    low, high = (number(metric, bound, signed=signed) for bound in (measured.low, measured.high))
+    return f"[{low}, {high}]"
+
+
+def with_interval(metric: str, measured: Metric, *, signed: bool = False) -> str:
+    """The value, followed by its interval when there is one."""
+    value = number(metric, measured.value, signed=signed)
+    return f"{value} {interval(metric, measured, signed=signed)}".strip()
+
+
+def duration(seconds: float) -> str:
+    """`2 h 05 min`, `3 min 20 s` or `4.2 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    return f"{minutes // 60:,} h {minutes % 60:02} min"
+
+
+def size(count: int) -> str:
+    """Bytes in binary units."""
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} GiB"
+
+
+def compact(value: Any) -> str:
+    """A short value of any JSON type on one line."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {compact(each)}" for key, each in sorted(value.items()))
+    if isinstance(value, list):
+        return ", ".join(compact(each) for each in value)
+    return str(value)
+
+
+def _with_minus(written: str) -> str:
+    return written.replace("-", "\N{MINUS SIGN}")

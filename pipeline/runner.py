@@ -1,0 +1,262 @@
+"""Runs the stages of a configuration that need it, one after another, and publishes each when it is done.
+
+Every stage is planned again right before it runs, when the contents of its inputs are known: a stage whose
+inputs came out as they were is kept. What was published stays published, whatever happens later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import shlex
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeline import fingerprint, inputs, loader, store, terminal
+from pipeline import manifest as manifests
+from pipeline.config import RunSettings
+from pipeline.contract import Artifact, Context, Result
+from pipeline.cost import Meter
+from pipeline.errors import BatonError, ConfigError, NumericalError
+from pipeline.interruption import Interruption
+from pipeline.manifest import Cost, InputRecord, Manifest
+from pipeline.plan import Decision, decide, plan
+from pipeline.progress import StageProgress
+from pipeline.store import RunDirectory
+from pipeline.terminal import printable
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one stage."""
+
+    stage: str
+    ran: bool
+    manifest: Manifest
+
+
+def run(
+    settings: RunSettings,
+    *,
+    only: Collection[str] = (),
+    until: str | None = None,
+    force: Collection[str] = (),
+    strict: bool = False,
+    command: str = "",
+    console: Console | None = None,
+) -> list[Outcome]:
+    """Bring the selected stages up to date and write the report.
+
+    Args:
+        settings: The run.
+        only: Just these stages.
+        until: This stage and what it needs.
+        force: Run these whether or not anything changed.
+        strict: Let changed code and environment count as reasons to run.
+        command: What reproduces a stage when ` --only STAGE` is added; recorded in its manifest.
+        console: Where to print; standard output when None.
+
+    Raises:
+        BatonError: A stage's own error, or one of planning and publishing; earlier stages are kept.
+        Interrupted: A signal came.
+    """
+    _refuse_several_processes()
+    directory = RunDirectory.of(settings)
+    runner = _Runner(settings, directory, command, console or terminal.console())
+    with store.lock(directory), runner.interruption.watch(), store.storage_errors(directory.root):
+        return runner.run(only, until, force, strict)
+
+
+class _Runner:
+    def __init__(
+        self, settings: RunSettings, directory: RunDirectory, command: str, console: Console
+    ) -> None:
+        self.settings = settings
+        self.directory = directory
+        self.command = command
+        self.console = console
+        self.interruption = Interruption()
+
+    def run(
+        self, only: Collection[str], until: str | None, force: Collection[str], strict: bool
+    ) -> list[Outcome]:
+        decisions = plan(self.settings, only=only, until=until, force=force, strict=strict)
+        loader.write_resolved(self.settings, self.directory.config)
+        outcomes = [
+            self._bring_up_to_date(decision, decision.stage in force, strict) for decision in decisions
+        ]
+        if not any(outcome.ran for outcome in outcomes):
+            self.console.print("nothing to do: every stage is up to date")
+        self._report(outcomes)
+        return outcomes
+
+    def _bring_up_to_date(self, planned: Decision, forced: bool, strict: bool) -> Outcome:
+        name = planned.stage
+        decision = planned
+        if planned.run:  # a stage that was planned to be kept has no input that ran since
+            decision = decide(self.settings, name, forced=forced, strict=strict, download=True)
+        if not decision.run:
+            if planned.run:
+                self.console.print(f"{name}: kept, its inputs came out the same")
+            for reason in decision.reasons:
+                self.console.print(f"{name}: kept, though different: {reason}")
+            return Outcome(name, False, manifests.load(self.directory.stage(name)))
+        self.console.print(f"{name}: running ({'; '.join(map(str, decision.reasons))})")
+        manifest = self._run_stage(decision)
+        cost = manifest.cost
+        memory = f"{cost.peak_memory_bytes / 2**20:,.0f} MB"
+        self.console.print(f"{name}: done in {cost.seconds:.1f} s, {cost.tokens:,} tokens, {memory}")
+        return Outcome(name, True, manifest)
+
+    def _run_stage(self, decision: Decision) -> Manifest:
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        if decision.damaged:
+            kept = store.quarantine(self.directory, decision.stage)
+            self.console.print(f"{decision.stage}: damaged, moved to {printable(str(kept), None)}")
+        store.check_space(
+            self.directory.root, max(map(inputs.size, decision.wanted.artifacts.values()), default=0)
+        )
+        work = store.begin(self.directory, decision.stage)
+        try:
+            result, cost = self._compute(decision, work)
+            manifest = self._manifest(decision, result, cost, work, started)
+            with self.interruption.wait():
+                store.publish(work, self.directory, decision.stage, manifest)
+                self._remember(decision, started, "published")
+        except BaseException as error:
+            self._give_up(decision, work, started, error)
+            raise
+        return manifest
+
+    def _compute(self, decision: Decision, work: Path) -> tuple[Result, Cost]:
+        name = decision.stage
+        stage = self.settings.stages[name]
+        module = importlib.import_module(f"stages.{stage.kind}")
+        meter = Meter()
+        with StageProgress(name, work, self.console) as progress:
+            context = Context(
+                name=name,
+                settings=stage,
+                inputs=decision.wanted.artifacts,
+                data={role: self.settings.data[source] for role, source in stage.data_roles().items()},
+                directory=work,
+                progress=progress,
+                say=progress.say,
+                seed=self.settings.seed,
+                device=self.settings.device,
+                dtype=self.settings.dtype,
+            )
+            result: Result = module.run(context)
+        _refuse_not_finite(name, result)
+        return result, meter.read(result.tokens)
+
+    def _manifest(self, decision: Decision, result: Result, cost: Cost, work: Path, started: str) -> Manifest:
+        outputs = store.inventory(work)
+        wanted = decision.wanted
+        code = {"code": fingerprint.sources(decision.kind)}
+        return Manifest(
+            stage=decision.stage,
+            stage_kind=decision.kind,
+            kind=result.kind,
+            key=wanted.key,
+            digest=manifests.content_digest(outputs),
+            inputs={role: self._input_record(artifact) for role, artifact in wanted.artifacts.items()},
+            settings=wanted.settings,
+            data_settings=wanted.data,
+            data=result.data,
+            outputs=outputs,
+            adaptation=result.adaptation,
+            tokenizer=result.tokenizer,
+            metrics=result.metrics,
+            cost=cost,
+            environment=fingerprint.environment() | code | result.compute,
+            seed=self.settings.seed,
+            warnings=result.warnings,
+            command=f"{self.command} --only {shlex.quote(decision.stage)}".strip(),
+            started=started,
+        )
+
+    def _input_record(self, artifact: Artifact) -> InputRecord:
+        directory = artifact.directory.absolute()
+        root = self.directory.root.absolute()
+        inside = directory.is_relative_to(root)
+        return InputRecord(
+            source=artifact.source,
+            kind=artifact.kind,
+            digest=artifact.digest,
+            manifest_sha256=manifests.sha256(artifact.directory) if artifact.manifest else None,
+            directory=(directory.relative_to(root) if inside else directory).as_posix(),
+        )
+
+    def _give_up(self, decision: Decision, work: Path, started: str, error: BaseException) -> None:
+        """Put the attempt aside; that this may fail on a full file system must not hide the first error."""
+        if not work.exists():  # it was published before the error came
+            return
+        full = shutil.disk_usage(work).free < 2**20
+        with self.interruption.wait(), contextlib.suppress(OSError):
+            store.fail(self.directory, work)
+            stopped = isinstance(error, KeyboardInterrupt)
+            outcome = "interrupted" if stopped else f"{type(error).__name__}: {error}"
+            self._remember(decision, started, printable(outcome, 400))
+        if full and isinstance(error, Exception) and not isinstance(error, BatonError):
+            raise store.no_space(self.directory.root) from error
+
+    def _remember(self, decision: Decision, started: str, outcome: str) -> None:
+        """Add a line to the run's history: what ran, why, and how it ended."""
+        line = {
+            "stage": decision.stage,
+            "started": started,
+            "reasons": [str(reason) for reason in decision.reasons],
+            "outcome": outcome,
+        }
+        with self.directory.history.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def _report(self, outcomes: list[Outcome]) -> None:
+        from pipeline import report
+
+        path = self.directory.root / "report.html"
+        if any(outcome.ran for outcome in outcomes) or not path.exists():
+            path = report.write(self.directory.root)
+        headings = ("stage", "kind", "", "seconds", "digest", "metrics")
+        self.console.print(terminal.table(headings, map(_row, outcomes)))
+        self.console.print(f"report: {printable(str(path), None)}")
+
+
+def _row(outcome: Outcome) -> tuple[str, ...]:
+    manifest = outcome.manifest
+    figures = [f"{name} {metric.value:.4g}" for name, metric in list(manifest.metrics.items())[:3]]
+    return (
+        outcome.stage,
+        manifest.stage_kind,
+        "ran" if outcome.ran else "kept",
+        f"{manifest.cost.seconds:.1f}",
+        manifest.digest[:8],
+        ", ".join(figures),
+    )
+
+
+def _refuse_several_processes() -> None:
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1":
+        hint = "start it without `torchrun` or `accelerate launch`"
+        raise ConfigError(f"WORLD_SIZE={printable(count)}: a stage runs in one process", hint=hint)
+
+
+def _refuse_not_finite(name: str, result: Result) -> None:
+    for metric, figure in result.metrics.items():
+        values: Mapping[str, Any] = figure.model_dump()
+        bad = {
+            part: value for part, value in values.items() if value is not None and not math.isfinite(value)
+        }
+        if bad:
+            raise NumericalError(f"the metric `{printable(metric)}` is not finite: {bad}", where=name)

@@ -1,0 +1,1 @@
+"""From responses to numbers: the scalar head, rules, reward shaping and intervals."""

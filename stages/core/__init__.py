@@ -1,0 +1,1 @@
+"""What the training stages share: models, roles, the tree forward, losses, the loop, rollouts and guards."""

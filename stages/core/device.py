@@ -1,0 +1,74 @@
+"""Where and in which precision to compute."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from pipeline.errors import ConfigError
+
+WORTHWHILE_SPEEDUP = 1.2
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A device and the precision of frozen weights and matrix products; adapters and losses are always float32."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def record(self) -> dict[str, str]:
+        """For the manifest."""
+        return {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products of float32 weights in this precision; does nothing where that is float32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def choose(device: str, dtype: str) -> Compute:
+    """Resolve `auto`.
+
+    Raises:
+        ConfigError: The device asked for is not there.
+    """
+    chosen = torch.device(_best_device() if device == "auto" else device)
+    if not _is_available(chosen):
+        raise ConfigError(f"device `{device}` is not available", where="device", hint="use device=auto or device=cpu")
+    if dtype == "auto":
+        return Compute(chosen, torch.bfloat16 if _bfloat16_pays(chosen) else torch.float32)
+    return Compute(chosen, getattr(torch, dtype))
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _is_available(device: torch.device) -> bool:
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    return available[device.type]()
+
+
+def _bfloat16_pays(device: torch.device) -> bool:
+    """Ask an accelerator; time the processor, since it may emulate bfloat16 at a loss."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return False
+    return _matmul_seconds(torch.float32) > WORTHWHILE_SPEEDUP * _matmul_seconds(torch.bfloat16)
+
+
+def _matmul_seconds(dtype: torch.dtype, size: int = 768, repeats: int = 9) -> float:
+    matrix = torch.ones(size, size, dtype=dtype)
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - begin)
+    return median(seconds)

@@ -1,0 +1,85 @@
+"""Several models side by side, with one base in memory for all that share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from pipeline.contract import Artifact
+from pipeline.errors import ConfigError
+from stages.core import probes
+from stages.core.device import Compute
+from stages.core.models import LanguageModel
+from stages.core.roles import REFERENCE, REWARD, Roles, base_of, open_base
+from stages.core.scoring import replay_probes, reward_scores
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model in the line-up: its name, the role it plays on its base, and its parent's name if that is there too."""
+
+    name: str
+    artifact: Artifact
+    roles: Roles
+    role: str
+    parent: str | None
+
+    @contextmanager
+    def use(self) -> Iterator[LanguageModel]:
+        """Compute as this model."""
+        with self.roles.use(self.role):
+            yield self.roles.base
+
+
+class Lineup:
+    """Models by name, in the order given, each checked against its probes.
+
+    Raises:
+        ConfigError: Two models have the same name.
+        ArtifactError: A model is damaged or not what its manifest says.
+    """
+
+    def __init__(self, models: Mapping[str, Artifact], compute: Compute) -> None:
+        self._compute = compute
+        self._bases: dict[str, Roles] = {}
+        self.contestants: dict[str, Contestant] = {}
+        for artifact in models.values():
+            self._enter(artifact)
+
+    def judge(self, artifact: Artifact) -> Roles:
+        """The base of a reward model with the model loaded in the role `reward`."""
+        roles = self._base(artifact)
+        roles.load(REWARD, artifact.directory)
+        probes.replay(artifact.directory, lambda trees: reward_scores(roles, REWARD, trees), self._compute)
+        return roles
+
+    def _enter(self, artifact: Artifact) -> None:
+        name = _name(artifact.source)
+        if name in self.contestants:
+            raise ConfigError(f"two models are called `{name}`", where="models", hint="name each model once")
+        roles, role = self._base(artifact), REFERENCE
+        if artifact.kind == "adapter":
+            role = f"model-{len(self.contestants)}"
+            roles.load(role, artifact.directory)
+        contestant = Contestant(name, artifact, roles, role, self._parent(artifact))
+        with contestant.use() as language_model:
+            replay_probes(artifact, language_model)
+        self.contestants[name] = contestant
+
+    def _parent(self, artifact: Artifact) -> str | None:
+        policy = artifact.manifest.inputs.get("policy") if artifact.manifest else None
+        digests = {each.artifact.digest: name for name, each in self.contestants.items()}
+        return digests.get(policy.digest) if policy else None
+
+    def _base(self, artifact: Artifact) -> Roles:
+        base, _ = base_of(artifact)
+        if base.digest not in self._bases:
+            self._bases[base.digest] = open_base(artifact, self._compute)
+        return self._bases[base.digest]
+
+
+def _name(source: str) -> str:
+    """`sft` of `sft`, `runs/a/stages/sft`; `model` of `hub:owner/model@main`."""
+    return PurePosixPath(source.partition("@")[0]).name

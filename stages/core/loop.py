@@ -1,0 +1,138 @@
+"""The training loop: a generator of step records.
+
+An optimizer step is N examples, split into micro-batches by tokens. The loss is normalised over the whole step, so results
+depend neither on the size of micro-batches nor on how examples were packed into them.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from data.tree import Tree
+from pipeline.config import Optimizer, Training
+from pipeline.contract import Context
+from stages.core import guards, optim
+
+
+@dataclass(frozen=True)
+class Part:
+    """One micro-batch's share of a step.
+
+    Attributes:
+        loss: Its share of the step's loss: the shares of a step add up to it.
+        shares: Its shares of other figures, which add up likewise.
+        tokens: Tokens computed.
+    """
+
+    loss: Tensor
+    shares: Mapping[str, float] = field(default_factory=dict)
+    tokens: int = 0
+
+
+Item = TypeVar("Item")
+Objective = Callable[[Sequence[Tree]], Iterable[Part]]
+"""Yields the parts of one step's examples, one forward at a time."""
+
+
+class Updater:
+    """Turns parts into one optimizer step at a time."""
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], settings: Optimizer, total_steps: int) -> None:
+        self._named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        self._parameters = [parameter for _, parameter in self._named]
+        self._settings = settings
+        self._total = total_steps
+        self._optimizers = optim.build(self._named, settings)
+        self.taken = 0
+
+    def step(self, parts: Iterable[Part], origins: Sequence[str] = ()) -> dict[str, float]:
+        """Accumulate the parts' gradients and take one step.
+
+        Returns:
+            `loss`, `gradient_norm` (before clipping), `learning_rate`, `tokens`, and the sums of the parts' shares.
+
+        Raises:
+            NumericalError: The loss or the gradient is not finite; no weight was changed.
+        """
+        record = {"loss": 0.0, "tokens": 0.0}
+        for part in parts:
+            guards.require_finite_loss(part.loss.detach(), self.taken + 1, origins)
+            part.loss.backward()
+            record["loss"] += part.loss.item()
+            record["tokens"] += part.tokens
+            for name, share in part.shares.items():
+                record[name] = record.get(name, 0.0) + share
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._settings.clip_norm)
+        guards.require_finite_gradient(norm, self.taken + 1, origins)
+        factor = optim.scale(self._settings, self.taken, self._total)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self._settings.learning_rate * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.taken += 1
+        return record | {"gradient_norm": norm.item(), "learning_rate": self._settings.learning_rate * factor}
+
+
+def train(
+    examples: Sequence[Tree],
+    objective: Objective,
+    named: Iterable[tuple[str, nn.Parameter]],
+    settings: Training,
+    seed: int,
+) -> Iterator[dict[str, float]]:
+    """Take all steps, yielding the record of each."""
+    total = total_steps(len(examples), settings)
+    updater = Updater(named, settings.optimizer, total)
+    for chosen in _steps(examples, settings, total, seed):
+        yield updater.step(objective(chosen), [tree.origin for tree in chosen])
+
+
+def follow(
+    context: Context, examples: Sequence[Tree], objective: Objective, named: Iterable[tuple[str, nn.Parameter]]
+) -> int:
+    """Take all steps of a stage, reporting each; returns the tokens computed."""
+    tokens, total = 0, total_steps(len(examples), context.settings)
+    for done, figures in enumerate(train(examples, objective, named, context.settings, context.seed), 1):
+        tokens += int(figures["tokens"])
+        context.progress(figures, done=done, total=total)
+    return tokens
+
+
+def total_steps(examples: int, settings: Training) -> int:
+    """Optimizer steps that the settings ask for."""
+    return settings.steps or math.ceil(_wanted(examples, settings) / settings.examples_per_step)
+
+
+def _wanted(examples: int, settings: Training) -> int:
+    return max(1, round(examples * settings.epochs))
+
+
+def _steps(examples: Sequence[Tree], settings: Training, total: int, seed: int) -> Iterator[list[Tree]]:
+    wanted = total * settings.examples_per_step if settings.steps else _wanted(len(examples), settings)
+    stream = shuffled_forever(examples, seed)
+    for step in range(total):
+        size = min(settings.examples_per_step, wanted - step * settings.examples_per_step)
+        yield [next(stream) for _ in range(size)]
+
+
+def shuffled_forever(items: Sequence[Item], seed: int) -> Iterator[Item]:
+    """Pass after pass over the items, each in an order of its own that depends on the seed and the pass only."""
+    passes = 0
+    while True:
+        order = list(range(len(items)))
+        random.Random(f"{seed} pass {passes}").shuffle(order)
+        yield from (items[index] for index in order)
+        passes += 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's generators; Python's is never used without a seed of its own."""
+    torch.manual_seed(seed)

@@ -1,0 +1,130 @@
+"""Loading and saving language models: strictly, from safetensors only, with tokenizer and chat template beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from data.template import ChatTemplate, tokenizer_record
+from pipeline.contract import Artifact
+from pipeline.errors import ArtifactError, ConfigError
+from stages.core import guards
+from stages.core.device import Compute
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model with its tokenizer and where it computes."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    compute: Compute
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template of the tokenizer."""
+        return ChatTemplate(self.tokenizer)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the final hidden states."""
+        return int(self.model.config.hidden_size)
+
+    def save(self, directory: Path) -> None:
+        """Write weights, configuration, tokenizer and template; refuses weights that are not finite."""
+        guards.require_finite_weights(self.model.named_parameters())
+        self.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a stage or model directory."""
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def load_model(
+    artifact: Artifact, compute: Compute, *, dtype: torch.dtype | str | None = None, quantization: str = "none"
+) -> LanguageModel:
+    """Load the weights of a `model` artefact.
+
+    Args:
+        artifact: A verified model directory.
+        compute: Device and precision.
+        dtype: Precision of the weights; by default `compute.dtype`, which is right for frozen ones. `auto` is the stored one.
+        quantization: `4bit` for NF4.
+
+    Raises:
+        ArtifactError: A tensor is missing, unexpected or of another shape; the vocabulary does not cover the tokenizer.
+    """
+    options: dict[str, Any] = {"dtype": dtype or compute.dtype}
+    if quantization == "4bit":
+        options |= _four_bit(compute)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        artifact.directory,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **options,
+    )
+    _require_complete(report, artifact.directory)
+    if quantization == "none":
+        model.to(compute.device)
+    tokenizer = load_tokenizer(artifact.directory)
+    _require_vocabulary(model, tokenizer, artifact.directory)
+    model.requires_grad_(False)
+    model.eval()
+    return LanguageModel(model, tokenizer, compute)
+
+
+def record(language_model: LanguageModel) -> dict[str, Any]:
+    """What the manifest says of the tokenizer."""
+    return tokenizer_record(language_model.tokenizer)
+
+
+def _four_bit(compute: Compute) -> dict[str, Any]:
+    try:
+        import bitsandbytes  # noqa: F401
+        from transformers import BitsAndBytesConfig
+    except ImportError as error:
+        raise ConfigError(
+            "quantization=4bit needs bitsandbytes", where="quantization", hint="pip install bitsandbytes"
+        ) from error
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute.dtype,
+    )
+    return {"quantization_config": settings, "device_map": {"": compute.device}}
+
+
+def _require_complete(report: dict[str, Any], directory: Path) -> None:
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in report.get(problem, ()))
+        if names:
+            raise ArtifactError(
+                f"{problem.replace('_', ' ')}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}",
+                where=directory,
+                hint="the weights do not fit the configuration beside them; fetch or train the model again",
+            )
+
+
+def _require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        raise ArtifactError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows",
+            where=directory,
+            hint="use the tokenizer that the model was trained with",
+        )

@@ -1,0 +1,230 @@
+"""Several roles on one base: policy, reference, reward model and value function.
+
+The base is in memory once. Each role is a LoRA adapter on it, with a scalar head where it yields numbers; the reference is
+the base with adapters off, or a frozen adapter where the policy began as one. Switching a role sets which adapter is active
+and nothing else: unlike peft's `set_adapter` it never touches `requires_grad`, so a switch cannot lose a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pipeline.config import Lora
+from pipeline.contract import Artifact
+from pipeline.errors import ArtifactError
+from pipeline.manifest import Adaptation
+from reward.head import ScalarHead
+from stages.core import guards
+from stages.core.device import Compute
+from stages.core.models import LanguageModel, load_model
+
+POLICY, REFERENCE, REWARD, VALUE = "policy", "reference", "reward", "value"
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+class Roles:
+    """One base and the adapters on it.
+
+    Attributes:
+        base: The language model; its layers carry the adapters in place.
+        heads: Scalar heads by role.
+    """
+
+    def __init__(self, base: LanguageModel) -> None:
+        self.base = base
+        self.heads: dict[str, ScalarHead] = {}
+        self._peft: PeftModel | None = None
+        self._trained: set[str] = set()
+
+    def add(self, role: str, lora: Lora) -> None:
+        """A fresh adapter to train; its update starts at zero."""
+        self._inject(role, _peft_config(lora))
+        self._trained.add(role)
+        self._freeze_the_rest()
+
+    def load(self, role: str, directory: Path) -> None:
+        """A frozen adapter from a stage directory, with its scalar head when it has one.
+
+        Raises:
+            ArtifactError: A tensor is missing, unexpected or of another shape.
+        """
+        self._inject(role, LoraConfig.from_pretrained(str(directory)))
+        self._fill(role, _read_adapter(directory), directory)
+        if (directory / "head.safetensors").is_file():
+            self.heads[role] = ScalarHead.load(directory, self.base.hidden_size).to(self.base.compute.device)
+        self._freeze_the_rest()
+
+    def copy(self, source: str, role: str) -> None:
+        """A new adapter to train that starts as a copy of another role's, head included."""
+        assert self._peft is not None
+        self._inject(role, self._peft.peft_config[source])
+        tensors = get_peft_model_state_dict(self._peft, adapter_name=source)
+        self._fill(role, {name: tensor.clone() for name, tensor in tensors.items()}, Path(source))
+        if source in self.heads:
+            self.add_head(role)
+            self.heads[role].load_state_dict(self.heads[source].state_dict())
+        self._trained.add(role)
+        self._freeze_the_rest()
+
+    def add_head(self, role: str) -> None:
+        """A fresh scalar head."""
+        self.heads[role] = ScalarHead(self.base.hidden_size).to(self.base.compute.device)
+
+    @contextmanager
+    def use(self, role: str) -> Iterator[None]:
+        """Compute as this role: forward and backward both belong inside. REFERENCE without an adapter is the bare base."""
+        layers = self._layers()
+        before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+        has_adapter = self._peft is not None and role in self._peft.peft_config
+        if not has_adapter and role != REFERENCE:
+            raise ValueError(f"no role `{role}`")
+        for layer in layers:
+            layer._active_adapter, layer._disable_adapters = [role], not has_adapter
+        try:
+            yield
+        finally:
+            for layer, (active, disabled) in zip(layers, before, strict=True):
+                layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def parameters(self, role: str) -> list[tuple[str, nn.Parameter]]:
+        """Named parameters of a role's adapter and head."""
+        adapter = [
+            (name, parameter)
+            for name, parameter in self.base.model.named_parameters()
+            if f".{role}." in name and "lora_" in name
+        ]
+        head = self.heads[role].named_parameters() if role in self.heads else ()
+        return adapter + [(f"head.{name}", parameter) for name, parameter in head]
+
+    def save(self, role: str, directory: Path) -> None:
+        """Write the adapter as peft lays it out, the head beside it, and the tokenizer.
+
+        `adapter_config.json` names no base: the manifest does.
+        """
+        assert self._peft is not None
+        guards.require_finite_weights(self.parameters(role))
+        tensors = get_peft_model_state_dict(self._peft, adapter_name=role)
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(kept, directory / ADAPTER_FILE, metadata={"format": "pt"})
+        config = self._peft.peft_config[role]
+        config.base_model_name_or_path = None
+        config.inference_mode = True
+        config.save_pretrained(str(directory))
+        if role in self.heads:
+            self.heads[role].save(directory)
+        self.base.tokenizer.save_pretrained(directory)
+
+    def merged(self, role: str, artifact: Artifact) -> LanguageModel:
+        """A model of its own, in the precision it was stored in, with the role's adapter merged into the weights.
+
+        The weights are read again rather than merged in place: this base may be held in a lower precision.
+        """
+        assert self._peft is not None
+        stored = Roles(load_model(artifact, self.base.compute, dtype="auto"))
+        stored._inject(role, self._peft.peft_config[role])
+        tensors = get_peft_model_state_dict(self._peft, adapter_name=role)
+        stored._fill(role, tensors, artifact.directory)
+        assert stored._peft is not None
+        return LanguageModel(stored._peft.merge_and_unload(), self.base.tokenizer, self.base.compute)
+
+    def _inject(self, role: str, config: LoraConfig) -> None:
+        if self._peft is None:
+            self._peft = PeftModel(self.base.model, config, adapter_name=role)
+        else:
+            self._peft.add_adapter(role, config)
+        # peft puts new adapters on the processor when the base was loaded elsewhere, and leaves the model in train mode.
+        self._peft.to(self.base.compute.device)
+        self._peft.eval()
+
+    def _fill(self, role: str, tensors: dict[str, Tensor], origin: Path) -> None:
+        assert self._peft is not None
+        targets = get_peft_model_state_dict(self._peft, adapter_name=role)
+        expected = {name: tuple(tensor.shape) for name, tensor in targets.items()}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != expected:
+            odd = sorted(set(found.items()) ^ set(expected.items()))[0][0]
+            raise ArtifactError(
+                f"the adapter does not fit its base at `{odd}`: {found.get(odd)} in the file, {expected.get(odd)} in the model",
+                where=origin,
+                hint="use the base that the adapter was trained on",
+            )
+        with torch.no_grad():
+            for name, target in targets.items():
+                target.copy_(tensors[name])
+
+    def _layers(self) -> list[LoraLayer]:
+        return [module for module in self.base.model.modules() if isinstance(module, LoraLayer)]
+
+    def _freeze_the_rest(self) -> None:
+        self.base.model.requires_grad_(False)
+        for role in self._trained:
+            for _, parameter in self.parameters(role):
+                parameter.requires_grad_(True)
+        for role, head in self.heads.items():
+            head.requires_grad_(role in self._trained)
+
+
+def open_base(artifact: Artifact, compute: Compute) -> Roles:
+    """The base under a model or adapter artefact, alone in memory and frozen."""
+    model, quantization = base_of(artifact)
+    return Roles(load_model(model, compute, quantization=quantization))
+
+
+def open_role(artifact: Artifact, role: str, lora: Lora, compute: Compute) -> Roles:
+    """The base with a role to train and a reference, which at the start computes the same.
+
+    On a model, the role is a fresh adapter and the reference is the base with adapters off. On an adapter, the reference is
+    that adapter, frozen, and the role a copy of it; `lora` then has no say, since the copy keeps its shape.
+    """
+    roles = open_base(artifact, compute)
+    if artifact.kind == "model":
+        roles.add(role, lora)
+        return roles
+    roles.load(REFERENCE, artifact.directory)
+    roles.copy(REFERENCE, role)
+    return roles
+
+
+def base_of(artifact: Artifact) -> tuple[Artifact, str]:
+    """The model that an artefact sits on (itself, if it is one), and how it was quantized in training."""
+    if artifact.kind == "model":
+        return artifact, "none"
+    if artifact.base is None or artifact.manifest is None or artifact.manifest.adaptation is None:
+        raise ArtifactError("the adapter's base is not known", where=artifact.directory, hint="train the stage again")
+    return artifact.base, artifact.manifest.adaptation.quantization
+
+
+def adaptation(artifact: Artifact, *, reference: Artifact | None = None, merged: bool = False) -> Adaptation:
+    """What the manifest of a stage that adapted `artifact` says of its base."""
+    base, quantization = base_of(artifact)
+    return Adaptation(
+        base=base.digest,
+        base_source=base.source,
+        reference=reference.digest if reference else None,
+        merged=merged,
+        quantization=quantization,
+    )
+
+
+def _peft_config(lora: Lora) -> LoraConfig:
+    # No dropout: policy and reference must agree exactly at the start, and PPO's ratio must be 1.
+    return LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+
+
+def _read_adapter(directory: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    path = directory / ADAPTER_FILE
+    if not path.is_file():
+        raise ArtifactError("the adapter's weights are missing", where=path, hint="train the stage again")
+    return load_file(path)

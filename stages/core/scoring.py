@@ -1,0 +1,123 @@
+"""Numbers for responses: log-probabilities under a role, and a reward or value role's scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.tree import Layout, Tree, TreeBatch, batches
+from pipeline.contract import Artifact
+from pipeline.manifest import Metric
+from reward.intervals import ratio_interval
+from stages.core import probes
+from stages.core.forward import hidden_states, token_logprobs
+from stages.core.loop import Objective, Part
+from stages.core.models import LanguageModel
+from stages.core.roles import Roles
+
+
+def branch_scores(roles: Roles, role: str, batch: TreeBatch) -> Tensor:
+    """The role's score of every branch, read at its last token: [branches], float32. The role must be in use."""
+    return roles.heads[role](hidden_states(roles.base.model, batch).index_select(0, batch.ends))
+
+
+@torch.no_grad()
+def scores(
+    roles: Roles, role: str, trees: Sequence[Tree], tokens_per_batch: int = 8192, layout: Layout = "tree"
+) -> dict[int, list[float]]:
+    """The role's score of every branch, by tree number."""
+    with roles.use(role), roles.base.compute.autocast():
+        return _by_tree(roles.base, trees, tokens_per_batch, layout, lambda batch: branch_scores(roles, role, batch))
+
+
+@torch.no_grad()
+def logprobs(
+    language_model: LanguageModel, trees: Sequence[Tree], tokens_per_batch: int = 8192, layout: Layout = "tree"
+) -> dict[int, list[float]]:
+    """Summed log-probability of the read tokens of every branch, by tree number, under the role in use."""
+    model = language_model.model
+
+    def summed(batch: TreeBatch) -> Tensor:
+        return batch.sum_by_branch(token_logprobs(model, batch))
+
+    with language_model.compute.autocast():
+        return _by_tree(language_model, trees, tokens_per_batch, layout, summed)
+
+
+def mean_logprobs(language_model: LanguageModel, trees: Sequence[Tree]) -> list[float]:
+    """Mean log-probability per token of single-branch trees: the probe of a language model."""
+    found = logprobs(language_model, trees)
+    return [found[tree.number][0] / tree.reads for tree in trees]
+
+
+def reward_scores(roles: Roles, role: str, trees: Sequence[Tree]) -> list[float]:
+    """Scores of single-branch trees: the probe of a reward model."""
+    found = scores(roles, role, trees)
+    return [found[tree.number][0] for tree in trees]
+
+
+def on_device(
+    language_model: LanguageModel, trees: Sequence[Tree], tokens_per_batch: int, layout: Layout
+) -> Iterator[TreeBatch]:
+    """Batches of trees on the model's device."""
+    for batch in batches(trees, tokens_per_batch, layout):
+        yield batch.to(language_model.compute.device)
+
+
+def loss_metrics(
+    language_model: LanguageModel, trees: Sequence[Tree], tokens_per_batch: int, layout: Layout
+) -> dict[str, Metric]:
+    """Held-out loss in nats per read token, and perplexity; empty without trees."""
+    if not trees:
+        return {}
+    found = logprobs(language_model, trees, tokens_per_batch, layout)
+    loss = ratio_interval([-found[tree.number][0] for tree in trees], [tree.reads for tree in trees])
+    return {"held_out_loss": loss, "held_out_perplexity": exponential(loss)}
+
+
+def exponential(metric: Metric) -> Metric:
+    """The metric's value and interval under exp."""
+    low, high = (None if bound is None else math.exp(bound) for bound in (metric.low, metric.high))
+    return Metric(value=math.exp(metric.value), low=low, high=high, n=metric.n)
+
+
+def negative_mean(language_model: LanguageModel, tokens_per_batch: int, layout: Layout) -> Objective:
+    """The objective of language modelling: mean negative log-likelihood over the read tokens of the whole step."""
+
+    def parts(examples: Sequence[Tree]) -> Iterator[Part]:
+        reads = sum(tree.reads for tree in examples)
+        for batch in on_device(language_model, examples, tokens_per_batch, layout):
+            with language_model.compute.autocast():
+                values = token_logprobs(language_model.model, batch)
+            yield Part(-values.sum() / reads, tokens=batch.token_count)
+
+    return parts
+
+
+def replay_probes(artifact: Artifact, language_model: LanguageModel) -> None:
+    """Check a received model or adapter, whose role must be in use, against its recorded log-probabilities."""
+    probes.replay(artifact.directory, lambda trees: mean_logprobs(language_model, trees), language_model.compute)
+
+
+def record_probes(directory: Path, trees: Sequence[Tree], language_model: LanguageModel) -> None:
+    """Record log-probabilities of the role in use for the receiver to check."""
+    probes.record(directory, trees, lambda chosen: mean_logprobs(language_model, chosen), language_model.compute)
+
+
+def _by_tree(
+    language_model: LanguageModel,
+    trees: Sequence[Tree],
+    tokens_per_batch: int,
+    layout: Layout,
+    per_branch: Callable[[TreeBatch], Tensor],
+) -> dict[int, list[float]]:
+    found: dict[int, list[float]] = {}
+    for batch in on_device(language_model, trees, tokens_per_batch, layout):
+        values = iter(per_branch(batch).tolist())
+        for tree in batch.trees:
+            found.setdefault(tree.number, []).extend(next(values) for _ in tree.branches)
+    return found

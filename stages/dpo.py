@@ -1,0 +1,121 @@
+"""Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290).
+
+The policy learns from pairs without a reward model: the log-probability of the chosen response relative to the reference
+rises against that of the rejected one. The reference is the policy's own start, computed on the same base with the adapter
+off (or with the frozen adapter that the policy began as), in the same batch: at step 0 the margin is exactly zero and the
+loss ln 2. Of a ranking of k responses, the first and the last make the pair. Left out: other losses, label smoothing, a
+supervised term, and reference log-probabilities kept between epochs.
+
+    python -m stages.dpo CONFIG [key=value ...]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from data.schema import Preference
+from data.template import ChatTemplate
+from data.tree import Layout, Tree, TreeBatch, preference_tree, usable
+from pipeline.config import DpoSettings
+from pipeline.contract import Context, Result
+from pipeline.manifest import Metric
+from reward.intervals import mean_interval, proportion_interval
+from stages.core import device, loop, rows
+from stages.core.forward import choose_layout, token_logprobs
+from stages.core.losses import dpo_loss
+from stages.core.models import record
+from stages.core.roles import POLICY, REFERENCE, Roles, adaptation, open_role
+from stages.core.scoring import logprobs, on_device, record_probes, replay_probes
+
+
+def run(context: Context) -> Result:
+    """Train, and measure the implicit reward's pair accuracy on held-out prompts.
+
+    Raises:
+        DataError: No row can be used.
+        ArtifactError: The policy is damaged or not what its manifest says.
+        NumericalError: A loss or gradient is not finite.
+    """
+    settings, compute = context.settings, device.choose(context.device, context.dtype)
+    loop.seed_everything(context.seed)
+    policy = context.inputs["policy"]
+    roles = open_role(policy, POLICY, settings.lora, compute)
+    with roles.use(REFERENCE):
+        replay_probes(policy, roles.base)
+    loaded = rows.read(context, "data")
+    examples, dropped = usable(_trees(roles.base.template, loaded.train, settings.max_length))
+    rows.require(examples, context, "data", dropped)
+    held_out, _ = usable(_trees(roles.base.template, loaded.held_out, settings.max_length))
+    layout, warnings = choose_layout(roles.base.model, examples)
+    tokens = loop.follow(context, examples, objective(roles, settings, layout), roles.parameters(POLICY))
+    metrics = _metrics(roles, held_out, settings, layout)
+    roles.save(POLICY, context.directory)
+    with roles.use(POLICY):
+        record_probes(context.directory, held_out or examples, roles.base)
+    return Result(
+        kind="adapter",
+        metrics=metrics,
+        data=[rows.card(context, "data", loaded, len(examples), dropped=dropped)],
+        adaptation=adaptation(policy, reference=policy),
+        tokenizer=record(roles.base),
+        tokens=tokens,
+        compute=compute.record,
+        warnings=warnings,
+    )
+
+
+def objective(roles: Roles, settings: DpoSettings, layout: Layout) -> loop.Objective:
+    """Mean loss over the step's pairs, with the mean margin and the share of pairs whose margin is positive."""
+
+    def parts(examples: Sequence[Tree]) -> Iterator[loop.Part]:
+        for batch in on_device(roles.base, examples, settings.tokens_per_batch, layout):
+            with torch.no_grad(), roles.use(REFERENCE):
+                reference = _pair_logprobs(roles, batch)
+            with roles.use(POLICY):
+                losses, margins = dpo_loss(_pair_logprobs(roles, batch), reference, settings.beta)
+                shares = {
+                    "accuracy": (margins > 0).float().sum().item() / len(examples),
+                    "margin": margins.sum().item() / len(examples),
+                }
+                yield loop.Part(losses.sum() / len(examples), shares, 2 * batch.token_count)
+
+    return parts
+
+
+def _trees(template: ChatTemplate, examples: Sequence[Preference], max_length: int) -> Iterator[Tree | str]:
+    for number, row in enumerate(examples):
+        pair = dataclasses.replace(row, responses=(row.responses[0], row.responses[-1]))
+        yield preference_tree(template, pair, max_length, number)
+
+
+def _pair_logprobs(roles: Roles, batch: TreeBatch) -> torch.Tensor:
+    """[pairs, 2] summed log-probabilities of (chosen, rejected)."""
+    with roles.base.compute.autocast():
+        return batch.sum_by_branch(token_logprobs(roles.base.model, batch)).view(-1, 2)
+
+
+def _metrics(roles: Roles, examples: Sequence[Tree], settings: DpoSettings, layout: Layout) -> dict[str, Metric]:
+    if not examples:
+        return {}
+    with roles.use(POLICY):
+        policy = logprobs(roles.base, examples, settings.tokens_per_batch, layout)
+    with roles.use(REFERENCE):
+        reference = logprobs(roles.base, examples, settings.tokens_per_batch, layout)
+    margins = [
+        settings.beta
+        * (policy[tree.number][0] - reference[tree.number][0] - policy[tree.number][1] + reference[tree.number][1])
+        for tree in examples
+    ]
+    return {
+        "pair_accuracy": proportion_interval(sum(margin > 0 for margin in margins), len(margins)),
+        "margin": mean_interval(margins),
+    }
+
+
+if __name__ == "__main__":
+    from pipeline.launch import main
+
+    main("dpo")

@@ -1,0 +1,293 @@
+"""Compare models with their parents on held-out rows, each figure with a 95% interval.
+
+Every model answers the same held-out prompts, sampled from its own distribution. The answers are judged by a programmatic
+gold reward where the data has one, and by a reward model; a child is compared with its parent prompt by prompt, so the
+interval is that of the paired difference. The KL divergence to the reference is estimated on the model's own samples (the
+mean of log pi - log pi_ref over whole responses). Held-out text gives perplexity and bits per byte, held-out pairs the
+accuracy of the reward model and of each policy's implicit reward. Left out: greedy and other decoding, calibration, and
+correction for many comparisons.
+
+    python -m stages.evaluate CONFIG [key=value ...]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from data.read import Loaded
+from data.schema import Preference, Prompt, Text
+from data.tree import Branch, Layout, Tree, preference_tree, prompt_tokens, usable
+from pipeline.config import EvaluateSettings
+from pipeline.contract import Context, Result
+from pipeline.errors import DataError
+from pipeline.manifest import DataCard, Metric
+from reward.intervals import mean_interval, paired_difference, proportion_interval, ratio_interval
+from reward.rules import RULES
+from stages.core import device, loop, rows
+from stages.core.experience import trees_of
+from stages.core.lineup import Contestant, Lineup
+from stages.core.models import LanguageModel
+from stages.core.roles import REWARD, Roles
+from stages.core.rollout import sample
+from stages.core.scoring import exponential, logprobs, scores
+
+Metrics = dict[str, Metric]
+PLAIN: Layout = "plain"
+"""Models of any architecture are compared, so none is asked to compute trees."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One model's responses to the prompts, in the prompts' order, and what the judges say of them."""
+
+    texts: list[str]
+    trees: list[Tree]
+    gold: list[float]
+    correct: list[float]
+    rewards: list[float]
+
+
+def run(context: Context) -> Result:
+    """Sample, judge, compare; writes `evaluation.json` and `samples.jsonl`.
+
+    Raises:
+        DataError: There is no held-out row.
+        ArtifactError: A model is damaged or not what its manifest says.
+    """
+    settings, compute = context.settings, device.choose(context.device, context.dtype)
+    loop.seed_everything(context.seed)
+    models = {role: artifact for role, artifact in context.inputs.items() if role.startswith("models.")}
+    lineup = Lineup(models, compute)
+    judge = lineup.judge(context.inputs["reward"]) if "reward" in context.inputs else None
+    loaded = {role: _held_out(context, role) for role in context.data}
+    answers: dict[str, Answers] = {}
+    metrics: dict[str, Metrics] = {}
+    for done, (name, contestant) in enumerate(lineup.contestants.items(), 1):
+        answers[name] = _answer(contestant, loaded["prompts"][0], judge, context)
+        metrics[name] = _metrics(contestant, lineup, answers, loaded, settings)
+        context.progress({"model": name}, done=done, total=len(lineup.contestants))
+    if judge and "pairs" in loaded:
+        metrics[context.inputs["reward"].source] = _judge_accuracy(judge, loaded["pairs"][0], settings)
+    _write(context, lineup, loaded["prompts"][0], answers, metrics)
+    return Result(
+        kind="evaluation",
+        metrics={f"{name}.{metric}": value for name, found in metrics.items() for metric, value in found.items()},
+        data=[card for _, card in loaded.values()],
+        tokens=sum(tree.reads for each in answers.values() for tree in each.trees),
+        compute=compute.record,
+    )
+
+
+def _held_out(context: Context, role: str) -> tuple[Sequence, DataCard]:  # type: ignore[type-arg]
+    loaded: Loaded = rows.read(context, role)
+    if not loaded.held_out:
+        raise DataError(
+            "no held-out rows", where=context.data[role].source, hint="raise the data source's held_out or give more rows"
+        )
+    chosen = loaded.held_out[: context.settings.rows]
+    return chosen, rows.card(context, role, loaded, len(chosen), rows.HELD_OUT)
+
+
+def _answer(contestant: Contestant, prompts: Sequence[Prompt], judge: Roles | None, context: Context) -> Answers:
+    settings: EvaluateSettings = context.settings
+    with contestant.use() as language_model, language_model.compute.autocast():
+        template = language_model.template
+        longest = settings.max_length - settings.max_new_tokens
+        tokens = [prompt_tokens(template, prompt.prompt, longest) for prompt in prompts]
+        samples = sample(
+            language_model.model,
+            tokens,
+            stop_id=template.stop_id,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=context.seed,
+        )
+    trees, texts = trees_of(tokens, samples), [template.decode(each.tokens) for each in samples]
+    ended = [each.ended for each in samples]
+    rule = RULES.get(settings.gold)
+    verdicts = [rule(prompt.facts, text) for prompt, text in zip(prompts, texts, strict=True)] if rule else []
+    rewards = scores(judge, REWARD, _read_by(judge, prompts, texts, ended, settings), layout=PLAIN) if judge else {}
+    return Answers(
+        texts,
+        trees,
+        gold=[verdict.reward for verdict in verdicts],
+        correct=[verdict.correct for verdict in verdicts],
+        rewards=[rewards[number][0] for number in sorted(rewards)],
+    )
+
+
+def _read_by(
+    judge: Roles, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool], settings: EvaluateSettings
+) -> list[Tree]:
+    """The answers in the judge's own tokens; an answer that did not end its turn is read without a stop token."""
+    template = judge.base.template
+    trees = []
+    for number, (prompt, text, complete) in enumerate(zip(prompts, texts, ended, strict=True)):
+        response = template.response(text)
+        tokens = response if complete or len(response) == 1 else response[:-1]
+        longest = max(1, settings.max_length - len(tokens))
+        trees.append(Tree(prompt_tokens(template, prompt.prompt, longest), (Branch.of(tokens),), number))
+    return trees
+
+
+def _metrics(
+    contestant: Contestant,
+    lineup: Lineup,
+    answers: Mapping[str, Answers],
+    loaded: Mapping[str, tuple[Sequence, DataCard]],  # type: ignore[type-arg]
+    settings: EvaluateSettings,
+) -> Metrics:
+    own = answers[contestant.name]
+    metrics = {
+        "length": mean_interval([tree.reads for tree in own.trees]),
+        **_judged(own, loaded["prompts"][0]),
+    }
+    if contestant.parent:
+        metrics |= _against(own, answers[contestant.parent])
+    if contestant.parent and contestant.artifact.kind == "adapter":
+        parent = lineup.contestants[contestant.parent]
+        metrics["kl"] = _divergence(contestant, parent, own.trees, settings)
+        if "pairs" in loaded:
+            metrics["pair_accuracy"] = _implicit_accuracy(contestant, parent, loaded["pairs"][0], settings)
+    if "text" in loaded:
+        with contestant.use() as language_model:
+            metrics |= _likelihood(language_model, loaded["text"][0], settings)
+    return metrics
+
+
+def _judged(own: Answers, prompts: Sequence[Prompt]) -> Metrics:
+    """Mean gold reward and reward, and accuracy over all prompts and by task."""
+    metrics: Metrics = {}
+    if own.gold:
+        metrics["gold"] = mean_interval(own.gold)
+        metrics["accuracy"] = _share(own.correct)
+        tasks = [str(prompt.facts["task"]) for prompt in prompts]
+        for task in sorted(set(tasks)):
+            right = [correct for correct, each in zip(own.correct, tasks, strict=True) if each == task]
+            metrics[f"accuracy.{task}"] = _share(right)
+    if own.rewards:
+        metrics["reward"] = mean_interval(own.rewards)
+    return metrics
+
+
+def _share(correct: Sequence[float]) -> Metric:
+    return proportion_interval(sum(each == 1.0 for each in correct), len(correct))
+
+
+def _against(own: Answers, parent: Answers) -> Metrics:
+    """Gains over the parent prompt by prompt, and the share of prompts won (a tie is half a win)."""
+    metrics: Metrics = {}
+    if own.gold:
+        metrics["gold_gain"] = paired_difference(own.gold, parent.gold)
+    if own.rewards:
+        metrics["reward_gain"] = paired_difference(own.rewards, parent.rewards)
+    mine, theirs = (own.gold, parent.gold) if own.gold else (own.rewards, parent.rewards)
+    if mine:
+        wins = [float(a > b) + 0.5 * float(a == b) for a, b in zip(mine, theirs, strict=True)]
+        metrics["win_rate"] = mean_interval(wins)
+    return metrics
+
+
+def _divergence(
+    contestant: Contestant, parent: Contestant, trees: Sequence[Tree], settings: EvaluateSettings
+) -> Metric:
+    """KL(policy || reference) in nats per response, estimated on the policy's own samples."""
+    own = _branch_logprobs(contestant, trees, settings)
+    other = _branch_logprobs(parent, trees, settings)
+    return mean_interval([own[tree.number][0] - other[tree.number][0] for tree in trees])
+
+
+def _implicit_accuracy(
+    contestant: Contestant, parent: Contestant, pairs: Sequence[Preference], settings: EvaluateSettings
+) -> Metric:
+    """Share of pairs that the implicit reward, log pi - log pi_ref, ranks as the data does."""
+    trees = _pair_trees(contestant.roles, pairs, settings)
+    own = _branch_logprobs(contestant, trees, settings)
+    other = _branch_logprobs(parent, trees, settings)
+    margins = [_first_over_last(own[tree.number]) - _first_over_last(other[tree.number]) for tree in trees]
+    return proportion_interval(sum(margin > 0 for margin in margins), len(margins))
+
+
+def _first_over_last(values: Sequence[float]) -> float:
+    return values[0] - values[-1]
+
+
+def _branch_logprobs(
+    contestant: Contestant, trees: Sequence[Tree], settings: EvaluateSettings
+) -> dict[int, list[float]]:
+    with contestant.use() as language_model:
+        return logprobs(language_model, trees, settings.tokens_per_batch, PLAIN)
+
+
+def _pair_trees(roles: Roles, pairs: Sequence[Preference], settings: EvaluateSettings) -> list[Tree]:
+    template = roles.base.template
+    trees, dropped = usable(preference_tree(template, row, settings.max_length, n) for n, row in enumerate(pairs))
+    if not trees:
+        raise DataError(f"no usable pair: {dropped}", where="pairs", hint="raise max_length")
+    return trees
+
+
+def _judge_accuracy(judge: Roles, pairs: Sequence[Preference], settings: EvaluateSettings) -> Metrics:
+    trees = _pair_trees(judge, pairs, settings)
+    found = scores(judge, REWARD, trees, settings.tokens_per_batch, PLAIN)
+    right = sum(found[tree.number][0] > max(found[tree.number][1:]) for tree in trees)
+    return {"pair_accuracy": proportion_interval(right, len(trees))}
+
+
+def _likelihood(language_model: LanguageModel, texts: Sequence[Text], settings: EvaluateSettings) -> Metrics:
+    """Perplexity per token and bits per byte of documents, each from its first token on."""
+    encoded = language_model.tokenizer([text.text for text in texts], add_special_tokens=False, verbose=False)
+    trees, sizes = [], []
+    for number, (text, tokens) in enumerate(zip(texts, encoded["input_ids"], strict=True)):
+        if 2 <= len(tokens) <= settings.max_length:
+            trees.append(Tree((tokens[0],), (Branch.of(tokens[1:]),), number))
+            sizes.append(len(text.text.encode()))
+    if not trees:
+        return {}
+    found = logprobs(language_model, trees, settings.tokens_per_batch, PLAIN)
+    losses = [-found[tree.number][0] for tree in trees]
+    return {
+        "perplexity": exponential(ratio_interval(losses, [tree.reads for tree in trees])),
+        "bits_per_byte": ratio_interval([loss / math.log(2) for loss in losses], sizes),
+    }
+
+
+def _write(
+    context: Context, lineup: Lineup, prompts: Sequence[Prompt], answers: Mapping[str, Answers], metrics: Mapping[str, Metrics]
+) -> None:
+    """`evaluation.json` for the report, `samples.jsonl` with one prompt a line and every model's answer."""
+    parents = {name: contestant.parent for name, contestant in lineup.contestants.items()}
+    content = {
+        "gold": context.settings.gold,
+        "judge": "reward" if context.settings.gold == "none" else "gold",
+        "models": {
+            name: {
+                "parent": parents.get(name),
+                "metrics": {metric: value.model_dump() for metric, value in found.items()},
+            }
+            for name, found in metrics.items()
+        },
+    }
+    (context.directory / "evaluation.json").write_text(json.dumps(content, indent=1))
+    with (context.directory / "samples.jsonl").open("w", encoding="utf-8") as stream:
+        for number, prompt in enumerate(prompts):
+            stream.write(json.dumps(_sample(number, prompt, answers), ensure_ascii=False) + "\n")
+
+
+def _sample(number: int, prompt: Prompt, answers: Mapping[str, Answers]) -> dict[str, object]:
+    return {
+        "prompt": [{"role": message.role, "content": message.content} for message in prompt.prompt],
+        "responses": {name: each.texts[number] for name, each in answers.items()},
+        "gold": {name: each.gold[number] for name, each in answers.items() if each.gold},
+        "reward": {name: each.rewards[number] for name, each in answers.items() if each.rewards},
+        "answer": prompt.facts.get("answer"),
+    }
+
+
+if __name__ == "__main__":
+    from pipeline.launch import main
+
+    main("evaluate")

@@ -1,0 +1,145 @@
+"""Train a causal language model on packed text, from nothing or from an existing model.
+
+Next-token prediction. Documents, each closed by the end token, are laid end to end in a shuffled order and cut into blocks
+of equal length; no token is padding and none is thrown away but the last incomplete block. Any causal architecture of
+`transformers` serves. Weights are float32; matrix products run in the run's precision. Left out: masks between the documents
+of a block, mixtures of sources, and distributed training.
+
+    python -m stages.pretrain CONFIG [key=value ...]
+"""
+
+from __future__ import annotations
+
+import difflib
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from data.schema import Text
+from data.tree import Branch, Tree
+from pipeline.contract import Artifact, Context, Result
+from pipeline.errors import ConfigError, DataError
+from stages.core import device, loop, rows
+from stages.core.models import LanguageModel, load_model, load_tokenizer, record
+from stages.core.scoring import loss_metrics, negative_mean, record_probes, replay_probes
+
+HELD_OUT_BLOCKS = 64
+
+
+def run(context: Context) -> Result:
+    """Train on the training blocks; measure loss on held-out ones.
+
+    Raises:
+        DataError: There is not enough text for one block.
+        NumericalError: A loss or gradient is not finite.
+    """
+    settings, compute = context.settings, device.choose(context.device, context.dtype)
+    loop.seed_everything(context.seed)
+    language_model = _open(context, compute)
+    loaded = rows.read(context, "data")
+    blocks = _blocks(language_model.tokenizer, loaded.train, settings.max_length, context.seed)
+    if not blocks:
+        raise DataError(
+            f"less than {settings.max_length} tokens of text",
+            where=context.data["data"].source,
+            hint=f"give more text or lower stages.{context.name}.max_length",
+        )
+    objective = negative_mean(language_model, settings.tokens_per_batch, "plain")
+    tokens = loop.follow(context, blocks, objective, language_model.model.named_parameters())
+    language_model.model.eval()
+    held_out = _blocks(language_model.tokenizer, loaded.held_out, settings.max_length, context.seed)[:HELD_OUT_BLOCKS]
+    metrics = loss_metrics(language_model, held_out, settings.tokens_per_batch, "plain")
+    language_model.save(context.directory)
+    _record_probes(context, compute, held_out or blocks)
+    return Result(
+        kind="model",
+        metrics=metrics,
+        data=[rows.card(context, "data", loaded, len(loaded.train))],
+        tokenizer=record(language_model),
+        tokens=tokens,
+        compute=compute.record,
+    )
+
+
+def _open(context: Context, compute: device.Compute) -> LanguageModel:
+    if "policy" in context.inputs:
+        replay_probes(context.inputs["policy"], load_model(context.inputs["policy"], compute))
+        language_model = load_model(context.inputs["policy"], compute, dtype=torch.float32)
+    else:
+        tokenizer = load_tokenizer(context.inputs["tokenizer"].directory)
+        language_model = from_nothing(context.settings.architecture, tokenizer, compute, context.settings.max_length)
+    language_model.model.requires_grad_(True).train()
+    return language_model
+
+
+def from_nothing(
+    architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase, compute: device.Compute, max_length: int
+) -> LanguageModel:
+    """A model with random weights for the tokenizer's vocabulary.
+
+    Raises:
+        ConfigError: The architecture is unknown, has an unknown key, or is too short for the blocks.
+    """
+    options = dict(architecture)
+    kind = options.pop("model_type", None)
+    _require_known(kind, list(CONFIG_MAPPING.keys()), "architecture.model_type")
+    known = AutoConfig.for_model(kind)
+    for key in options:
+        _require_known(key, [*known.to_dict(), *known.attribute_map], "architecture")
+    config = AutoConfig.for_model(
+        kind,
+        **options,
+        vocab_size=len(tokenizer),
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    if config.max_position_embeddings < max_length:
+        raise ConfigError(
+            f"blocks of {max_length} tokens do not fit {config.max_position_embeddings} positions",
+            where="max_length",
+            hint="raise architecture.max_position_embeddings or lower max_length",
+        )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    return LanguageModel(model.to(compute.device), tokenizer, compute)
+
+
+def _require_known(name: Any, known: Sequence[str], where: str) -> None:
+    if name in known:
+        return
+    close = difflib.get_close_matches(str(name), known, 1)
+    hint = f"did you mean `{close[0]}`?" if close else "see the configuration classes of transformers"
+    raise ConfigError(f"`{name}` is not known to transformers", where=where, hint=hint)
+
+
+def _blocks(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Text], length: int, seed: int) -> list[Tree]:
+    """Blocks of `length` tokens as trees: the first token is the prompt, the rest is read."""
+    texts = [row.text for row in examples]
+    random.Random(f"{seed} documents").shuffle(texts)
+    if not texts:
+        return []
+    # Control tokens written in a document stay text.
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    stream = [token for ids in encoded for token in (*ids, tokenizer.eos_token_id)]
+    starts = range(0, len(stream) - length + 1, length)
+    return [
+        Tree((stream[start],), (Branch.of(stream[start + 1 : start + length]),), number)
+        for number, start in enumerate(starts)
+    ]
+
+
+def _record_probes(context: Context, compute: device.Compute, blocks: Sequence[Tree]) -> None:
+    """Record them on the model as the next stage will load it."""
+    saved = load_model(Artifact(context.directory, "model", ""), compute)
+    short = [Tree(block.prompt, (Branch.of(block.branches[0].tokens[:32]),), block.number) for block in blocks]
+    record_probes(context.directory, short, saved)
+
+
+if __name__ == "__main__":
+    from pipeline.launch import main
+
+    main("pretrain")

@@ -1,0 +1,48 @@
+"""Fixtures: a small run on fake stages, in this process or through the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import fakes
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+Baton = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """The configuration of a five-stage run, with its data."""
+    return fakes.write_world(tmp_path)
+
+
+@pytest.fixture
+def fake_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages in this process are the fake ones."""
+    modules: dict[str, object] = {}
+    fakes.install(modules)  # type: ignore[arg-type]
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.fixture
+def baton(tmp_path: Path) -> Baton:
+    """Run `baton ARGUMENTS` on the fake stages in a process of its own."""
+
+    def call(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, REPOSITORY / "tests" / "fakes.py", *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "NO_COLOR": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    return call

@@ -1,0 +1,57 @@
+"""Digests: equal for what is equal, different for what differs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline import fingerprint
+
+
+def test_a_file_hashes_like_its_bytes(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 5000
+    (tmp_path / "f").write_bytes(content)
+    assert fingerprint.file_sha256(tmp_path / "f") == hashlib.sha256(content).hexdigest()
+
+
+def test_the_order_of_keys_does_not_matter_and_everything_else_does() -> None:
+    value = {"b": [1, 2.5, None, True], "a": {"é": "x"}}
+    assert fingerprint.digest(value) == fingerprint.digest(json.loads(json.dumps(value, sort_keys=True)))
+    others = [{**value, "a": {}}, {**value, "b": [2.5, 1, None, True]}, {**value, "b": [1, 2.5, None, "true"]}]
+    assert len({fingerprint.digest(each) for each in [value, *others]}) == 4
+
+
+def test_not_a_number_has_no_digest() -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        fingerprint.digest({"loss": float("nan")})
+
+
+def test_content_depends_on_names_and_bytes_and_not_on_order() -> None:
+    files = {"a": "1" * 64, "b": "2" * 64}
+    assert fingerprint.content(files) == fingerprint.content(dict(reversed(files.items())))
+    swapped = {"a": files["b"], "b": files["a"]}
+    assert fingerprint.content(files) != fingerprint.content(swapped)
+    assert fingerprint.content(files) != fingerprint.content({"a": files["a"]})
+
+
+def test_sources_change_with_the_modules_a_stage_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = ["stages/dpo.py", "stages/sft.py", "stages/core/losses.py", "data/read.py", "reward/head.py"]
+    for module in modules:
+        (tmp_path / module).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / module).write_text("x = 1\n")
+    monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
+    for module in modules:
+        before = fingerprint.sources("dpo")
+        (tmp_path / module).write_text("x = 2\n")
+        assert (fingerprint.sources("dpo") == before) == (module == "stages/sft.py")
+
+
+def test_the_environment_is_json_and_stable() -> None:
+    environment = fingerprint.environment()
+    assert environment == fingerprint.environment()
+    assert json.loads(json.dumps(environment)) == environment
+    assert environment["libraries"]["torch"]
+    assert environment["cpus"] >= 1

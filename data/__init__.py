@@ -1,1 +1,2 @@
-"""From files to token trees: canonical rows, readers, formats, chat template, splits, batches and the embedded world."""
+"""From files to token trees: canonical rows, readers, formats, chat template, splits, batches and the embedded
+world."""

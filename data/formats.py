@@ -83,9 +83,7 @@ def detect(record: Record, wanted: str, origin: str) -> Format:
     if complete:
         _refuse_content(record, complete, origin)
     what = "no format" if wanted == "auto" else f"no format of `{wanted}`"
-    raise DataError(
-        f"{what} has the columns {columns}", where=origin, hint=f"rename the columns to one of {SHAPES}"
-    )
+    raise DataError(f"{what} has the columns {columns}", where=origin, hint=f"rename the columns to one of {SHAPES}")
 
 
 def refuse_unpaired(record: Record, origin: str) -> None:
@@ -125,16 +123,12 @@ def _refuse_content(record: Record, candidates: Sequence[Format], origin: str) -
 
 
 def _refuse(origin: str, field: str, expected: str, value: object, hint: str = "") -> NoReturn:
-    raise DataError(
-        f"{field}: {shown(value)} (expected {expected})", where=origin, hint=hint or "correct this row"
-    )
+    raise DataError(f"{field}: {shown(value)} (expected {expected})", where=origin, hint=hint or "correct this row")
 
 
 def _column(record: Record, name: str, origin: str) -> Any:
     if name not in record:
-        raise DataError(
-            f"no column `{name}`", where=origin, hint="every row needs the columns of the first one"
-        )
+        raise DataError(f"no column `{name}`", where=origin, hint="every row needs the columns of the first one")
     return record[name]
 
 
@@ -213,12 +207,8 @@ def _response(value: object, prompt: tuple[Message, ...], field: str, origin: st
         return _text(value, field, origin)
     messages = _ends_with("assistant", _messages(value, field, origin), field, origin)
     if len(messages) > 1 and messages[:-1] != prompt:
-        index = next(
-            (i for i, pair in enumerate(zip(messages, prompt, strict=False)) if pair[0] != pair[1]), 0
-        )
-        _refuse_roles(
-            messages, field, index, "one `assistant` turn, or the turns of `prompt` and one more", origin
-        )
+        index = next((i for i, pair in enumerate(zip(messages, prompt, strict=False)) if pair[0] != pair[1]), 0)
+        _refuse_roles(messages, field, index, "one `assistant` turn, or the turns of `prompt` and one more", origin)
     return messages[-1].content
 
 
@@ -230,9 +220,7 @@ def _spoken(messages: tuple[Message, ...], origin: str) -> Conversation:
     return Conversation(messages, origin)
 
 
-def _compared(
-    record: Record, prompt: tuple[Message, ...], responses: Sequence[str], origin: str
-) -> Preference:
+def _compared(record: Record, prompt: tuple[Message, ...], responses: Sequence[str], origin: str) -> Preference:
     stripped = [response.strip() for response in responses]
     if not all(stripped):
         raise Unusable("empty response")
@@ -287,16 +275,12 @@ def _parse_prompt(record: Record, origin: str) -> Prompt:
 
 
 def _parse_explicit(record: Record, origin: str) -> Preference:
-    prompt_value, chosen, rejected = (
-        _column(record, name, origin) for name in ("prompt", "chosen", "rejected")
-    )
+    prompt_value, chosen, rejected = (_column(record, name, origin) for name in ("prompt", "chosen", "rejected"))
     prompt = _prompt(prompt_value, "prompt", origin)
     best = _response(chosen, prompt, "chosen", origin)
     worst = _response(rejected, prompt, "rejected", origin)
     if isinstance(chosen, str) != isinstance(rejected, str):
-        _refuse(
-            origin, "rejected", "text, as `chosen` is" if isinstance(chosen, str) else "messages", rejected
-        )
+        _refuse(origin, "rejected", "text, as `chosen` is" if isinstance(chosen, str) else "messages", rejected)
     return _compared(record, prompt, (best, worst), origin)
 
 
@@ -362,9 +346,7 @@ def _always(record: Record) -> bool:
 FORMATS: tuple[Format, ...] = (
     Format("text", "text", frozenset({"text"}), _always, _parse_text),
     Format("messages", "conversation", frozenset({"messages"}), _always, _parse_messages),
-    Format(
-        "prompt_completion", "conversation", frozenset({"prompt", "completion"}), _always, _parse_completion
-    ),
+    Format("prompt_completion", "conversation", frozenset({"prompt", "completion"}), _always, _parse_completion),
     Format(
         "question_answer",
         "conversation",

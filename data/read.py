@@ -134,9 +134,7 @@ def load(source: DataSource, kinds: tuple[str, ...]) -> Loaded:
         side = held_out if is_held_out(located.row, source.held_out) else train
         side.append(convert(located.row, kind, located.format))
     if fingerprint(source) != digest:
-        raise DataError(
-            "changed while it was read", where=source.source, hint="run again when nothing writes to it"
-        )
+        raise DataError("changed while it was read", where=source.source, hint="run again when nothing writes to it")
     return Loaded(kind, first.format, digest, tuple(train), tuple(held_out), dict(sorted(dropped.items())))
 
 
@@ -277,11 +275,7 @@ def _json_object(line: bytes, origin: str) -> Record:
     value = _json_value(line, origin)
     if isinstance(value, dict):
         return value
-    hint = (
-        "write one object per line, not one list of all rows"
-        if isinstance(value, list)
-        else "write one object"
-    )
+    hint = "write one object per line, not one list of all rows" if isinstance(value, list) else "write one object"
     raise DataError(f"{shown(value)} (expected an object)", where=origin, hint=hint)
 
 
@@ -302,9 +296,7 @@ def _json_value(line: bytes, origin: str) -> Any:
             hint="correct this line; if it is the last one, the file may be cut short",
         ) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"JSON that is not taken: {cut(str(error))}", where=origin, hint="correct this line"
-        ) from error
+        raise DataError(f"JSON that is not taken: {cut(str(error))}", where=origin, hint="correct this line") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -372,9 +364,7 @@ def _refuse_other_commit(table: Any, revision: str, where: str) -> None:
     for each in table.cache_files:
         commit = Path(each["filename"]).parent.name
         if COMMIT.fullmatch(commit) and commit != revision:
-            raise DataError(
-                f"the cache holds revision {commit}", where=where, hint="load it once with a network"
-            )
+            raise DataError(f"the cache holds revision {commit}", where=where, hint="load it once with a network")
 
 
 def _world_part(source: DataSource) -> str:
@@ -383,9 +373,7 @@ def _world_part(source: DataSource) -> str:
     part = source.source.removeprefix("world:")
     if part not in world.PARTS:
         known = ", ".join(world.PARTS)
-        raise DataError(
-            f"no part {shown(part)} of the embedded world", where=source.source, hint=f"one of {known}"
-        )
+        raise DataError(f"no part {shown(part)} of the embedded world", where=source.source, hint=f"one of {known}")
     return part
 
 

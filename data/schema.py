@@ -43,7 +43,8 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Turns that await the assistant's. `facts` is what a judge needs (the answer, the task), never shown to a model."""
+    """Turns that await the assistant's. `facts` is what a judge needs (the answer, the task), never shown to a
+    model."""
 
     prompt: tuple[Message, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)

@@ -109,9 +109,7 @@ class ChatTemplate:
             is_response = message.role == "assistant"
             if is_response and gap[:1] != (self.stop_id,):
                 self._stop_id(gap)
-                raise ArtifactError(
-                    "the chat template ends assistant turns in different ways", hint=_OTHER_TEMPLATE
-                )
+                raise ArtifactError("the chat template ends assistant turns in different ways", hint=_OTHER_TEMPLATE)
             content = self._content(message.content, trim)
             tokens += [*content, *gap]
             trained += [is_response] * len(content) + [is_response] * bool(gap) + [False] * (len(gap) - 1)
@@ -146,9 +144,7 @@ class ChatTemplate:
         markers = "|".join(map(re.escape, self._control.values()))
         cuts = [match.start() + 1 for match in re.finditer(f"(?={markers})", content)]
         pieces = [content[start:end] for start, end in pairwise([0, *cuts, len(content)])]
-        tokens = [
-            token for piece in pieces for token in self._inner.encode(piece, add_special_tokens=False).ids
-        ]
+        tokens = [token for piece in pieces for token in self._inner.encode(piece, add_special_tokens=False).ids]
         if self._forbidden.isdisjoint(tokens):
             return tokens
         raise ArtifactError(
@@ -174,8 +170,7 @@ class ChatTemplate:
         plain = self._gaps(roles, _placeholders(len(roles)), prompt=prompt)
         padded = self._gaps(roles, _placeholders(len(roles), "other"), pad=True, prompt=prompt)
         trims = tuple(
-            (not before.endswith(LEFT_PAD), not after.startswith(RIGHT_PAD))
-            for before, after in pairwise(padded)
+            (not before.endswith(LEFT_PAD), not after.startswith(RIGHT_PAD)) for before, after in pairwise(padded)
         )
         if [gap.removeprefix(RIGHT_PAD).removesuffix(LEFT_PAD) for gap in padded] != plain:
             raise ArtifactError(

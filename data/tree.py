@@ -1,13 +1,14 @@
 """The one batch of Baton: a prompt and its responses, laid out so that the prompt is computed once.
 
-A `Tree` is a prompt with k branches. A `TreeBatch` lays trees out in rows: the prompt, then each branch, whose positions
-restart at the prompt's end and which attends to the prompt and to itself only. Several trees share a row when they are
-shorter than the batch's longest. Only the positions that are read (the ones that predict a trained token) are named in
-`sources`, so that the language-model head runs nowhere else.
+A `Tree` is a prompt with k branches. A `TreeBatch` lays trees out in rows: the prompt, then each branch, whose
+positions restart at the prompt's end and which attends to the prompt and to itself only. Several trees share a
+row when they are shorter than the batch's longest. Only the positions that are read (the ones that predict a
+trained token) are named in `sources`, so that the language-model head runs nowhere else.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -111,8 +112,16 @@ class TreeBatch:
 
     def to(self, device: torch.device) -> TreeBatch:
         """The batch with its tensors on a device."""
-        moved = (self.tokens, self.positions, self.mask, self.sources, self.targets, self.branch_of_read, self.ends)
-        return TreeBatch(*(None if each is None else each.to(device) for each in moved), self.trees)  # type: ignore[arg-type]
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens.to(device),
+            positions=self.positions.to(device),
+            mask=None if self.mask is None else self.mask.to(device),
+            sources=self.sources.to(device),
+            targets=self.targets.to(device),
+            branch_of_read=self.branch_of_read.to(device),
+            ends=self.ends.to(device),
+        )
 
     def sum_by_branch(self, values: Tensor) -> Tensor:
         """Sum values of reads [reads] over each branch: [branches]."""
@@ -122,8 +131,9 @@ class TreeBatch:
 def batches(trees: Iterable[Tree], tokens_per_batch: int, layout: Layout = "tree") -> Iterator[TreeBatch]:
     """Pack trees into batches of at most `tokens_per_batch` tokens, padding included; longest first.
 
-    A tree longer than the budget has a batch of its own. In the `plain` layout every branch stands in its own row behind
-    its own copy of the prompt, with causal attention and padding at the end; the branches of a tree stay in one batch.
+    A tree longer than the budget has a batch of its own. In the `plain` layout every branch stands in its own
+    row behind its own copy of the prompt, with causal attention and padding at the end; the branches of a tree
+    stay in one batch.
     """
     waiting = sorted(trees, key=lambda tree: (-tree.length, tree.number))
     while waiting:

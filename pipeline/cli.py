@@ -40,9 +40,7 @@ Run = Annotated[Path, typer.Argument(help="Run directory or configuration file."
 Only = Annotated[list[str] | None, typer.Option(help="Just this stage; may be repeated.")]
 Until = Annotated[str | None, typer.Option(help="This stage and what it needs.")]
 Force = Annotated[list[str] | None, typer.Option(help="Run this stage in any case; may be repeated.")]
-Strict = Annotated[
-    bool, typer.Option("--strict", help="Changed code and environment count as reasons to run.")
-]
+Strict = Annotated[bool, typer.Option("--strict", help="Changed code and environment count as reasons to run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and show the plan; run nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

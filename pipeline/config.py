@@ -218,6 +218,9 @@ class DpoSettings(Training):
     """The adapter."""
     beta: Rate = 0.1
     """Strength of the pull towards the reference."""
+    sft_weight: NonNegative = 0.0
+    """Weight of the mean negative log-likelihood of the chosen responses' tokens (arXiv 2404.19733, eq. 1); keeps their
+    probability from falling along with that of the rejected ones."""
 
 
 class PpoSettings(Training):
@@ -307,13 +310,7 @@ class EvaluateSettings(StageSettings):
 
 
 Stage = Annotated[
-    TokenizerSettings
-    | PretrainSettings
-    | SftSettings
-    | RewardSettings
-    | DpoSettings
-    | PpoSettings
-    | EvaluateSettings,
+    TokenizerSettings | PretrainSettings | SftSettings | RewardSettings | DpoSettings | PpoSettings | EvaluateSettings,
     Field(discriminator="kind"),
 ]
 

@@ -170,9 +170,7 @@ class _Builder:
         for key_node, value_node in node.value:
             key = self._key(key_node)
             if key in values:
-                self.document.problems.append(
-                    Problem(self._line(key_node), f"duplicate key `{printable(key)}`")
-                )
+                self.document.problems.append(Problem(self._line(key_node), f"duplicate key `{printable(key)}`"))
             self.document.places[(*location, key)] = self._line(key_node)
             values[key] = self.value(value_node, (*location, key))
         return values

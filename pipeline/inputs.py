@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +24,20 @@ from pipeline.terminal import printable
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 """What a foreign model directory is read for; nothing in it can hold code."""
 
+Verify = Callable[[Path], Manifest]
+
 
 class NotDownloaded(ArtifactError):
     """A hub model is not in the local cache and downloading was not asked for."""
 
 
 def resolve(
-    reference: str, run: RunDirectory, stages: Collection[str], *, download: bool = False
+    reference: str,
+    run: RunDirectory,
+    stages: Collection[str],
+    *,
+    download: bool = False,
+    verify: Verify = manifests.verify,
 ) -> Artifact:
     """Find an input and re-hash all of it, down to its base model.
 
@@ -39,6 +46,7 @@ def resolve(
         run: The run directory that stage names are looked up in.
         stages: Names of the run's stages.
         download: Fetch a hub model that is not in the local cache.
+        verify: Re-hashes a stage directory; one that remembers saves work when many inputs share a base.
 
     Raises:
         ArtifactError: Missing, damaged, not a model, or on another base than it was trained on.
@@ -48,11 +56,9 @@ def resolve(
     if reference in stages:
         directory = run.stage(reference)
         if not (directory / manifests.FILE_NAME).is_file():
-            raise ConfigError(
-                f"stage `{reference}` has not been published", hint="run it first, or leave out `--only`"
-            )
-        return _stage(directory, reference, download)
-    return _elsewhere(reference, download)
+            raise ConfigError(f"stage `{reference}` has not been published", hint="run it first, or leave out `--only`")
+        return _stage(directory, reference, download, verify)
+    return _elsewhere(reference, download, verify)
 
 
 def require(artifact: Artifact, role: str, accepts: tuple[str, ...]) -> Artifact:
@@ -69,39 +75,42 @@ def require(artifact: Artifact, role: str, accepts: tuple[str, ...]) -> Artifact
 
 def size(artifact: Artifact) -> int:
     """Bytes of an input's files, its base included."""
-    own = sum(path.stat().st_size for path in artifact.directory.iterdir() if path.is_file())
+    if artifact.manifest is not None:
+        own = sum(output.bytes for output in artifact.manifest.outputs)
+    else:
+        own = sum(path.stat().st_size for path in _model_files(artifact.directory))
     return own + (size(artifact.base) if artifact.base else 0)
 
 
-def _elsewhere(reference: str, download: bool) -> Artifact:
+def _elsewhere(reference: str, download: bool, verify: Verify) -> Artifact:
     if reference.startswith("hub:"):
         return _hub(reference, download)
     directory = Path(reference)
     if (directory / manifests.FILE_NAME).is_file():
-        return _stage(directory, reference, download)
+        return _stage(directory, reference, download, verify)
     if not directory.is_dir():
         raise ArtifactError("no such stage, directory or hub reference", where=printable(reference))
     return Artifact(directory, "model", _foreign_digest(directory), source=reference)
 
 
-def _stage(directory: Path, source: str, download: bool) -> Artifact:
-    manifest = manifests.verify(directory)
+def _stage(directory: Path, source: str, download: bool, verify: Verify) -> Artifact:
+    manifest = verify(directory)
     artifact = Artifact(directory, manifest.kind, manifest.digest, manifest, source)
     if manifest.kind not in ("adapter", "reward"):
         return artifact
-    return replace(artifact, base=_base(directory, manifest, download))
+    return replace(artifact, base=_base(directory, manifest, download, verify))
 
 
-def _base(directory: Path, manifest: Manifest, download: bool) -> Artifact:
+def _base(directory: Path, manifest: Manifest, download: bool, verify: Verify) -> Artifact:
     """The model that an adapter sits on: a stage beside it, or wherever its manifest says it was."""
     adaptation = manifest.adaptation
     if adaptation is None:
         raise ArtifactError(f"the manifest of this {manifest.kind} names no base", where=directory)
     sibling = directory.parent / adaptation.base_source
     if (sibling / manifests.FILE_NAME).is_file():
-        base = _stage(sibling, adaptation.base_source, download)
+        base = _stage(sibling, adaptation.base_source, download, verify)
     else:
-        base = _elsewhere(adaptation.base_source, download)
+        base = _elsewhere(adaptation.base_source, download, verify)
     if base.digest != adaptation.base:
         source = printable(adaptation.base_source)
         raise ArtifactError(
@@ -124,9 +133,7 @@ def _model_files(directory: Path) -> list[Path]:
     """
     if (directory / "adapter_config.json").exists():
         hint = "merge it into its base and give the merged directory"
-        raise ArtifactError(
-            "an adapter without a manifest: its base cannot be checked", where=directory, hint=hint
-        )
+        raise ArtifactError("an adapter without a manifest: its base cannot be checked", where=directory, hint=hint)
     if not (directory / "config.json").is_file():
         raise ArtifactError("neither a stage (manifest.json) nor a model (config.json)", where=directory)
     files = sorted({path for pattern in MODEL_FILES for path in directory.glob(pattern) if path.is_file()})
@@ -188,9 +195,7 @@ def _download(repository: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        path = snapshot_download(
-            repository, revision=revision, cache_dir=_cache(), allow_patterns=list(MODEL_FILES)
-        )
+        path = snapshot_download(repository, revision=revision, cache_dir=_cache(), allow_patterns=list(MODEL_FILES))
     except (OSError, ValueError) as error:
         what = f"cannot download: {printable(str(error), 300)}"
         hint = "check the name, the revision and the connection, or give the path of a model directory"

@@ -30,8 +30,8 @@ def settings_of(place: Path) -> RunSettings:
     if not place.is_dir():
         return loader.load(place)
     path = RunDirectory(place).config
-    if not path.is_file():
-        raise ConfigError("not a run directory: no config.yaml", where=place)
+    if not path.is_file() or not (place / ".lock").is_file():
+        raise ConfigError("not a run directory: no config.yaml or no .lock", where=place)
     return loader.load(path, [f"output={json.dumps(str(place))}"])
 
 
@@ -84,9 +84,7 @@ def integrity(place: Path) -> dict[str, list[str]]:
     if (place / manifests.FILE_NAME).is_file():
         return {place.name: _problems(place, {})}
     run = run_of(place)
-    shelf = {
-        manifests.sha256(path.parent): path.parent for path in run.archive.glob(f"*/{manifests.FILE_NAME}")
-    }
+    shelf = {manifests.sha256(path.parent): path.parent for path in run.archive.glob(f"*/{manifests.FILE_NAME}")}
     names = sorted(path.name for path in run.stages.iterdir())
     return {name: _problems(run.stage(name), shelf) for name in names}
 

@@ -12,7 +12,7 @@ from pipeline.errors import Interrupted
 
 
 class Interruption:
-    """While watching, a signal raises `KeyboardInterrupt`, which libraries let pass, and ends as `Interrupted`.
+    """While watching, a signal raises `KeyboardInterrupt`, which no library swallows, and ends `Interrupted`.
 
     The handlers are Python's, which run in the main thread; elsewhere nothing is installed.
     """
@@ -28,9 +28,7 @@ class Interruption:
         Raises:
             Interrupted: A signal came.
         """
-        numbers = (
-            (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        )
+        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
         previous = [(number, signal.signal(number, self._receive)) for number in numbers]
         try:
             yield

@@ -83,9 +83,7 @@ def _validate(document: Document) -> RunSettings | None:
 def _note(document: Document, detail: ErrorDetails) -> None:
     location = _location(document.values, detail["loc"], detail["type"] == "missing")
     setting = ".".join(printable(str(each)) for each in location)
-    document.note(
-        location, f"{setting}: {_message(document, location, detail)}" if setting else detail["msg"]
-    )
+    document.note(location, f"{setting}: {_message(document, location, detail)}" if setting else detail["msg"])
 
 
 def _message(document: Document, location: Location, detail: ErrorDetails) -> str:

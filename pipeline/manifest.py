@@ -27,9 +27,7 @@ FILE_NAME = "manifest.json"
 class Record(BaseModel):
     """Base of all parts of a manifest."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
 
 class Metric(Record):
@@ -232,8 +230,4 @@ def _damage(path: Path | None, output: OutputRecord) -> Damage | None:
     if status.st_size != output.bytes:
         return Damage(output.path, f"{status.st_size} bytes", f"{output.bytes} bytes")
     digest = file_sha256(path)
-    return (
-        None
-        if digest == output.sha256
-        else Damage(output.path, f"sha256 {digest}", f"sha256 {output.sha256}")
-    )
+    return None if digest == output.sha256 else Damage(output.path, f"sha256 {digest}", f"sha256 {output.sha256}")

@@ -8,9 +8,10 @@ it valid.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache, partial
 from typing import Any
 
 from pipeline import fingerprint, inputs, references
@@ -64,9 +65,7 @@ class Reason:
         if self.cause is Cause.PARENT:
             return f"{self.cause}: {subject}"
         if self.cause is Cause.DAMAGED:
-            return (
-                f"{self.cause}: {subject}: {printable(self.new, None)}, expected {printable(self.old, None)}"
-            )
+            return f"{self.cause}: {subject}: {printable(self.new, None)}, expected {printable(self.old, None)}"
         return f"{self.cause}{f' {subject}' if subject else ''}: {short(self.old)} -> {short(self.new)}"
 
 
@@ -133,10 +132,12 @@ def plan(
     """
     names = selection(settings, only, until)
     _known(settings, force)
+    verify = cache(manifests.verify)
     decisions: list[Decision] = []
     for name in names:
         running = {decision.stage for decision in decisions if decision.run}
-        decisions.append(decide(settings, name, running=running, forced=name in force, strict=strict))
+        forced = name in force
+        decisions.append(decide(settings, name, running=running, forced=forced, strict=strict, verify=verify))
     for decision in decisions:
         if decision.run:
             _check_data(settings, settings.stages[decision.stage])
@@ -151,6 +152,7 @@ def decide(
     forced: bool = False,
     strict: bool = False,
     download: bool = False,
+    verify: inputs.Verify = manifests.verify,
 ) -> Decision:
     """Decide for one stage; reads and re-hashes its inputs and outputs.
 
@@ -161,10 +163,12 @@ def decide(
         forced: Run it in any case.
         strict: Let changed code and environment count as reasons.
         download: Fetch hub models that are not in the local cache.
+        verify: Re-hashes a stage directory that is an input.
     """
     run = RunDirectory.of(settings)
     stage = settings.stages[name]
-    wanted = _wanted(settings, stage, run, running, download)
+    find = partial(inputs.resolve, run=run, stages=settings.stages, download=download, verify=verify)
+    wanted = _wanted(settings, stage, running, find)
     old, damage = _published(run, name)
     hard = [Reason(Cause.FORCED)] if forced else []
     hard += [Reason(Cause.DAMAGED, each.file, each.expected, each.found) for each in damage]
@@ -245,7 +249,7 @@ def _known(settings: RunSettings, names: Collection[str]) -> None:
 
 
 def _wanted(
-    settings: RunSettings, stage: StageSettings, run: RunDirectory, running: Collection[str], download: bool
+    settings: RunSettings, stage: StageSettings, running: Collection[str], find: Callable[[str], Artifact]
 ) -> Wanted:
     everything = stage.model_dump(mode="json")
     everything |= {"seed": settings.seed, "device": settings.device, "dtype": settings.dtype}
@@ -256,7 +260,7 @@ def _wanted(
             unknown[role] = Reason(Cause.PARENT, reference)
             continue
         try:
-            artifact = inputs.resolve(reference, run, settings.stages, download=download)
+            artifact = find(reference)
         except inputs.NotDownloaded:
             unknown[role] = Reason(Cause.INPUT, role, reference, "not downloaded yet")
             continue

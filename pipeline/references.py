@@ -106,9 +106,7 @@ def _check_cycle(document: Document, graph: Mapping[str, set[str]]) -> None:
         document.note(("stages", error.args[1][-1]), f"stages wait for each other: {circle}")
 
 
-def _references(
-    name: str, stage: Mapping[str, Any], roles: Iterable[str]
-) -> Iterator[tuple[Location, str, str]]:
+def _references(name: str, stage: Mapping[str, Any], roles: Iterable[str]) -> Iterator[tuple[Location, str, str]]:
     """Location, role and text of every reference that is text; anything else is for validation to refuse."""
     for role in roles:
         value = stage.get(role)

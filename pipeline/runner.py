@@ -77,23 +77,17 @@ def run(
 
 
 class _Runner:
-    def __init__(
-        self, settings: RunSettings, directory: RunDirectory, command: str, console: Console
-    ) -> None:
+    def __init__(self, settings: RunSettings, directory: RunDirectory, command: str, console: Console) -> None:
         self.settings = settings
         self.directory = directory
         self.command = command
         self.console = console
         self.interruption = Interruption()
 
-    def run(
-        self, only: Collection[str], until: str | None, force: Collection[str], strict: bool
-    ) -> list[Outcome]:
+    def run(self, only: Collection[str], until: str | None, force: Collection[str], strict: bool) -> list[Outcome]:
         decisions = plan(self.settings, only=only, until=until, force=force, strict=strict)
         loader.write_resolved(self.settings, self.directory.config)
-        outcomes = [
-            self._bring_up_to_date(decision, decision.stage in force, strict) for decision in decisions
-        ]
+        outcomes = [self._bring_up_to_date(decision, decision.stage in force, strict) for decision in decisions]
         if not any(outcome.ran for outcome in outcomes):
             self.console.print("nothing to do: every stage is up to date")
         self._report(outcomes)
@@ -122,9 +116,7 @@ class _Runner:
         if decision.damaged:
             kept = store.quarantine(self.directory, decision.stage)
             self.console.print(f"{decision.stage}: damaged, moved to {printable(str(kept), None)}")
-        store.check_space(
-            self.directory.root, max(map(inputs.size, decision.wanted.artifacts.values()), default=0)
-        )
+        store.check_space(self.directory.root, max(map(inputs.size, decision.wanted.artifacts.values()), default=0))
         work = store.begin(self.directory, decision.stage)
         try:
             result, cost = self._compute(decision, work)
@@ -255,8 +247,6 @@ def _refuse_several_processes() -> None:
 def _refuse_not_finite(name: str, result: Result) -> None:
     for metric, figure in result.metrics.items():
         values: Mapping[str, Any] = figure.model_dump()
-        bad = {
-            part: value for part, value in values.items() if value is not None and not math.isfinite(value)
-        }
+        bad = {part: value for part, value in values.items() if value is not None and not math.isfinite(value)}
         if bad:
             raise NumericalError(f"the metric `{printable(metric)}` is not finite: {bad}", where=name)

@@ -99,9 +99,12 @@ def lock(run: RunDirectory) -> Iterator[None]:
         BusyError: Another process holds it.
         StorageError: The directory cannot be written.
     """
-    with storage_errors(run.root):
+    try:
         run.root.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        hint = "choose another `output`"
+        raise StorageError(f"cannot be the run directory: {error.strerror}", where=run.root, hint=hint) from None
     try:
         _acquire(descriptor, run.root)
         _held.add(descriptor)
@@ -172,7 +175,7 @@ def publish(work: Path, run: RunDirectory, name: str, manifest: Manifest) -> Pat
 
 def fail(run: RunDirectory, work: Path) -> Path:
     """Keep the records of an attempt that did not finish and remove its weights."""
-    name = work.name.rpartition("-")[0]
+    name = work.name.rpartition("-")[0] or work.name
     target = run.failed(name)
     for path in list(manifests.walk(work)):
         if path.suffix not in _RECORDS or path.is_symlink():

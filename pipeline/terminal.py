@@ -35,7 +35,7 @@ def console(*, stderr: bool = False) -> Console:
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Columns of text, each as wide as its widest cell."""
-    cells = [list(headings), *([printable(cell) for cell in row] for row in rows)]
+    cells = [list(headings), *([printable(cell, 200) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headings))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
     return "\n".join(line.rstrip() for line in lines)

@@ -35,7 +35,10 @@ class ScalarHead(nn.Module):
 
     def save(self, directory: Path) -> None:
         """Write `head.safetensors`."""
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}, directory / FILE_NAME)
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()},
+            directory / FILE_NAME,
+        )
 
     @classmethod
     def load(cls, directory: Path, hidden_size: int) -> ScalarHead:

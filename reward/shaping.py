@@ -27,8 +27,8 @@ def token_rewards(scores: Tensor, log_ratios: Tensor, mask: Tensor, kl_coefficie
 def generalized_advantages(rewards: Tensor, values: Tensor, mask: Tensor, discount: float, decay: float) -> Tensor:
     """Generalised advantage estimates (Schulman et al. 2015, arXiv 1506.02438, eq. 16), [rows, tokens].
 
-    The value after a row's last token is zero, whether it ended its turn or was cut off: a cut-off response is a finished
-    (and penalised) one here.
+    The value after a row's last token is zero, whether it ended its turn or was cut off: a cut-off response is
+    a finished (and penalised) one here.
 
     Args:
         rewards: [rows, tokens].

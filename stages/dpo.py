@@ -1,10 +1,11 @@
 """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290).
 
-The policy learns from pairs without a reward model: the log-probability of the chosen response relative to the reference
-rises against that of the rejected one. The reference is the policy's own start, computed on the same base with the adapter
-off (or with the frozen adapter that the policy began as), in the same batch: at step 0 the margin is exactly zero and the
-loss ln 2. Of a ranking of k responses, the first and the last make the pair. Left out: other losses, label smoothing, a
-supervised term, and reference log-probabilities kept between epochs.
+The policy learns from pairs without a reward model: the log-probability of the chosen response relative to the
+reference rises against that of the rejected one. The reference is the policy's own start, computed on the same
+base with the adapter off (or with the frozen adapter that the policy began as), in the same batch: at step 0
+the margin is exactly zero and the loss ln 2. An optional supervised term on the chosen responses (Pang et al.
+2024, arXiv 2404.19733) keeps them likely. Of a ranking of k responses, the first and the last make the pair.
+Left out: other losses, label smoothing, and reference log-probabilities kept between epochs.
 
     python -m stages.dpo CONFIG [key=value ...]
 """
@@ -45,7 +46,7 @@ def run(context: Context) -> Result:
     roles = open_role(policy, POLICY, settings.lora, compute)
     with roles.use(REFERENCE):
         replay_probes(policy, roles.base)
-    loaded = rows.read(context, "data")
+    loaded = rows.read(context, "data", Preference)
     examples, dropped = usable(_trees(roles.base.template, loaded.train, settings.max_length))
     rows.require(examples, context, "data", dropped)
     held_out, _ = usable(_trees(roles.base.template, loaded.held_out, settings.max_length))
@@ -68,19 +69,27 @@ def run(context: Context) -> Result:
 
 
 def objective(roles: Roles, settings: DpoSettings, layout: Layout) -> loop.Objective:
-    """Mean loss over the step's pairs, with the mean margin and the share of pairs whose margin is positive."""
+    """Mean loss over the step's pairs, with the mean margin and the share of pairs whose margin is positive.
+
+    `chosen_logprob` is the mean log-probability of the chosen responses' tokens: it falls when learning goes astray.
+    """
 
     def parts(examples: Sequence[Tree]) -> Iterator[loop.Part]:
+        chosen_tokens = sum(tree.branches[0].reads for tree in examples)
         for batch in on_device(roles.base, examples, settings.tokens_per_batch, layout):
             with torch.no_grad(), roles.use(REFERENCE):
                 reference = _pair_logprobs(roles, batch)
             with roles.use(POLICY):
-                losses, margins = dpo_loss(_pair_logprobs(roles, batch), reference, settings.beta)
+                policy = _pair_logprobs(roles, batch)
+                losses, margins = dpo_loss(policy, reference, settings.beta)
+                likelihood = policy[:, 0].sum() / chosen_tokens
                 shares = {
+                    "chosen_logprob": likelihood.item(),
                     "accuracy": (margins > 0).float().sum().item() / len(examples),
                     "margin": margins.sum().item() / len(examples),
                 }
-                yield loop.Part(losses.sum() / len(examples), shares, 2 * batch.token_count)
+                loss = losses.sum() / len(examples) - settings.sft_weight * likelihood
+                yield loop.Part(loss, shares, 2 * batch.token_count)
 
     return parts
 

@@ -1,11 +1,11 @@
 """Compare models with their parents on held-out rows, each figure with a 95% interval.
 
-Every model answers the same held-out prompts, sampled from its own distribution. The answers are judged by a programmatic
-gold reward where the data has one, and by a reward model; a child is compared with its parent prompt by prompt, so the
-interval is that of the paired difference. The KL divergence to the reference is estimated on the model's own samples (the
-mean of log pi - log pi_ref over whole responses). Held-out text gives perplexity and bits per byte, held-out pairs the
-accuracy of the reward model and of each policy's implicit reward. Left out: greedy and other decoding, calibration, and
-correction for many comparisons.
+Every model answers the same held-out prompts, sampled from its own distribution. The answers are judged by a
+programmatic gold reward where the data has one, and by a reward model; a child is compared with its parent
+prompt by prompt, so the interval is that of the paired difference. The KL divergence to the reference is
+estimated on the model's own samples (the mean of log pi - log pi_ref over whole responses). Held-out text gives
+perplexity and bits per byte, held-out pairs the accuracy of the reward model and of each policy's implicit
+reward. Left out: greedy and other decoding, calibration, and correction for many comparisons.
 
     python -m stages.evaluate CONFIG [key=value ...]
 """
@@ -17,7 +17,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from data.read import Loaded
 from data.schema import Preference, Prompt, Text
 from data.tree import Branch, Layout, Tree, preference_tree, prompt_tokens, usable
 from pipeline.config import EvaluateSettings
@@ -37,6 +36,15 @@ from stages.core.scoring import exponential, logprobs, scores
 Metrics = dict[str, Metric]
 PLAIN: Layout = "plain"
 """Models of any architecture are compared, so none is asked to compute trees."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """The held-out rows that models are compared on."""
+
+    prompts: Sequence[Prompt]
+    pairs: Sequence[Preference]
+    texts: Sequence[Text]
 
 
 @dataclass(frozen=True)
@@ -62,33 +70,42 @@ def run(context: Context) -> Result:
     models = {role: artifact for role, artifact in context.inputs.items() if role.startswith("models.")}
     lineup = Lineup(models, compute)
     judge = lineup.judge(context.inputs["reward"]) if "reward" in context.inputs else None
-    loaded = {role: _held_out(context, role) for role in context.data}
+    cards: list[DataCard] = []
+    material = Material(
+        prompts=_held_out(context, "prompts", Prompt, cards),
+        pairs=_held_out(context, "pairs", Preference, cards),
+        texts=_held_out(context, "text", Text, cards),
+    )
     answers: dict[str, Answers] = {}
     metrics: dict[str, Metrics] = {}
     for done, (name, contestant) in enumerate(lineup.contestants.items(), 1):
-        answers[name] = _answer(contestant, loaded["prompts"][0], judge, context)
-        metrics[name] = _metrics(contestant, lineup, answers, loaded, settings)
+        answers[name] = _answer(contestant, material.prompts, judge, context)
+        metrics[name] = _metrics(contestant, lineup, answers, material, settings)
         context.progress({"model": name}, done=done, total=len(lineup.contestants))
-    if judge and "pairs" in loaded:
-        metrics[context.inputs["reward"].source] = _judge_accuracy(judge, loaded["pairs"][0], settings)
-    _write(context, lineup, loaded["prompts"][0], answers, metrics)
+    if judge and material.pairs:
+        metrics[context.inputs["reward"].source] = _judge_accuracy(judge, material.pairs, settings)
+    _write(context, lineup, material.prompts, answers, metrics)
     return Result(
         kind="evaluation",
         metrics={f"{name}.{metric}": value for name, found in metrics.items() for metric, value in found.items()},
-        data=[card for _, card in loaded.values()],
+        data=cards,
         tokens=sum(tree.reads for each in answers.values() for tree in each.trees),
         compute=compute.record,
     )
 
 
-def _held_out(context: Context, role: str) -> tuple[Sequence, DataCard]:  # type: ignore[type-arg]
-    loaded: Loaded = rows.read(context, role)
-    if not loaded.held_out:
+def _held_out(context: Context, role: str, kind: type[rows.Item], cards: list[DataCard]) -> Sequence[rows.Item]:
+    """The first held-out rows of a data role; empty when the stage was not given it."""
+    if role not in context.data:
+        return []
+    found = rows.read(context, role, kind)
+    chosen = found.held_out[: context.settings.rows]
+    if not chosen:
         raise DataError(
-            "no held-out rows", where=context.data[role].source, hint="raise the data source's held_out or give more rows"
+            "no held-out rows", where=context.data[role].source, hint="raise its held_out or give more rows"
         )
-    chosen = loaded.held_out[: context.settings.rows]
-    return chosen, rows.card(context, role, loaded, len(chosen), rows.HELD_OUT)
+    cards.append(rows.card(context, role, found, len(chosen), rows.HELD_OUT))
+    return chosen
 
 
 def _answer(contestant: Contestant, prompts: Sequence[Prompt], judge: Roles | None, context: Context) -> Answers:
@@ -137,24 +154,24 @@ def _metrics(
     contestant: Contestant,
     lineup: Lineup,
     answers: Mapping[str, Answers],
-    loaded: Mapping[str, tuple[Sequence, DataCard]],  # type: ignore[type-arg]
+    material: Material,
     settings: EvaluateSettings,
 ) -> Metrics:
     own = answers[contestant.name]
     metrics = {
         "length": mean_interval([tree.reads for tree in own.trees]),
-        **_judged(own, loaded["prompts"][0]),
+        **_judged(own, material.prompts),
     }
     if contestant.parent:
         metrics |= _against(own, answers[contestant.parent])
     if contestant.parent and contestant.artifact.kind == "adapter":
         parent = lineup.contestants[contestant.parent]
         metrics["kl"] = _divergence(contestant, parent, own.trees, settings)
-        if "pairs" in loaded:
-            metrics["pair_accuracy"] = _implicit_accuracy(contestant, parent, loaded["pairs"][0], settings)
-    if "text" in loaded:
+        if material.pairs:
+            metrics["pair_accuracy"] = _implicit_accuracy(contestant, parent, material.pairs, settings)
+    if material.texts:
         with contestant.use() as language_model:
-            metrics |= _likelihood(language_model, loaded["text"][0], settings)
+            metrics |= _likelihood(language_model, material.texts, settings)
     return metrics
 
 
@@ -256,7 +273,11 @@ def _likelihood(language_model: LanguageModel, texts: Sequence[Text], settings: 
 
 
 def _write(
-    context: Context, lineup: Lineup, prompts: Sequence[Prompt], answers: Mapping[str, Answers], metrics: Mapping[str, Metrics]
+    context: Context,
+    lineup: Lineup,
+    prompts: Sequence[Prompt],
+    answers: Mapping[str, Answers],
+    metrics: Mapping[str, Metrics],
 ) -> None:
     """`evaluation.json` for the report, `samples.jsonl` with one prompt a line and every model's answer."""
     parents = {name: contestant.parent for name, contestant in lineup.contestants.items()}

@@ -1,12 +1,13 @@
 """Proximal policy optimisation against a learned reward model (Schulman et al. 2017; Ouyang et al. 2022).
 
-One base in memory carries four roles: the policy (an adapter), the reference (the adapter off, or the frozen adapter that
-the policy began as), the reward model and the value function (an adapter and a scalar head each; the value starts as a copy
-of the reward model). Each round samples a response per prompt, scores it, takes the per-token log-ratio to the reference off
-the reward, estimates advantages by GAE, whitens them over the rollout, and updates policy and value with clipped losses in
-separate forward and backward passes. Losses are normalised by the tokens of the whole minibatch. A response that does not end
-its turn is penalised and treated as finished. Left out: several samples a prompt, adaptive KL, dual clip, value warm-up,
-early stopping, and rewards from rules.
+One base in memory carries four roles: the policy (an adapter), the reference (the adapter off, or the frozen
+adapter that the policy began as), the reward model and the value function (an adapter and a scalar head each;
+the value starts as a copy of the reward model). Each round samples a response per prompt, scores it, takes the
+per-token log-ratio to the reference off the reward, estimates advantages by GAE, whitens them over the rollout,
+and updates policy and value with clipped losses in separate forward and backward passes. Losses are normalised
+by the tokens of the whole minibatch. A response that does not end its turn is penalised and treated as
+finished. Left out: several samples a prompt, adaptive KL, dual clip, value warm-up, early stopping, and rewards
+from rules.
 
     python -m stages.ppo CONFIG [key=value ...]
 """
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from data.schema import Prompt
 from data.tree import Branch, Layout, Tree, prompt_tokens
 from pipeline.config import PpoSettings
 from pipeline.contract import Artifact, Context, Result
@@ -48,7 +50,7 @@ def run(context: Context) -> Result:
     settings, compute = context.settings, device.choose(context.device, context.dtype)
     loop.seed_everything(context.seed)
     roles = open_roles(context.inputs["policy"], context.inputs["reward"], settings, compute)
-    loaded = rows.read(context, "data")
+    loaded = rows.read(context, "data", Prompt)
     longest = settings.max_length - settings.max_new_tokens
     prompts = [prompt_tokens(roles.base.template, row.prompt, longest) for row in loaded.train]
     if not prompts:
@@ -211,7 +213,9 @@ def _layout(roles: Roles, prompts: Sequence[tuple[int, ...]]) -> tuple[Layout, l
 
 def _echoes(prompts: Sequence[tuple[int, ...]], branches: int = 1) -> list[Tree]:
     """Trees for checks that need no response: the branches of a prompt are the prompt once more."""
-    return [Tree(prompt, (Branch.of(prompt),) * branches, number) for number, prompt in enumerate(prompts[: probes.COUNT])]
+    return [
+        Tree(prompt, (Branch.of(prompt),) * branches, number) for number, prompt in enumerate(prompts[: probes.COUNT])
+    ]
 
 
 def _metrics(history: Sequence[dict[str, float]]) -> dict[str, Metric]:

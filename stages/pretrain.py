@@ -1,9 +1,9 @@
 """Train a causal language model on packed text, from nothing or from an existing model.
 
-Next-token prediction. Documents, each closed by the end token, are laid end to end in a shuffled order and cut into blocks
-of equal length; no token is padding and none is thrown away but the last incomplete block. Any causal architecture of
-`transformers` serves. Weights are float32; matrix products run in the run's precision. Left out: masks between the documents
-of a block, mixtures of sources, and distributed training.
+Next-token prediction. Documents, each closed by the end token, are laid end to end in a shuffled order and cut
+into blocks of equal length; no token is padding and none is thrown away but the last incomplete block. Any
+causal architecture of `transformers` serves. Weights are float32; matrix products run in the run's precision.
+Left out: masks between the documents of a block, mixtures of sources, and distributed training.
 
     python -m stages.pretrain CONFIG [key=value ...]
 """
@@ -40,7 +40,7 @@ def run(context: Context) -> Result:
     settings, compute = context.settings, device.choose(context.device, context.dtype)
     loop.seed_everything(context.seed)
     language_model = _open(context, compute)
-    loaded = rows.read(context, "data")
+    loaded = rows.read(context, "data", Text)
     blocks = _blocks(language_model.tokenizer, loaded.train, settings.max_length, context.seed)
     if not blocks:
         raise DataError(

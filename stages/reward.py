@@ -1,10 +1,11 @@
 """Train a reward model on preferences: an adapter and a scalar head on the policy's own base.
 
-The score of a response is read at its last token. The loss is Bradley-Terry's (Ouyang et al. 2022, arXiv 2203.02155, eq. 1)
-with an optional margin and centring, and for rankings of more than two responses Plackett-Luce's. Afterwards scores are
-shifted so that responses sampled from the policy itself score zero on average (Ziegler et al. 2019, arXiv 1909.08593). The
-head is created here once and stored; whoever loads the model reads it back and replays recorded scores, so it cannot be lost
-or made anew. Left out: ensembles, scaling to unit variance, and process rewards.
+The score of a response is read at its last token. The loss is Bradley-Terry's (Ouyang et al. 2022, arXiv
+2203.02155, eq. 1) with an optional margin and centring, and for rankings of more than two responses
+Plackett-Luce's. Afterwards scores are shifted so that responses sampled from the policy itself score zero on
+average (Ziegler et al. 2019, arXiv 1909.08593). The head is created here once and stored; whoever loads the
+model reads it back and replays recorded scores, so it cannot be lost or made anew. Left out: ensembles, scaling
+to unit variance, and process rewards.
 
     python -m stages.reward CONFIG [key=value ...]
 """
@@ -48,7 +49,7 @@ def run(context: Context) -> Result:
     roles.add_head(REWARD)
     with roles.use(REFERENCE):
         replay_probes(policy, roles.base)
-    loaded = rows.read(context, "data")
+    loaded = rows.read(context, "data", Preference)
     examples, dropped = usable(_trees(roles.base.template, loaded.train, settings.max_length))
     rows.require(examples, context, "data", dropped)
     held_out, _ = usable(_trees(roles.base.template, loaded.held_out, settings.max_length))

@@ -1,9 +1,10 @@
 """Supervised fine-tuning on conversations.
 
-The loss is the mean negative log-likelihood of assistant tokens, each turn's stop token included; nothing else is trained
-on. With `lora` (Hu et al. 2021, arXiv 2106.09685) the adapter is merged into the stored weights at the end, so that the
-stages after it have a reference with adapters off; on a 4-bit base it is handed on unmerged, since merging would change the
-base. Left out: NEFTune, dropout, and packing with more than one conversation attending to another (there is none: trees).
+The loss is the mean negative log-likelihood of assistant tokens, each turn's stop token included; nothing else
+is trained on. With `lora` (Hu et al. 2021, arXiv 2106.09685) the adapter is merged into the stored weights at
+the end, so that the stages after it have a reference with adapters off; on a 4-bit base it is handed on
+unmerged, since merging would change the base. Left out: NEFTune, dropout, and packing with more than one
+conversation attending to another (there is none: trees).
 
     python -m stages.sft CONFIG [key=value ...]
 """
@@ -37,7 +38,7 @@ def run(context: Context) -> Result:
     loop.seed_everything(context.seed)
     policy = context.inputs["policy"]
     roles = _open(context, policy, compute)
-    loaded = rows.read(context, "data")
+    loaded = rows.read(context, "data", Conversation)
     template = roles.base.template
     examples, dropped = usable(_trees(template, loaded.train, settings.max_length))
     rows.require(examples, context, "data", dropped)

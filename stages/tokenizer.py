@@ -1,9 +1,9 @@
 """Train a byte-level BPE tokenizer with control tokens and a chat template.
 
-Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2) by the `tokenizers` library: any text can be encoded, nothing is
-unknown. The end-of-turn token is also the end-of-document token, so that a pretrained model already knows how to stop;
-padding is a token of its own, so that the end is never masked away. Left out: normalisation, and choosing the vocabulary
-size by held-out compression.
+Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2) by the `tokenizers` library: any text can be encoded,
+nothing is unknown. The end-of-turn token is also the end-of-document token, so that a pretrained model already
+knows how to stop; padding is a token of its own, so that the end is never masked away. Left out: normalisation,
+and choosing the vocabulary size by held-out compression.
 
     python -m stages.tokenizer CONFIG [key=value ...]
 """
@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data.read import Loaded
 from data.schema import Text
 from data.template import SPECIAL_TOKENS, TEMPLATE, tokenizer_record
 from pipeline.contract import Context, Result
@@ -30,8 +29,8 @@ def run(context: Context) -> Result:
     Raises:
         DataError: The data source has no usable rows.
     """
-    loaded = rows.read(context, "data")
-    tokenizer = wrap(_train(loaded, context.settings.vocab_size))
+    loaded = rows.read(context, "data", Text)
+    tokenizer = wrap(_train(loaded.train, context.settings.vocab_size))
     tokenizer.save_pretrained(context.directory)
     context.progress({"vocabulary": len(tokenizer)}, done=1, total=1)
     return Result(
@@ -52,7 +51,7 @@ def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def _train(loaded: Loaded, vocab_size: int) -> Tokenizer:
+def _train(examples: Sequence[Text], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -62,7 +61,7 @@ def _train(loaded: Loaded, vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(loaded.train), trainer)
+    tokenizer.train_from_iterator(_texts(examples), trainer)
     return tokenizer
 
 

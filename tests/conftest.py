@@ -11,6 +11,8 @@ from pathlib import Path
 import fakes
 import pytest
 
+from pipeline import report
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 Baton = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -23,11 +25,12 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fake_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages in this process are the fake ones."""
+    """Stages in this process are fakes, and the report, which takes longer than they do, is one line."""
     modules: dict[str, object] = {}
     fakes.install(modules)  # type: ignore[arg-type]
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(report, "write", fakes.write_report)
 
 
 @pytest.fixture

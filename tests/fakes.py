@@ -1,7 +1,8 @@
 """Stages that write small files at once, and a run of them; `python tests/fakes.py` is `baton` on them.
 
 What a fake stage writes is a function of its settings and inputs, as a real one's is, except for the
-tokenizer's, which is always the same. `FAKE_STAGE=NAME:WHAT` makes the stage of that name misbehave.
+tokenizer's, which is always the same. `FAKE_STAGE=NAME:WHAT` makes the stage of that name misbehave. The
+report is one line unless `REAL_REPORT` is set.
 """
 
 from __future__ import annotations
@@ -51,9 +52,7 @@ def write_world(root: Path) -> Path:
     rows: dict[str, list[dict[str, object]]] = {
         "text": [{"text": f"Sentence {number}."} for number in range(8)],
         "chats": [{"messages": turns} for _ in range(8)],
-        "pairs": [
-            {"prompt": f"Question {number}?", "chosen": "Yes.", "rejected": "No."} for number in range(8)
-        ],
+        "pairs": [{"prompt": f"Question {number}?", "chosen": "Yes.", "rejected": "No."} for number in range(8)],
     }
     for name, lines in rows.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -66,9 +65,7 @@ def run_stage(context: Context) -> Result:
     """A stage's `run`: logs three steps, writes weights, reports a metric."""
     kind = context.settings.kind
     inputs = {role: artifact.digest for role, artifact in context.inputs.items()}
-    settings = {
-        name: value for name, value in context.settings.model_dump(mode="json").items() if name not in inputs
-    }
+    settings = {name: value for name, value in context.settings.model_dump(mode="json").items() if name not in inputs}
     made_from = "constant" if kind == "tokenizer" else [inputs, settings, context.seed]
     context.say(f"making {kind}")
     for step in range(3):
@@ -93,14 +90,19 @@ def run_stage(context: Context) -> Result:
     )
 
 
-def install(
-    modules: MutableMapping[str, types.ModuleType], run: Callable[[Context], Result] = run_stage
-) -> None:
+def install(modules: MutableMapping[str, types.ModuleType], run: Callable[[Context], Result] = run_stage) -> None:
     """Put fake stage modules where the runner imports the real ones."""
     for kind in PRODUCES:
         module = types.ModuleType(f"stages.{kind}")
         module.run = run  # type: ignore[attr-defined]
         modules[f"stages.{kind}"] = module
+
+
+def write_report(run: Path) -> Path:
+    """A report of one line, at once; the real one draws."""
+    path = run / "report.html"
+    path.write_text(" ".join(sorted(each.name for each in (run / "stages").iterdir())))
+    return path
 
 
 def _misbehave(context: Context) -> None:
@@ -125,6 +127,10 @@ def _misbehave(context: Context) -> None:
 
 if __name__ == "__main__":
     install(sys.modules)
+    from pipeline import report
     from pipeline.cli import main
+
+    if "REAL_REPORT" not in os.environ:
+        report.write = write_report
 
     main()

@@ -20,7 +20,11 @@ def test_a_file_hashes_like_its_bytes(tmp_path: Path) -> None:
 def test_the_order_of_keys_does_not_matter_and_everything_else_does() -> None:
     value = {"b": [1, 2.5, None, True], "a": {"é": "x"}}
     assert fingerprint.digest(value) == fingerprint.digest(json.loads(json.dumps(value, sort_keys=True)))
-    others = [{**value, "a": {}}, {**value, "b": [2.5, 1, None, True]}, {**value, "b": [1, 2.5, None, "true"]}]
+    others = [
+        {**value, "a": {}},
+        {**value, "b": [2.5, 1, None, True]},
+        {**value, "b": [1, 2.5, None, "true"]},
+    ]
     assert len({fingerprint.digest(each) for each in [value, *others]}) == 4
 
 

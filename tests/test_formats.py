@@ -77,9 +77,7 @@ def test_each_layout_is_recognised_and_read(name: str, record: dict[str, Any], r
 
 
 @pytest.mark.parametrize(("name", "record", "row"), ACCEPTED)
-def test_naming_the_kind_or_the_format_gives_the_same_row(
-    name: str, record: dict[str, Any], row: Row
-) -> None:
+def test_naming_the_kind_or_the_format_gives_the_same_row(name: str, record: dict[str, Any], row: Row) -> None:
     kind = next(each.kind for each in FORMATS if each.name == name)
     assert parse(record, kind) == parse(record, name) == row
 
@@ -167,9 +165,7 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("name", "record", "words"), MALFORMED)
-def test_a_malformed_row_is_refused_with_place_and_field(
-    name: str, record: dict[str, Any], words: str
-) -> None:
+def test_a_malformed_row_is_refused_with_place_and_field(name: str, record: dict[str, Any], words: str) -> None:
     layout = next(each for each in FORMATS if each.name == name)
     with pytest.raises(DataError) as caught:
         layout.parse(record, "pairs.jsonl:7")

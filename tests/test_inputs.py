@@ -6,9 +6,9 @@ import hashlib
 import json
 from pathlib import Path
 
+import fakes
 import pytest
 
-import fakes
 from pipeline import inputs, loader, runner
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.inputs import NotDownloaded, resolve
@@ -62,7 +62,9 @@ def test_a_stage_directory_resolves_by_path_with_the_same_digest(run: RunDirecto
 
 def test_damage_is_found_in_a_base_as_in_the_adapter_itself(run: RunDirectory) -> None:
     (run.stage("sft") / "nested" / "weights.safetensors").write_text("0" * 64)
-    with pytest.raises(ArtifactError, match=r"stages/sft: damaged: nested/weights.safetensors: sha256 \w{64}, expected"):
+    with pytest.raises(
+        ArtifactError, match=r"stages/sft: damaged: nested/weights.safetensors: sha256 \w{64}, expected"
+    ):
         resolve("dpo", run, fakes.STAGES)
 
 
@@ -171,7 +173,8 @@ def test_a_download_that_fails_says_what_to_check(
 
 
 @pytest.mark.parametrize(
-    "reference", ["hub:name@main", "hub:owner/name", "hub:../x@main", "hub:o/n@../x", "hub:o/n/m@a", "hub:o/n@"]
+    "reference",
+    ["hub:name@main", "hub:owner/name", "hub:../x@main", "hub:o/n@../x", "hub:o/n/m@a", "hub:o/n@"],
 )
 def test_hub_references_are_checked(run: RunDirectory, reference: str) -> None:
     with pytest.raises(ConfigError, match="not of the form"):

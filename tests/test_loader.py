@@ -165,7 +165,11 @@ def test_a_stage_can_be_a_directory_that_exists(config: Path, tmp_path: Path) ->
         ("stages.sft.lora=null", ["stages", "sft", "lora"], None),
         ("stages.sft.lora.rank=4", ["stages", "sft", "lora", "rank"], 4),
         ("stages.sft.optimizer={name: muon}", ["stages", "sft", "optimizer", "name"], "muon"),
-        ("stages.sft.lora.targets=[q_proj, v_proj]", ["stages", "sft", "lora", "targets"], ["q_proj", "v_proj"]),
+        (
+            "stages.sft.lora.targets=[q_proj, v_proj]",
+            ["stages", "sft", "lora", "targets"],
+            ["q_proj", "v_proj"],
+        ),
         ("data.text={source: 'a=b'}", ["data", "text", "source"], "a=b"),
     ],
 )

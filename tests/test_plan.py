@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fakes
 import pytest
 
-import fakes
 from pipeline import fingerprint, loader, runner
 from pipeline.errors import ArtifactError, ConfigError, DataError
 from pipeline.plan import Cause, Decision, Reason, changes, plan
@@ -195,9 +195,7 @@ def test_a_model_of_the_hub_that_is_not_here_yet_is_a_reason(
         "stages.dpo.policy=base",
     ],
 )
-def test_the_key_changes_exactly_when_there_is_a_reason(
-    config: Path, run: Run, tmp_path: Path, override: str
-) -> None:
+def test_the_key_changes_exactly_when_there_is_a_reason(config: Path, run: Run, tmp_path: Path, override: str) -> None:
     run()
     override = override.format(pairs=tmp_path / "./pairs.jsonl", sft=tmp_path / "run/stages/sft")
     old = planned(config)["dpo"]

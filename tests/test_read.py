@@ -73,9 +73,7 @@ def test_every_row_arrives_once_on_the_side_of_its_prompt(
     loaded = load(source(path, held_out=0.5), PREFERENCE)
     assert (loaded.kind, loaded.format, loaded.dropped) == ("preference", "explicit", {})
     rows = sorted(loaded.train + loaded.held_out, key=lambda row: int(row.origin.split()[-1].split(":")[-1]))
-    expected = [
-        Preference((Message("user", row["prompt"]),), (row["chosen"], row["rejected"])) for row in ROWS
-    ]
+    expected = [Preference((Message("user", row["prompt"]),), (row["chosen"], row["rejected"])) for row in ROWS]
     assert [(row.prompt, row.responses) for row in rows if isinstance(row, Preference)] == [
         (row.prompt, row.responses) for row in expected
     ]
@@ -87,9 +85,7 @@ def test_every_row_arrives_once_on_the_side_of_its_prompt(
 
 
 @pytest.mark.parametrize(("name", "writer"), WRITERS)
-def test_the_fingerprint_is_the_sha256_of_the_bytes(
-    tmp_path: Path, name: str, writer: Callable[[Path], Path]
-) -> None:
+def test_the_fingerprint_is_the_sha256_of_the_bytes(tmp_path: Path, name: str, writer: Callable[[Path], Path]) -> None:
     path = writer(tmp_path / name)
     assert fingerprint(source(path)) == hashlib.sha256(path.read_bytes()).hexdigest()
     assert load(source(path), PREFERENCE).digest == fingerprint(source(path))
@@ -171,12 +167,8 @@ def test_a_byte_order_mark_and_windows_line_ends_are_taken(tmp_path: Path) -> No
     assert len(loaded.train) == len(ROWS)
 
 
-@pytest.mark.parametrize(
-    "act", [fingerprint, lambda it: check(it, PREFERENCE), lambda it: load(it, PREFERENCE)]
-)
-def test_what_is_not_a_file_is_refused_without_waiting(
-    tmp_path: Path, act: Callable[[DataSource], object]
-) -> None:
+@pytest.mark.parametrize("act", [fingerprint, lambda it: check(it, PREFERENCE), lambda it: load(it, PREFERENCE)])
+def test_what_is_not_a_file_is_refused_without_waiting(tmp_path: Path, act: Callable[[DataSource], object]) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "dangling.jsonl").symlink_to(tmp_path / "nowhere")
@@ -193,9 +185,7 @@ def test_what_is_not_a_file_is_refused_without_waiting(
         assert caught.value.hint
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_jsonl(tmp_path / "a.jsonl")
 
     def convert_and_append(row: Any, *arguments: Any) -> Any:
@@ -315,8 +305,7 @@ def test_real_files_are_read_whole(name: str, kinds: tuple[str, ...], total: int
     assert len(loaded.train) + len(loaded.held_out) == total
     assert sum(loaded.dropped.values()) == dropped
     train, held_out = (
-        {row.prompt for row in side if isinstance(row, Preference | Prompt)}
-        for side in (loaded.train, loaded.held_out)
+        {row.prompt for row in side if isinstance(row, Preference | Prompt)} for side in (loaded.train, loaded.held_out)
     )
     assert not train & held_out
 
@@ -344,9 +333,7 @@ def test_the_world_is_one_more_source(part: str) -> None:
 
 
 @pytest.mark.parametrize("act", [fingerprint, lambda it: check(it, ("text",))])
-@pytest.mark.parametrize(
-    "name", ["world:moon", "hub:nothing", "hub:owner/name", "hub:owner/name@", "hub:../a/b@main"]
-)
+@pytest.mark.parametrize("name", ["world:moon", "hub:nothing", "hub:owner/name", "hub:owner/name@", "hub:../a/b@main"])
 def test_a_malformed_reference_is_refused(act: Callable[[DataSource], object], name: str) -> None:
     with pytest.raises(DataError) as caught:
         act(source(name))
@@ -417,9 +404,7 @@ def test_hub_datasets_come_through_datasets_at_the_revision_asked_for(tmp_path: 
     cached, other = (f"hub:someone/pairs@{letter * 40}" for letter in "ab")
     wanted = [(cached, "train"), (other, "train"), (cached, "test"), ("hub:someone/else@main", "train")]
     rows, wrong_revision, wrong_split, wrong_name = map(json.loads, run(LOAD_FROM_CACHE, json.dumps(wanted)))
-    assert rows == [
-        [f"{cached}:row {number + 1}", f"Question {number}?", "Yes.", "No."] for number in range(3)
-    ]
+    assert rows == [[f"{cached}:row {number + 1}", f"Question {number}?", "Yes.", "No."] for number in range(3)]
     assert wrong_revision == [other, f"the cache holds revision {'a' * 40}"]
     assert wrong_split[0] == cached
     assert "test" in wrong_split[1]

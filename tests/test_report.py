@@ -136,9 +136,7 @@ def run(tmp_path: Path) -> Path:
     directories = {name: _write_stage(root, name) for name in PARENTS}
     steps = [{"step": step, "total": 9, "seconds": step, "loss": 3 / step} for step in range(1, 10)]
     _write_lines(directories["sft"] / "metrics.jsonl", steps)
-    _write_lines(
-        directories["ppo"] / "metrics.jsonl", [{**step, "reward": step["step"], "kl": 0.1} for step in steps]
-    )
+    _write_lines(directories["ppo"] / "metrics.jsonl", [{**step, "reward": step["step"], "kl": 0.1} for step in steps])
     (directories["check"] / "evaluation.json").write_text(json.dumps(_evaluation()))
     _write_lines(directories["check"] / "samples.jsonl", [_sample(number) for number in range(8)])
     (root / "config.yaml").write_text("output: runs/my first\nstages: {}\n")
@@ -189,20 +187,14 @@ def _assert_inert(page: str) -> None:
     refused = {"script", "iframe", "object", "embed", "base", "form", "link", "img", "a", "image"}
     assert not refused & {tag for tag, _ in parsed.elements}
     for _, attributes in parsed.elements:
-        assert not [
-            name for name in attributes if name.startswith("on") or name in {"style", "src", "action"}
-        ]
+        assert not [name for name in attributes if name.startswith("on") or name in {"style", "src", "action"}]
         assert all((value or "").startswith("#") for name, value in attributes.items() if "href" in name)
     assert "javascript:" not in "".join(value or "" for _, each in parsed.elements for value in each.values())
-    assert not re.search(
-        "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\u00ad]", page
-    )
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\u00ad]", page)
 
 
 def test_the_verdict_comes_first_and_names_the_best_stage_and_its_gain(run: Path) -> None:
-    sentence = (
-        "ppo is best and better than its parent sft: gold reward +0.200 [+0.180, +0.220] over 100 prompts."
-    )
+    sentence = "ppo is best and better than its parent sft: gold reward +0.200 [+0.180, +0.220] over 100 prompts."
     assert _report(run)["verdict"]["sentence"] == sentence
     text = _Elements(_page(run)).text
     assert text.index(sentence) < text.index("Lineage")
@@ -235,16 +227,11 @@ def test_the_page_admits_its_own_style_and_nothing_else(run: Path) -> None:
     page = _page(run)
     _assert_inert(page)
     styles = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
-    policy = next(
-        each for _, each in _Elements(page).elements if each.get("http-equiv") == "Content-Security-Policy"
-    )
+    policy = next(each for _, each in _Elements(page).elements if each.get("http-equiv") == "Content-Security-Policy")
     digest = base64.b64encode(hashlib.sha256(styles[0].encode()).digest()).decode()
     assert len(styles) == 1
     assert "url(" not in styles[0]
-    assert (
-        policy["content"]
-        == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    )
+    assert policy["content"] == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -431,9 +418,7 @@ def test_boxes_never_overlap_and_long_arrows_run_clear_of_them() -> None:
     for one, other in combinations(drawing.boxes, 2):
         assert abs(one.x - other.x) >= BOX_WIDTH or abs(one.y - other.y) >= BOX_HEIGHT
     for arrow in drawing.arrows:
-        points = [
-            (float(x), float(y)) for x, y in re.findall(r"(?:M|C.* )([\d.]+) ([\d.]+)(?= |$)", arrow.path)
-        ]
+        points = [(float(x), float(y)) for x, y in re.findall(r"(?:M|C.* )([\d.]+) ([\d.]+)(?= |$)", arrow.path)]
         ends = [float(each) for each in re.findall(r"[\d.]+", arrow.path)]
         boxes = {box.name: box for box in drawing.boxes}
         assert points[0][0] == pytest.approx(boxes[arrow.source].x + BOX_WIDTH, abs=0.1)

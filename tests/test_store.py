@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from conftest import REPOSITORY
+
 from pipeline import manifest as manifests
 from pipeline import store
 from pipeline.errors import ArtifactError, BusyError, StorageError
@@ -227,8 +227,8 @@ def test_a_stage_may_not_leave_links(run: RunDirectory) -> None:
 
 def test_a_second_process_is_told_who_holds_the_run(run: RunDirectory) -> None:
     program = (
-        "import sys; from pathlib import Path; from pipeline import store\n"
-        "with store.lock(store.RunDirectory(Path(sys.argv[1]))): print('locked', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from pipeline.store import RunDirectory, lock\n"
+        "with lock(RunDirectory(Path(sys.argv[1]))): print('locked', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", program, run.root],
@@ -240,7 +240,10 @@ def test_a_second_process_is_told_who_holds_the_run(run: RunDirectory) -> None:
     with holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "locked\n"
-        with pytest.raises(BusyError, match=f"in use by process {holder.pid} on .* since 20") as caught, store.lock(run):
+        with (
+            pytest.raises(BusyError, match=f"in use by process {holder.pid} on .* since 20") as caught,
+            store.lock(run),
+        ):
             pass
         assert caught.value.exit_code == 75
         holder.kill()
@@ -340,7 +343,10 @@ def test_a_kill_at_any_step_leaves_the_old_stage_or_the_new_one(run: RunDirector
     expected = {b"old", b"new"}
     for points in range(0, 400, 7):
         ended = subprocess.run(
-            [sys.executable, "-c", program, run.root, str(points)], cwd=REPOSITORY, capture_output=True, check=False
+            [sys.executable, "-c", program, run.root, str(points)],
+            cwd=REPOSITORY,
+            capture_output=True,
+            check=False,
         )
         assert manifests.damages(run.stage("sft")) == []
         assert (run.stage("sft") / FLIPPED).read_bytes() in expected

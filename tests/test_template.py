@@ -69,9 +69,7 @@ def byte_level(special: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def wrap(
-    backend: Tokenizer, template: str | None, end: str, bos: str | None = None
-) -> PreTrainedTokenizerFast:
+def wrap(backend: Tokenizer, template: str | None, end: str, bos: str | None = None) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, pad_token=end, bos_token=bos)
     tokenizer.chat_template = template
     return tokenizer
@@ -130,9 +128,7 @@ def control_count(tokenizer: Any, tokens: list[int]) -> int:
 
 
 def test_no_content_of_any_role_becomes_a_control_token(tokenizer: Any) -> None:
-    tokenizer.add_tokens(
-        [AddedToken("<tool>", special=False), AddedToken("[CALL]", special=False, normalized=True)]
-    )
+    tokenizer.add_tokens([AddedToken("<tool>", special=False), AddedToken("[CALL]", special=False, normalized=True)])
     template = ChatTemplate(tokenizer)
     markers = [token.content for token in tokenizer.added_tokens_decoder.values()]
     roles: list[ChatRole] = ["system", "user", "assistant"]
@@ -254,9 +250,7 @@ def test_a_tokenizer_without_a_template_is_refused_with_a_remedy() -> None:
 
 
 def test_roles_that_a_template_refuses_are_named() -> None:
-    strict = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
-    )
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
     ours = ChatTemplate(wrap(byte_level(SPECIAL_TOKENS), strict, "<|end|>"))
     with pytest.raises(ArtifactError, match="system, user: 'no system'"):
         ours.prompt(messages([("system", "Be brief."), ("user", "Hi")]))
@@ -283,15 +277,11 @@ def test_a_saved_tokenizer_has_the_same_record(tokenizer: Any, tmp_path: Any) ->
     assert tokenizer_record(loaded) == tokenizer_record(tokenizer)
 
 
-def test_the_template_is_rendered_once_per_sequence_of_roles(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_template_is_rendered_once_per_sequence_of_roles(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     template = ChatTemplate(tokenizer)
     rendered: list[int] = []
     original = tokenizer.apply_chat_template
-    monkeypatch.setattr(
-        tokenizer, "apply_chat_template", lambda chat, **kw: rendered.append(1) or original(chat, **kw)
-    )
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda chat, **kw: rendered.append(1) or original(chat, **kw))
     chats = [messages([("user", f"Is it {n}?"), ("assistant", "No"), ("user", "Why?")]) for n in range(50)]
     assert len({tuple(template.prompt(chat)) for chat in chats}) == len(chats)
     assert len(rendered) == 2

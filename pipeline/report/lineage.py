@@ -165,9 +165,7 @@ def _arrows(
     return tuple(found)
 
 
-def _arrow(
-    edge: tuple[str, str], heights: list[float], label: str, left: Mapping[str, float], gap: float
-) -> Arrow:
+def _arrow(edge: tuple[str, str], heights: list[float], label: str, left: Mapping[str, float], gap: float) -> Arrow:
     """Level through every column at its height, a smooth step in every gap, the last to the target."""
     x = left[edge[0]] + BOX_WIDTH
     parts = [f"M{x:.1f} {heights[0]:.1f}"]

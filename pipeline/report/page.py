@@ -73,9 +73,7 @@ def render(run: RunRecord, summary: Mapping[str, Any]) -> str:
             summary=summary,
             style=Markup(style),
             style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-            warnings=[
-                (name, text) for name, stage in summary["stages"].items() for text in stage["warnings"]
-            ],
+            warnings=[(name, text) for name, stage in summary["stages"].items() for text in stage["warnings"]],
             forest=compare(models, summary["verdict"]["metric"] or "gold"),
             drawing=_lineage(run),
             box=(lineage.BOX_WIDTH, lineage.BOX_HEIGHT),
@@ -167,8 +165,7 @@ def _judges(records: Iterable[StageRecord]) -> list[str]:
     judged = [
         record.evaluation
         for record in records
-        if record.evaluation
-        and any("win_rate" in model.metrics for model in record.evaluation.models.values())
+        if record.evaluation and any("win_rate" in model.metrics for model in record.evaluation.models.values())
     ]
     return list(dict.fromkeys(spelled.get(each.judge, each.judge) for each in judged if each.judge))
 

@@ -53,9 +53,7 @@ def judge(models: Mapping[str, ModelEvaluation]) -> Verdict:
     """
     metric = next((each for each in _JUDGES if any(each in model.metrics for model in models.values())), None)
     if metric is None:
-        return Verdict(
-            "not evaluated", "Not evaluated: no responses were scored, so no stage can be called better."
-        )
+        return Verdict("not evaluated", "Not evaluated: no responses were scored, so no stage can be called better.")
     scored = {name: model.metrics[metric].value for name, model in models.items() if metric in model.metrics}
     best = max(scored, key=lambda name: (scored[name], name))
     found = _against_parent(best, models, metric)

@@ -1,7 +1,7 @@
 """What one rollout yields: sampled responses with everything PPO needs to learn from them.
 
-All roles read the same tokens in the same batches, and the updates use these batches again, so that on the first pass the
-policy's probability ratio is exactly 1.
+All roles read the same tokens in the same batches, and the updates use these batches again, so that on the
+first pass the policy's probability ratio is exactly 1.
 """
 
 from __future__ import annotations

@@ -6,7 +6,9 @@ The language-model head runs only on the positions that are read, in chunks, and
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +19,7 @@ from transformers import PreTrainedModel
 
 from data.tree import Layout, Tree, TreeBatch, batches
 
+LAYOUTS: tuple[Layout, Layout] = ("tree", "plain")
 CHUNK_LOGITS = 1 << 25
 """Logits computed at once: 128 MiB in float32."""
 LAYOUT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}
@@ -71,21 +74,6 @@ def entropies(model: PreTrainedModel, states: Tensor, temperature: float = 1.0) 
 
 
 @torch.no_grad()
-def score_trees(
-    model: PreTrainedModel, trees: Sequence[Tree], tokens_per_batch: int, layout: Layout, temperature: float = 1.0
-) -> dict[int, list[float]]:
-    """Summed log-probability of every branch, by tree number."""
-    device = model.get_input_embeddings().weight.device
-    found: dict[int, list[float]] = {tree.number: [] for tree in trees}
-    for batch in batches(trees, tokens_per_batch, layout):
-        sums = batch.sum_by_branch(token_logprobs(model, batch.to(device), temperature).cpu()).tolist()
-        for tree in batch.trees:
-            found[tree.number].extend(sums[: len(tree.branches)])
-            del sums[: len(tree.branches)]
-    return found
-
-
-@torch.no_grad()
 def choose_layout(model: PreTrainedModel, trees: Sequence[Tree]) -> tuple[Layout, list[str]]:
     """Compare the tree layout with the plain one on two examples; fall back to plain where they differ.
 
@@ -98,7 +86,7 @@ def choose_layout(model: PreTrainedModel, trees: Sequence[Tree]) -> tuple[Layout
     if not examples:
         return "tree", []
     gap = _layout_gap(model, examples)
-    dtype = model.get_input_embeddings().weight.dtype
+    dtype = next(model.parameters()).dtype
     if gap <= LAYOUT_TOLERANCE.get(dtype, LAYOUT_TOLERANCE[torch.bfloat16]):
         return "tree", []
     found = f"{type(model).__name__} computes trees differently from plain rows (gap {gap:.2g}); using plain rows"
@@ -107,18 +95,26 @@ def choose_layout(model: PreTrainedModel, trees: Sequence[Tree]) -> tuple[Layout
 
 
 def _layout_gap(model: PreTrainedModel, trees: Sequence[Tree]) -> float:
-    device = model.get_input_embeddings().weight.device
-    both: list[dict[tuple[int, int], Tensor]] = []
-    for layout in ("tree", "plain"):
-        found: dict[tuple[int, int], Tensor] = {}
-        for batch in batches(trees, sum(tree.length for tree in trees) * 2, layout):  # type: ignore[arg-type]
-            values = token_logprobs(model, batch.to(device)).cpu()
-            seen: dict[int, int] = {}
-            for branch, tree in enumerate(tree for tree in batch.trees for _ in tree.branches):
-                index = seen[tree.number] = seen.get(tree.number, -1) + 1
-                found[tree.number, index] = values[batch.branch_of_read == branch]
-        both.append(found)
-    if both[0].keys() != both[1].keys():
-        return float("inf")
-    gaps = [(both[0][key] - both[1][key]).abs().max().item() for key in both[0] if len(both[0][key])]
-    return max(gaps, default=0.0) if all(gap == gap for gap in gaps) else float("inf")
+    """Largest difference in a token's log-probability between the two layouts."""
+    tree, plain = (_by_branch(model, trees, layout) for layout in LAYOUTS)
+    gaps = [(tree[key] - plain[key]).abs().max().item() for key in plain if len(plain[key])]
+    # A NaN compares as larger than any tolerance only if it is made so.
+    return max((gap if math.isfinite(gap) else math.inf for gap in gaps), default=0.0)
+
+
+def _by_branch(model: PreTrainedModel, trees: Sequence[Tree], layout: Layout) -> dict[tuple[int, int], Tensor]:
+    """Log-probabilities of read tokens by (tree number, branch index); a tree's branches may be in several rows."""
+    found: dict[tuple[int, int], Tensor] = {}
+    for batch in batches(trees, 2 * sum(tree.length for tree in trees), layout):
+        values = token_logprobs(model, batch.to(device_of(model))).cpu()
+        seen: Counter[int] = Counter()
+        owners = [tree.number for tree in batch.trees for _ in tree.branches]
+        for branch, number in enumerate(owners):
+            found[number, seen[number]] = values[batch.branch_of_read == branch]
+            seen[number] += 1
+    return found
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where a model computes."""
+    return next(model.parameters()).device

@@ -29,7 +29,8 @@ def require_finite_weights(named: Iterable[tuple[str, Tensor]]) -> None:
     for name, tensor in named:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ArtifactError(
-                f"tensor `{name}` is not finite", hint="train again from an earlier checkpoint with a lower learning rate"
+                f"tensor `{name}` is not finite",
+                hint="train again from an earlier checkpoint with a lower learning rate",
             )
 
 

@@ -1,7 +1,7 @@
 """The training loop: a generator of step records.
 
-An optimizer step is N examples, split into micro-batches by tokens. The loss is normalised over the whole step, so results
-depend neither on the size of micro-batches nor on how examples were packed into them.
+An optimizer step is N examples, split into micro-batches by tokens. The loss is normalised over the whole step,
+so results depend neither on the size of micro-batches nor on how examples were packed into them.
 """
 
 from __future__ import annotations

@@ -63,6 +63,6 @@ def clipped_policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, clip:
 
 
 def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """Half the squared error, pessimistic within +-clip of the old value (Schulman et al.'s implementation), [tokens]."""
+    """Half the squared error, pessimistic within +-clip of the old value (as Schulman et al. coded it), [tokens]."""
     clipped = old + (values - old).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())

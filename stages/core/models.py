@@ -57,10 +57,9 @@ def load_model(
     """Load the weights of a `model` artefact.
 
     Args:
-        artifact: A verified model directory.
-        compute: Device and precision.
-        dtype: Precision of the weights; by default `compute.dtype`, which is right for frozen ones. `auto` is the stored one.
-        quantization: `4bit` for NF4.
+        artifact: A verified model directory. compute: Device and precision. dtype: Precision of the weights; by
+        default `compute.dtype`, which is right for frozen ones. `auto` is the stored one. quantization: `4bit`
+        for NF4.
 
     Raises:
         ArtifactError: A tensor is missing, unexpected or of another shape; the vocabulary does not cover the tokenizer.

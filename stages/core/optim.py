@@ -19,8 +19,9 @@ NOT_FOR_MUON = ("embed", "wte", "wpe", "lm_head", "head.")
 def build(named: Named, settings: Optimizer) -> list[torch.optim.Optimizer]:
     """The optimizers for the parameters that are trained.
 
-    Weight decay is for matrices only. With `muon` (Jordan et al. 2024; torch.optim.Muon), matrices other than embeddings
-    and heads are orthogonalised, scaled to AdamW's update size so that one learning rate serves both.
+    Weight decay is for matrices only. With `muon` (Jordan et al. 2024; torch.optim.Muon), matrices other than
+    embeddings and heads are orthogonalised, scaled to AdamW's update size so that one learning rate serves
+    both.
     """
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     matrices = [parameter for name, parameter in trained if parameter.ndim == 2 and _for_muon(name, settings)]

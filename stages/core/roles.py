@@ -1,8 +1,9 @@
 """Several roles on one base: policy, reference, reward model and value function.
 
-The base is in memory once. Each role is a LoRA adapter on it, with a scalar head where it yields numbers; the reference is
-the base with adapters off, or a frozen adapter where the policy began as one. Switching a role sets which adapter is active
-and nothing else: unlike peft's `set_adapter` it never touches `requires_grad`, so a switch cannot lose a gradient.
+The base is in memory once. Each role is a LoRA adapter on it, with a scalar head where it yields numbers; the
+reference is the base with adapters off, or a frozen adapter where the policy began as one. Switching a role
+sets which adapter is active and nothing else: unlike peft's `set_adapter` it never touches `requires_grad`, so
+a switch cannot lose a gradient.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.config import Lora
@@ -65,7 +66,7 @@ class Roles:
     def copy(self, source: str, role: str) -> None:
         """A new adapter to train that starts as a copy of another role's, head included."""
         assert self._peft is not None
-        self._inject(role, self._peft.peft_config[source])
+        self._inject(role, self._config(source))
         tensors = get_peft_model_state_dict(self._peft, adapter_name=source)
         self._fill(role, {name: tensor.clone() for name, tensor in tensors.items()}, Path(source))
         if source in self.heads:
@@ -80,7 +81,10 @@ class Roles:
 
     @contextmanager
     def use(self, role: str) -> Iterator[None]:
-        """Compute as this role: forward and backward both belong inside. REFERENCE without an adapter is the bare base."""
+        """Compute as this role; forward and backward both belong inside.
+
+        REFERENCE without an adapter is the bare base.
+        """
         layers = self._layers()
         before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
         has_adapter = self._peft is not None and role in self._peft.peft_config
@@ -114,7 +118,7 @@ class Roles:
         tensors = get_peft_model_state_dict(self._peft, adapter_name=role)
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(kept, directory / ADAPTER_FILE, metadata={"format": "pt"})
-        config = self._peft.peft_config[role]
+        config = self._config(role)
         config.base_model_name_or_path = None
         config.inference_mode = True
         config.save_pretrained(str(directory))
@@ -129,7 +133,7 @@ class Roles:
         """
         assert self._peft is not None
         stored = Roles(load_model(artifact, self.base.compute, dtype="auto"))
-        stored._inject(role, self._peft.peft_config[role])
+        stored._inject(role, self._config(role))
         tensors = get_peft_model_state_dict(self._peft, adapter_name=role)
         stored._fill(role, tensors, artifact.directory)
         assert stored._peft is not None
@@ -140,7 +144,7 @@ class Roles:
             self._peft = PeftModel(self.base.model, config, adapter_name=role)
         else:
             self._peft.add_adapter(role, config)
-        # peft puts new adapters on the processor when the base was loaded elsewhere, and leaves the model in train mode.
+        # peft puts new adapters on the processor and leaves the model in train mode.
         self._peft.to(self.base.compute.device)
         self._peft.eval()
 
@@ -151,14 +155,21 @@ class Roles:
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != expected:
             odd = sorted(set(found.items()) ^ set(expected.items()))[0][0]
+            in_file, in_model = found.get(odd, "absent"), expected.get(odd, "absent")
             raise ArtifactError(
-                f"the adapter does not fit its base at `{odd}`: {found.get(odd)} in the file, {expected.get(odd)} in the model",
+                f"the adapter does not fit its base at `{odd}`: {in_file} in the file, {in_model} in the model",
                 where=origin,
                 hint="use the base that the adapter was trained on",
             )
         with torch.no_grad():
             for name, target in targets.items():
                 target.copy_(tensors[name])
+
+    def _config(self, role: str) -> LoraConfig:
+        assert self._peft is not None
+        config = self._peft.peft_config[role]
+        assert isinstance(config, LoraConfig)
+        return config
 
     def _layers(self) -> list[LoraLayer]:
         return [module for module in self.base.model.modules() if isinstance(module, LoraLayer)]
@@ -181,8 +192,9 @@ def open_base(artifact: Artifact, compute: Compute) -> Roles:
 def open_role(artifact: Artifact, role: str, lora: Lora, compute: Compute) -> Roles:
     """The base with a role to train and a reference, which at the start computes the same.
 
-    On a model, the role is a fresh adapter and the reference is the base with adapters off. On an adapter, the reference is
-    that adapter, frozen, and the role a copy of it; `lora` then has no say, since the copy keeps its shape.
+    On a model, the role is a fresh adapter and the reference is the base with adapters off. On an adapter, the
+    reference is that adapter, frozen, and the role a copy of it; `lora` then has no say, since the copy keeps
+    its shape.
     """
     roles = open_base(artifact, compute)
     if artifact.kind == "model":
@@ -217,13 +229,15 @@ def adaptation(artifact: Artifact, *, reference: Artifact | None = None, merged:
 def _peft_config(lora: Lora) -> LoraConfig:
     # No dropout: policy and reference must agree exactly at the start, and PPO's ratio must be 1.
     return LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=0.0, task_type="CAUSAL_LM"
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float is as good
+        target_modules=lora.targets,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
     )
 
 
 def _read_adapter(directory: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
     path = directory / ADAPTER_FILE
     if not path.is_file():
         raise ArtifactError("the adapter's weights are missing", where=path, hint="train the stage again")

@@ -1,7 +1,7 @@
 """Sampling responses with a key-value cache.
 
-Sampling is from the model's own distribution at the given temperature, with nothing cut off, so that the log-probabilities
-that training computes are those of the samples.
+Sampling is from the model's own distribution at the given temperature, with nothing cut off, so that the
+log-probabilities that training computes are those of the samples.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+
+from stages.core.forward import device_of
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,7 @@ def sample(
 
     Prompts of similar length are sampled together; rows leave the batch in bulk once half of them have ended.
     """
-    device = model.get_input_embeddings().weight.device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device_of(model)).manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found: dict[int, Sample] = {}
     for start in range(0, len(order), rows_per_batch):

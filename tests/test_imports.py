@@ -1,0 +1,136 @@
+"""Who may import whom, what must stay lazy, and what is banned."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+PACKAGES = ("pipeline", "data", "reward", "stages")
+DRIVER = {
+    "plan",
+    "runner",
+    "launch",
+    "report",
+    "cli",
+    "inspection",
+    "progress",
+    "interruption",
+    "cost",
+    "inputs",
+}
+HEAVY = {"torch", "transformers", "datasets", "peft", "trl", "accelerate", "matplotlib", "huggingface_hub"}
+PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve"}
+BANNED_CALLS = {"eval", "exec", "os.system", "torch.load", "torch.save", "yaml.full_load", "yaml.unsafe_load"}
+MODULES = sorted(path for package in PACKAGES for path in (REPOSITORY / package).rglob("*.py"))
+LAYERS = ["kernel", "data", "reward", "stages/core", "stages", "driver"]
+
+
+def layer(module: str) -> str | None:
+    """The layer of a dotted module name; None for other packages."""
+    parts = module.split(".")
+    if parts[0] not in PACKAGES:
+        return None
+    if parts[0] == "pipeline":
+        return "driver" if len(parts) > 1 and parts[1] in DRIVER else "kernel"
+    return "stages/core" if parts[:2] == ["stages", "core"] else parts[0]
+
+
+def dotted(path: Path) -> str:
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(tree: ast.AST, *, top_level: bool = False) -> Iterator[str]:
+    """Names of what is imported, except under `if __name__ == "__main__":` and, if asked, in functions."""
+    for node in ast.iter_child_nodes(tree):
+        is_main = isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
+        if is_main or (top_level and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        else:
+            yield from imports(node, top_level=top_level)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_nothing_imports_what_stands_above_it(path: Path) -> None:
+    own = layer(dotted(path))
+    assert own is not None
+    for name in imports(ast.parse(path.read_text())):
+        other = layer(name)
+        lazily_by_the_driver = own == "driver" and other == "data"
+        if other is not None and not lazily_by_the_driver:
+            assert LAYERS.index(other) <= LAYERS.index(own), f"{dotted(path)} ({own}) imports {name} ({other})"
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "pipeline").rglob("*.py")), ids=dotted)
+def test_the_pipeline_imports_nothing_heavy_at_the_top(path: Path) -> None:
+    found = {name.split(".")[0] for name in imports(ast.parse(path.read_text()), top_level=True)}
+    draws = {"matplotlib"} if "report" in path.parts else set()  # the report is itself imported when it is written
+    assert not found & (HEAVY - draws)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_nothing_runs_code_that_it_read(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert not {name.split(".")[0] for name in imports(tree)} & PICKLES
+    safe_loaders = {
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and "yaml.SafeLoader" in map(ast.unparse, node.bases)
+    }
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func)
+        assert name not in BANNED_CALLS
+        if name == "yaml.load":
+            assert ast.unparse(call.args[1]) in safe_loaders
+        given = {word.arg: ast.unparse(word.value) for word in call.keywords}
+        assert "shell" not in given
+        assert given.get("trust_remote_code", "False") == "False"
+
+
+PROBE = """
+import json, sys
+sys.path.insert(0, {tests!r})
+import fakes
+fakes.install(sys.modules)
+from pipeline import cli
+code = cli.execute(cli.app, sys.argv[1:])
+heavy = sorted(set(sys.modules) & {heavy!r})
+sys.stderr.write(json.dumps([code, heavy]))
+"""
+
+
+def heavy_after(*arguments: str | Path) -> list[str]:
+    probe = PROBE.format(tests=str(REPOSITORY / "tests"), heavy=HEAVY)
+    command = [sys.executable, "-c", probe, *map(str, arguments)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    code, heavy = json.loads(done.stderr.splitlines()[-1])
+    assert code == 0, done.stderr
+    return list(heavy)
+
+
+def test_looking_at_a_run_loads_no_library_that_trains(config: Path) -> None:
+    run = config.parent / "run"
+    assert heavy_after("run", config) == ["matplotlib"]  # the report draws
+    for command in [
+        ("--help",),
+        ("schema",),
+        ("plan", config),
+        ("run", config),
+        ("verify", run),
+        ("status", run),
+        ("why", run, "dpo"),
+        ("diff", run, run),
+        ("show", run / "stages" / "dpo"),
+    ]:
+        assert heavy_after(*command) == [], command

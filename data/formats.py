@@ -118,7 +118,7 @@ def _refuse_content(record: Record, candidates: Sequence[Format], origin: str) -
         f"{values} does not look like {names} among the columns {_columns(record)}",
         where=origin,
         hint="dialogues are lists of {role, content} or text of `\\n\\nHuman:` and `\\n\\nAssistant:` turns, "
-        "and plain responses need a column `prompt`; to read answered rows as prompts, say `use: prompt`",
+        "and plain responses need a column `prompt`",
     )
 
 

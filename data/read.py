@@ -105,14 +105,14 @@ def check(source: DataSource, kinds: tuple[str, ...]) -> None:
         return
     limited = source.model_copy(update={"rows": min(CHECKED_ROWS, source.rows or CHECKED_ROWS)})
     for located in _rows(limited, Counter()):
-        _target(source, located, kinds)
+        _target(located, kinds)
 
 
 def load(source: DataSource, kinds: tuple[str, ...]) -> Loaded:
     """Read all rows of a data source as the first of `kinds` that they can serve as.
 
     Args:
-        source: The data source; its `use` picks the kind instead.
+        source: The data source.
         kinds: Kinds of rows the stage takes, in order of preference.
 
     Raises:
@@ -126,7 +126,7 @@ def load(source: DataSource, kinds: tuple[str, ...]) -> Loaded:
     if first is None:
         reasons = "".join(f"; dropped {count}: {reason}" for reason, count in sorted(dropped.items()))
         raise DataError(f"no usable row{reasons}", where=source.source, hint="give a file that holds data")
-    kind = _target(source, first, kinds)
+    kind = _target(first, kinds)
     train: list[Row] = []
     held_out: list[Row] = []
     for located in chain([first], rows):
@@ -170,18 +170,16 @@ def _plain(messages: tuple[Message, ...], layout: str) -> str:
     return "".join(f"\n\n{speakers[message.role]}: {message.content}" for message in messages)
 
 
-def _target(source: DataSource, located: _Located, kinds: tuple[str, ...]) -> RowKind:
+def _target(located: _Located, kinds: tuple[str, ...]) -> RowKind:
     """The kind that the rows are read as."""
     kind = kind_of(located.row)
-    wanted = kinds if source.use == "auto" else tuple(each for each in kinds if each == source.use)
-    for each in wanted:
+    for each in kinds:
         if each in SIMPLER[kind]:
             return each
-    use = "" if source.use == "auto" else f" and the data source says `use: {source.use}`"
     raise DataError(
-        f"the rows are of kind `{kind}` (format `{located.format}`); needed: {' or '.join(kinds)}{use}",
+        f"the rows are of kind `{kind}` (format `{located.format}`); needed: {' or '.join(kinds)}",
         where=located.row.origin,
-        hint=f"such rows can be read as {', '.join(SIMPLER[kind])}; give other data or change `use`",
+        hint=f"such rows can be read as {', '.join(SIMPLER[kind])}; give other data",
     )
 
 

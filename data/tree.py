@@ -88,7 +88,7 @@ class TreeBatch:
         targets: [reads] the read tokens, in order of tree, branch, token.
         branch_of_read: [reads] number of the branch each read belongs to.
         ends: [branches] index into the flattened rows of each branch's last token.
-        trees: The trees in the batch's order, which numbers the branches too.
+        trees: The trees as they were given, in the batch's order, which numbers the branches too.
     """
 
     tokens: Tensor
@@ -137,8 +137,18 @@ def batches(trees: Iterable[Tree], tokens_per_batch: int, layout: Layout = "tree
     """
     waiting = sorted(trees, key=lambda tree: (-tree.length, tree.number))
     while waiting:
-        rows, waiting = _fill(waiting, tokens_per_batch) if layout == "tree" else _stack(waiting, tokens_per_batch)
-        yield _lay_out(rows)
+        if layout == "tree":
+            rows, waiting = _fill(waiting, tokens_per_batch)
+            yield _lay_out(rows, [tree for row in rows for tree in row])
+        else:
+            taken = _stack(waiting, tokens_per_batch)
+            together, waiting = waiting[:taken], waiting[taken:]
+            yield _lay_out([[part] for tree in together for part in tree.split()], together)
+
+
+def one_row(trees: Sequence[Tree]) -> TreeBatch:
+    """All trees packed into a single row, however long."""
+    return _lay_out([list(trees)], trees)
 
 
 def _fill(waiting: list[Tree], budget: int) -> tuple[list[list[Tree]], list[Tree]]:
@@ -162,27 +172,25 @@ def _fill(waiting: list[Tree], budget: int) -> tuple[list[list[Tree]], list[Tree
     return rows, left
 
 
-def _stack(waiting: list[Tree], budget: int) -> tuple[list[list[Tree]], list[Tree]]:
-    """One branch per row; all branches of a tree together."""
-    rows: list[list[Tree]] = []
-    width = 0
+def _stack(waiting: list[Tree], budget: int) -> int:
+    """How many trees fit with one branch per row; all branches of a tree stay together."""
+    rows = width = 0
     for taken, tree in enumerate(waiting):
-        parts = tree.split()
-        wider = max(width, *(part.length for part in parts))
-        if rows and wider * (len(rows) + len(parts)) > budget:
-            return rows, waiting[taken:]
-        width = wider
-        rows.extend([part] for part in parts)
-    return rows, []
+        width = max(width, len(tree.prompt) + max(len(branch.tokens) for branch in tree.branches))
+        rows += len(tree.branches)
+        if taken and width * rows > budget:
+            return taken
+    return len(waiting)
 
 
-def _lay_out(rows: list[list[Tree]]) -> TreeBatch:
+def _lay_out(rows: list[list[Tree]], trees: Sequence[Tree]) -> TreeBatch:
+    """Rows of trees, or of parts of `trees` in the same order of branches."""
     width = max(sum(tree.length for tree in row) for row in rows)
     plain = all(len(row) == 1 and len(row[0].branches) == 1 for row in rows)
     sheet = _Sheet(len(rows), width)
-    for row, trees in enumerate(rows):
+    for row, placed in enumerate(rows):
         start = 0
-        for number, tree in enumerate(trees):
+        for number, tree in enumerate(placed):
             sheet.write(tree, row, start, number)
             start += tree.length
     # Plain rows keep counting through the padding: transformers takes a restart for a second packed sequence.
@@ -195,7 +203,7 @@ def _lay_out(rows: list[list[Tree]]) -> TreeBatch:
         targets=torch.tensor(sheet.targets),
         branch_of_read=torch.tensor(sheet.branch_of_read),
         ends=torch.tensor(sheet.ends),
-        trees=tuple(tree for row in rows for tree in row),
+        trees=tuple(trees),
     )
 
 
@@ -306,6 +314,7 @@ __all__ = [
     "TreeBatch",
     "batches",
     "conversation_tree",
+    "one_row",
     "preference_tree",
     "prompt_tokens",
     "usable",

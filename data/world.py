@@ -102,7 +102,12 @@ def generate(part: str, rows: int, seed: int) -> Iterator[Row]:
         rows: How many.
         seed: Seed of the world and of the part.
     """
-    make = {"corpus": _document, "demonstrations": _demonstration, "preferences": _preference, "prompts": _prompt}
+    make: dict[str, Callable[[list[Person], random.Random, str], Row]] = {
+        "corpus": _document,
+        "demonstrations": _demonstration,
+        "preferences": _preference,
+        "prompts": _prompt,
+    }
     world, chance = people(seed), random.Random(f"{part} {seed}")
     for number in range(rows):
         yield make[part](world, chance, f"world:{part}:{number + 1}")

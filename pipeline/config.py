@@ -33,9 +33,8 @@ class DataSource(Settings):
     """A file (`.jsonl`, `.jsonl.gz`, `.parquet`), `hub:owner/name@revision`, or `world:PART` (PART is one of `corpus`,
     `demonstrations`, `preferences`, `prompts`)."""
     format: Literal["auto", "text", "conversation", "prompt", "preference", "hh"] = "auto"
-    """How a row is laid out; `auto` decides by columns and content and says what it decided."""
-    use: Literal["auto", "text", "conversation", "prompt", "preference"] = "auto"
-    """Read the rows as a simpler kind: preferences as conversations (the chosen response), as prompts or as text."""
+    """How a row is laid out; `auto` decides by columns and content. A stage reads richer rows as the kind it needs:
+    preferences as conversations (the chosen response), as prompts or as text; conversations as prompts or text."""
     split: str = "train"
     """The split to read; only `hub:` sources have several."""
     rows: Positive | None = None

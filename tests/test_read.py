@@ -230,40 +230,36 @@ SPOKEN = (*PROMPT, Message("assistant", "Yes."))
 )
 def test_preferences_are_read_as_every_simpler_kind(tmp_path: Path, kind: str, row: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl")
-    for chosen in (source(path, held_out=0.0), source(path, held_out=0.0, use=kind)):
-        loaded = load(chosen, (kind,))
-        assert loaded.kind == kind
-        assert len(loaded.train) == len(ROWS)
-        first = loaded.train[0]
-        assert type(first) is type(row)
-        assert vars(first) | {"origin": ""} == vars(row)
+    loaded = load(source(path, held_out=0.0), (kind,))
+    assert loaded.kind == kind
+    assert len(loaded.train) == len(ROWS)
+    first = loaded.train[0]
+    assert type(first) is type(row)
+    assert vars(first) | {"origin": ""} == vars(row)
 
 
-def test_the_first_kind_that_the_rows_can_serve_as_wins_unless_use_says_otherwise(tmp_path: Path) -> None:
+def test_the_first_kind_that_the_rows_can_serve_as_wins(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl")
     kinds = ("prompt", "conversation", "preference")
     assert load(source(path), kinds).kind == "prompt"
-    assert load(source(path, use="conversation"), kinds).kind == "conversation"
     assert load(source(path), tuple(reversed(kinds))).kind == "preference"
 
 
 @pytest.mark.parametrize(
-    ("row", "settings", "kinds"),
+    ("row", "kinds"),
     [
-        ({"text": "a"}, {}, ("conversation",)),
-        ({"prompt": "a"}, {}, ("text", "conversation")),
-        ({"prompt": "a", "completion": "b"}, {}, ("preference",)),
-        ({"prompt": "a", "completion": "b"}, {"use": "prompt"}, ("conversation",)),
-        ({"prompt": "a", "completion": "b"}, {"use": "preference"}, ("preference", "conversation")),
+        ({"text": "a"}, ("conversation",)),
+        ({"prompt": "a"}, ("text", "conversation")),
+        ({"prompt": "a", "completion": "b"}, ("preference",)),
     ],
 )
 def test_rows_that_cannot_serve_say_what_they_are_and_what_is_needed(
-    tmp_path: Path, row: dict[str, Any], settings: dict[str, Any], kinds: tuple[str, ...]
+    tmp_path: Path, row: dict[str, Any], kinds: tuple[str, ...]
 ) -> None:
     path = write(tmp_path / "a.jsonl", lines([row]))
     for reader in (check, load):
         with pytest.raises(DataError) as caught:
-            reader(source(path, **settings), kinds)
+            reader(source(path), kinds)
         assert "the rows are of kind" in caught.value.what
         assert " or ".join(kinds) in caught.value.what
         assert caught.value.where == f"{path}:1"

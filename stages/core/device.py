@@ -51,8 +51,9 @@ def _best_device() -> str:
 
 
 def _is_available(device: torch.device) -> bool:
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
-    return available[device.type]()
+    if device.type == "cuda":
+        return torch.cuda.is_available()
+    return device.type == "cpu" or torch.backends.mps.is_available()
 
 
 def _bfloat16_pays(device: torch.device) -> bool:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from data.tree import Layout, Tree, TreeBatch, batches
+from data.tree import Layout, Tree, TreeBatch, batches, one_row
 
 LAYOUTS: tuple[Layout, Layout] = ("tree", "plain")
 CHUNK_LOGITS = 1 << 25
@@ -75,9 +74,10 @@ def entropies(model: PreTrainedModel, states: Tensor, temperature: float = 1.0) 
 
 @torch.no_grad()
 def choose_layout(model: PreTrainedModel, trees: Sequence[Tree]) -> tuple[Layout, list[str]]:
-    """Compare the tree layout with the plain one on two examples; fall back to plain where they differ.
+    """Compare two examples packed into one row with the same in plain rows; choose plain where they differ.
 
-    Architectures with short sliding windows, recurrent state or their own treatment of masks cannot compute trees.
+    Architectures with recurrent state or their own treatment of masks cannot compute trees. Nor can those with
+    sliding windows, which a given mask replaces; short examples would not show it, so the configuration is asked.
 
     Returns:
         The layout to use, and warnings.
@@ -85,33 +85,47 @@ def choose_layout(model: PreTrainedModel, trees: Sequence[Tree]) -> tuple[Layout
     examples = sorted(trees, key=lambda tree: tree.length)[:2]
     if not examples:
         return "tree", []
+    window = _window(model)
+    if window:
+        return "plain", [_warn(f"{type(model).__name__} attends to {window} tokens at most; using plain rows")]
     gap = _layout_gap(model, examples)
     dtype = next(model.parameters()).dtype
     if gap <= LAYOUT_TOLERANCE.get(dtype, LAYOUT_TOLERANCE[torch.bfloat16]):
         return "tree", []
     found = f"{type(model).__name__} computes trees differently from plain rows (gap {gap:.2g}); using plain rows"
-    warnings.warn(found, stacklevel=2)
-    return "plain", [found]
+    return "plain", [_warn(found)]
+
+
+def _warn(message: str) -> str:
+    warnings.warn(message, stacklevel=3)
+    return message
+
+
+def _window(model: PreTrainedModel) -> int | None:
+    """Tokens that a layer can look back on, where that is less than the model's context."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    context = getattr(config, "max_position_embeddings", math.inf)
+    return window if window is not None and window < context else None
 
 
 def _layout_gap(model: PreTrainedModel, trees: Sequence[Tree]) -> float:
     """Largest difference in a token's log-probability between the two layouts."""
-    tree, plain = (_by_branch(model, trees, layout) for layout in LAYOUTS)
-    gaps = [(tree[key] - plain[key]).abs().max().item() for key in plain if len(plain[key])]
+    packed = _by_branch(model, [one_row(trees)])
+    plain = _by_branch(model, batches(trees, 2 * sum(tree.length for tree in trees), "plain"))
+    gaps = [(packed[key] - plain[key]).abs().max().item() for key in plain if len(plain[key])]
     # A NaN compares as larger than any tolerance only if it is made so.
     return max((gap if math.isfinite(gap) else math.inf for gap in gaps), default=0.0)
 
 
-def _by_branch(model: PreTrainedModel, trees: Sequence[Tree], layout: Layout) -> dict[tuple[int, int], Tensor]:
-    """Log-probabilities of read tokens by (tree number, branch index); a tree's branches may be in several rows."""
+def _by_branch(model: PreTrainedModel, laid_out: Iterable[TreeBatch]) -> dict[tuple[int, int], Tensor]:
+    """Log-probabilities of read tokens by (tree number, branch index)."""
     found: dict[tuple[int, int], Tensor] = {}
-    for batch in batches(trees, 2 * sum(tree.length for tree in trees), layout):
+    for batch in laid_out:
         values = token_logprobs(model, batch.to(device_of(model))).cpu()
-        seen: Counter[int] = Counter()
-        owners = [tree.number for tree in batch.trees for _ in tree.branches]
-        for branch, number in enumerate(owners):
-            found[number, seen[number]] = values[batch.branch_of_read == branch]
-            seen[number] += 1
+        keys = [(tree.number, index) for tree in batch.trees for index in range(len(tree.branches))]
+        counts = [branch.reads for tree in batch.trees for branch in tree.branches]
+        found.update(zip(keys, values.split(counts), strict=True))
     return found
 
 

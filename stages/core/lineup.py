@@ -43,7 +43,7 @@ class Lineup:
 
     def __init__(self, models: Mapping[str, Artifact], compute: Compute) -> None:
         self._compute = compute
-        self._bases: dict[str, Roles] = {}
+        self._bases: dict[tuple[str, str], Roles] = {}
         self.contestants: dict[str, Contestant] = {}
         for artifact in models.values():
             self._enter(artifact)
@@ -74,10 +74,11 @@ class Lineup:
         return digests.get(policy.digest) if policy else None
 
     def _base(self, artifact: Artifact) -> Roles:
-        base, _ = base_of(artifact)
-        if base.digest not in self._bases:
-            self._bases[base.digest] = open_base(artifact, self._compute)
-        return self._bases[base.digest]
+        base, quantization = base_of(artifact)
+        key = base.digest, quantization
+        if key not in self._bases:
+            self._bases[key] = open_base(artifact, self._compute)
+        return self._bases[key]
 
 
 def _name(source: str) -> str:

@@ -67,7 +67,8 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype or compute.dtype}
     if quantization == "4bit":
         options |= _four_bit(compute)
-    model, report = AutoModelForCausalLM.from_pretrained(
+    # With `output_loading_info` it returns a pair, which its annotation leaves out.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         artifact.directory,
         attn_implementation="sdpa",
         use_safetensors=True,
@@ -76,9 +77,12 @@ def load_model(
         output_loading_info=True,
         **options,
     )
+    model, report = loaded
     _require_complete(report, artifact.directory)
     if quantization == "none":
         model.to(compute.device)
+    else:
+        _keep_differentiable(model)
     tokenizer = load_tokenizer(artifact.directory)
     _require_vocabulary(model, tokenizer, artifact.directory)
     model.requires_grad_(False)
@@ -108,6 +112,19 @@ def _four_bit(compute: Compute) -> dict[str, Any]:
     return {"quantization_config": settings, "device_map": {"": compute.device}}
 
 
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """Switch off bitsandbytes' repacking of 4-bit layers for inference on processors with bfloat16 instructions.
+
+    It repacks a layer for good when no gradient reaches its input, as behind a frozen embedding, and a repacked
+    layer passes no gradient on.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 def _require_complete(report: dict[str, Any], directory: Path) -> None:
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(name) for name in report.get(problem, ()))
@@ -120,7 +137,8 @@ def _require_complete(report: dict[str, Any], directory: Path) -> None:
 
 
 def _require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
     if rows < len(tokenizer):
         raise ArtifactError(
             f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows",

@@ -8,6 +8,7 @@ a switch cannot lose a gradient.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,10 +141,13 @@ class Roles:
         return LanguageModel(stored._peft.merge_and_unload(), self.base.tokenizer, self.base.compute)
 
     def _inject(self, role: str, config: LoraConfig) -> None:
-        if self._peft is None:
-            self._peft = PeftModel(self.base.model, config, adapter_name=role)
-        else:
-            self._peft.add_adapter(role, config)
+        with warnings.catch_warnings():
+            # peft 0.21 asks transformers 5.23 a question by the name that it had before.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            if self._peft is None:
+                self._peft = PeftModel(self.base.model, config, adapter_name=role)
+            else:
+                self._peft.add_adapter(role, config)
         # peft puts new adapters on the processor and leaves the model in train mode.
         self._peft.to(self.base.compute.device)
         self._peft.eval()

@@ -57,7 +57,7 @@ def card(
 
 
 def _all(kind: type[Item], found: Sequence[Row]) -> list[Item]:
-    kept = [row for row in found if isinstance(row, kind)]
+    kept: list[Item] = [row for row in found if isinstance(row, kind)]
     assert len(kept) == len(found)
     return kept
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -21,6 +22,8 @@ from data.template import ChatTemplate
 
 Layout = Literal["tree", "plain"]
 
+LOOKAHEAD = 256
+"""Trees that are passed over before a batch is taken as full."""
 TOO_LONG = "response longer than max_length"
 NOTHING_TRAINED = "no trained token"
 EQUAL_RESPONSES = "responses equal after tokenising"
@@ -61,7 +64,7 @@ class Tree:
         if not self.prompt or not all(branch.tokens for branch in self.branches):
             raise ValueError("a tree needs a prompt and no empty branch")
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Tokens in the tree layout: the prompt once, and every branch."""
         return len(self.prompt) + sum(len(branch.tokens) for branch in self.branches)
@@ -152,14 +155,20 @@ def one_row(trees: Sequence[Tree]) -> TreeBatch:
 
 
 def _fill(waiting: list[Tree], budget: int) -> tuple[list[list[Tree]], list[Tree]]:
-    """First fit: each tree goes into the first row with room, else opens a row while the budget lasts."""
+    """First fit: each tree goes into the first row with room, else opens a row while the budget lasts.
+
+    The search for small trees that fill the gaps ends after some misses, so that packing stays linear in the trees.
+    """
     width = waiting[0].length
     most_rows = max(1, budget // width)
     rows: list[list[Tree]] = []
     room: list[int] = []
     left: list[Tree] = []
-    for tree in waiting:
-        place = next((row for row, free in enumerate(room) if free >= tree.length), None)
+    for taken, tree in enumerate(waiting):
+        if len(left) == LOOKAHEAD:
+            return rows, left + waiting[taken:]
+        length = tree.length
+        place = next((row for row, free in enumerate(room) if free >= length), None)
         if place is None and len(rows) < most_rows:
             place = len(rows)
             rows.append([])
@@ -168,7 +177,7 @@ def _fill(waiting: list[Tree], budget: int) -> tuple[list[list[Tree]], list[Tree
             left.append(tree)
             continue
         rows[place].append(tree)
-        room[place] -= tree.length
+        room[place] -= length
     return rows, left
 
 
@@ -257,7 +266,7 @@ def _attention_mask(tree_of: Tensor, branch_of: Tensor) -> Tensor:
     return (same_tree & same_path & causal)[:, None]
 
 
-def conversation_tree(template: ChatTemplate, row: Conversation, max_length: int, number: int = 0) -> Tree | str:
+def conversation_tree(template: ChatTemplate, row: Conversation, number: int, max_length: int) -> Tree | str:
     """A conversation as a tree with one branch, which begins at the first trained token.
 
     Every assistant turn is read. Returns the reason instead when the row cannot be used.
@@ -272,7 +281,7 @@ def conversation_tree(template: ChatTemplate, row: Conversation, max_length: int
     return _fitted(Tree(tuple(prompt), (branch,), number, origin=row.origin), max_length)
 
 
-def preference_tree(template: ChatTemplate, row: Preference, max_length: int, number: int = 0) -> Tree | str:
+def preference_tree(template: ChatTemplate, row: Preference, number: int, max_length: int) -> Tree | str:
     """A preference as a tree with a branch per response, best first. Returns the reason when it cannot be used."""
     branches = tuple(Branch.of(template.response(response)) for response in row.responses)
     if len({branch.tokens for branch in branches}) < len(branches):

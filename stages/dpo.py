@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
 from data.schema import Preference
 from data.template import ChatTemplate
-from data.tree import Layout, Tree, TreeBatch, preference_tree, usable
+from data.tree import Layout, Tree, TreeBatch, preference_tree
 from pipeline.config import DpoSettings
 from pipeline.contract import Context, Result
 from pipeline.manifest import Metric
@@ -46,20 +47,18 @@ def run(context: Context) -> Result:
     roles = open_role(policy, POLICY, settings.lora, compute)
     with roles.use(REFERENCE):
         replay_probes(policy, roles.base)
-    loaded = rows.read(context, "data", Preference)
-    examples, dropped = usable(_trees(roles.base.template, loaded.train, settings.max_length))
-    rows.require(examples, context, "data", dropped)
-    held_out, _ = usable(_trees(roles.base.template, loaded.held_out, settings.max_length))
-    layout, warnings = choose_layout(roles.base.model, examples)
-    tokens = loop.follow(context, examples, objective(roles, settings, layout), roles.parameters(POLICY))
-    metrics = _metrics(roles, held_out, settings, layout)
+    tree_of = partial(_pair_tree, roles.base.template, max_length=settings.max_length)
+    examples = rows.examples(context, "data", Preference, tree_of)
+    layout, warnings = choose_layout(roles.base.model, examples.train)
+    tokens = loop.follow(context, examples.train, objective(roles, settings, layout), roles.parameters(POLICY))
+    metrics = _metrics(roles, examples.held_out, settings, layout)
     roles.save(POLICY, context.directory)
     with roles.use(POLICY):
-        record_probes(context.directory, held_out or examples, roles.base)
+        record_probes(context.directory, examples.held_out or examples.train, roles.base)
     return Result(
         kind="adapter",
         metrics=metrics,
-        data=[rows.card(context, "data", loaded, len(examples), dropped=dropped)],
+        data=[examples.card],
         adaptation=adaptation(policy, reference=policy),
         tokenizer=record(roles.base),
         tokens=tokens,
@@ -94,10 +93,9 @@ def objective(roles: Roles, settings: DpoSettings, layout: Layout) -> loop.Objec
     return parts
 
 
-def _trees(template: ChatTemplate, examples: Sequence[Preference], max_length: int) -> Iterator[Tree | str]:
-    for number, row in enumerate(examples):
-        pair = dataclasses.replace(row, responses=(row.responses[0], row.responses[-1]))
-        yield preference_tree(template, pair, max_length, number)
+def _pair_tree(template: ChatTemplate, row: Preference, number: int, max_length: int) -> Tree | str:
+    pair = dataclasses.replace(row, responses=(row.responses[0], row.responses[-1]))
+    return preference_tree(template, pair, number, max_length)
 
 
 def _pair_logprobs(roles: Roles, batch: TreeBatch) -> torch.Tensor:

@@ -241,7 +241,7 @@ def _branch_logprobs(
 
 def _pair_trees(roles: Roles, pairs: Sequence[Preference], settings: EvaluateSettings) -> list[Tree]:
     template = roles.base.template
-    trees, dropped = usable(preference_tree(template, row, settings.max_length, n) for n, row in enumerate(pairs))
+    trees, dropped = usable(preference_tree(template, row, n, settings.max_length) for n, row in enumerate(pairs))
     if not trees:
         raise DataError(f"no usable pair: {dropped}", where="pairs", hint="raise max_length")
     return trees

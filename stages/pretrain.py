@@ -85,7 +85,9 @@ def from_nothing(
         ConfigError: The architecture is unknown, has an unknown key, or is too short for the blocks.
     """
     options = dict(architecture)
-    kind = options.pop("model_type", None)
+    if "model_type" not in options:
+        raise ConfigError("`model_type` is missing", where="architecture", hint="name one, as in `model_type: llama`")
+    kind = options.pop("model_type")
     _require_known(kind, list(CONFIG_MAPPING.keys()), "architecture.model_type")
     known = AutoConfig.for_model(kind)
     for key in options:

@@ -13,12 +13,12 @@ to unit variance, and process rewards.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
 from data.schema import Preference
-from data.template import ChatTemplate
-from data.tree import Branch, Layout, Tree, preference_tree, usable
+from data.tree import Branch, Layout, Tree, preference_tree
 from pipeline.config import RewardSettings
 from pipeline.contract import Context, Result
 from pipeline.manifest import Metric
@@ -49,32 +49,27 @@ def run(context: Context) -> Result:
     roles.add_head(REWARD)
     with roles.use(REFERENCE):
         replay_probes(policy, roles.base)
-    loaded = rows.read(context, "data", Preference)
-    examples, dropped = usable(_trees(roles.base.template, loaded.train, settings.max_length))
-    rows.require(examples, context, "data", dropped)
-    held_out, _ = usable(_trees(roles.base.template, loaded.held_out, settings.max_length))
-    layout, warnings = choose_layout(roles.base.model, examples)
+    tree_of = partial(preference_tree, roles.base.template, max_length=settings.max_length)
+    examples = rows.examples(context, "data", Preference, tree_of)
+    layout, warnings = choose_layout(roles.base.model, examples.train)
     with roles.use(REWARD):
         objective = _objective(roles, settings, layout)
-        tokens = loop.follow(context, examples, objective, roles.parameters(REWARD))
-    centre = _centre(roles, examples, layout, context.seed)
-    metrics = {"sample_score": centre, **_metrics(roles, held_out, layout)}
+        tokens = loop.follow(context, examples.train, objective, roles.parameters(REWARD))
+    centre = _centre(roles, examples.train, layout, context.seed)
+    metrics = {"sample_score": centre, **_metrics(roles, examples.held_out, layout)}
     roles.save(REWARD, context.directory)
-    probes.record(context.directory, held_out or examples, lambda trees: reward_scores(roles, REWARD, trees), compute)
+    chosen = examples.held_out or examples.train
+    probes.record(context.directory, chosen, lambda trees: reward_scores(roles, REWARD, trees), compute)
     return Result(
         kind="reward",
         metrics=metrics,
-        data=[rows.card(context, "data", loaded, len(examples), dropped=dropped)],
+        data=[examples.card],
         adaptation=adaptation(policy),
         tokenizer=record(roles.base),
         tokens=tokens,
         compute=compute.record,
         warnings=warnings,
     )
-
-
-def _trees(template: ChatTemplate, examples: Sequence[Preference], max_length: int) -> Iterator[Tree | str]:
-    return (preference_tree(template, row, max_length, number) for number, row in enumerate(examples))
 
 
 def _objective(roles: Roles, settings: RewardSettings, layout: Layout) -> loop.Objective:

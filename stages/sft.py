@@ -11,13 +11,13 @@ conversation attending to another (there is none: trees).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from data.schema import Conversation
-from data.template import ChatTemplate
-from data.tree import Tree, conversation_tree, usable
+from data.tree import Tree, conversation_tree
 from pipeline.contract import Artifact, Context, Result
 from stages.core import device, loop, rows
 from stages.core.forward import choose_layout
@@ -38,24 +38,21 @@ def run(context: Context) -> Result:
     loop.seed_everything(context.seed)
     policy = context.inputs["policy"]
     roles = _open(context, policy, compute)
-    loaded = rows.read(context, "data", Conversation)
-    template = roles.base.template
-    examples, dropped = usable(_trees(template, loaded.train, settings.max_length))
-    rows.require(examples, context, "data", dropped)
-    held_out, _ = usable(_trees(template, loaded.held_out, settings.max_length))
-    layout, warnings = choose_layout(roles.base.model, examples)
+    tree_of = partial(conversation_tree, roles.base.template, max_length=settings.max_length)
+    examples = rows.examples(context, "data", Conversation, tree_of)
+    layout, warnings = choose_layout(roles.base.model, examples.train)
     with roles.use(POLICY if settings.lora else REFERENCE):
         objective = negative_mean(roles.base, settings.tokens_per_batch, layout)
         named = roles.parameters(POLICY) if settings.lora else roles.base.model.named_parameters()
-        tokens = loop.follow(context, examples, objective, named)
-        metrics = loss_metrics(roles.base, held_out, settings.tokens_per_batch, layout)
+        tokens = loop.follow(context, examples.train, objective, named)
+        metrics = loss_metrics(roles.base, examples.held_out, settings.tokens_per_batch, layout)
     kind = _save(context, roles, policy)
-    _record_probes(context, roles, kind, compute, held_out or examples)
+    _record_probes(context, roles, kind, compute, examples.held_out or examples.train)
     merged = adaptation(policy, merged=kind == "model" and settings.lora is not None)
     return Result(
         kind=kind,
         metrics=metrics,
-        data=[rows.card(context, "data", loaded, len(examples), dropped=dropped)],
+        data=[examples.card],
         adaptation=merged.model_copy(update={"quantization": settings.quantization}) if settings.lora else None,
         tokenizer=record(roles.base),
         tokens=tokens,
@@ -77,10 +74,6 @@ def _open(context: Context, policy: Artifact, compute: device.Compute) -> Roles:
     roles = Roles(base)
     roles.add(POLICY, settings.lora)
     return roles
-
-
-def _trees(template: ChatTemplate, examples: Sequence[Conversation], max_length: int) -> Iterator[Tree | str]:
-    return (conversation_tree(template, row, max_length, number) for number, row in enumerate(examples))
 
 
 def _save(context: Context, roles: Roles, policy: Artifact) -> str:

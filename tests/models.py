@@ -20,6 +20,9 @@ from stages.core.device import Compute
 from stages.core.models import LanguageModel
 from stages.core.roles import Roles
 
+# Threads cost more than they gain on matrices this small.
+torch.set_num_threads(1)
+
 CPU = Compute(torch.device("cpu"), torch.float32)
 HALF = Compute(torch.device("cpu"), torch.bfloat16)
 KINDS = ("llama", "qwen2", "gpt2")

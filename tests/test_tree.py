@@ -177,7 +177,7 @@ def conversation(*turns: str) -> Conversation:
 
 def test_a_conversation_reads_exactly_the_trained_tokens(template: ChatTemplate) -> None:
     row = conversation("Where is Ada?", "In Oslo.", "And Ben?", "In Lima.")
-    tree, encoded = conversation_tree(template, row, 1000), template.encode(row.messages)
+    tree, encoded = conversation_tree(template, row, 0, 1000), template.encode(row.messages)
     assert isinstance(tree, Tree)
     (branch,) = tree.branches
     read = [False] * len(tree.prompt) + list(branch.read)
@@ -190,12 +190,12 @@ def test_a_conversation_reads_exactly_the_trained_tokens(template: ChatTemplate)
 
 
 def test_a_conversation_with_nothing_to_train_on_is_dropped(template: ChatTemplate) -> None:
-    assert conversation_tree(template, conversation("Where is Ada?"), 100) == NOTHING_TRAINED
+    assert conversation_tree(template, conversation("Where is Ada?"), 0, 100) == NOTHING_TRAINED
 
 
 def test_a_long_prompt_loses_its_beginning_and_nothing_of_the_response(template: ChatTemplate) -> None:
     row = conversation("Where is Ada? " * 20, "In Oslo.")
-    whole, cut = conversation_tree(template, row, 1000), conversation_tree(template, row, 30)
+    whole, cut = conversation_tree(template, row, 0, 1000), conversation_tree(template, row, 0, 30)
     assert isinstance(whole, Tree)
     assert isinstance(cut, Tree)
     assert cut.length == 30
@@ -205,7 +205,7 @@ def test_a_long_prompt_loses_its_beginning_and_nothing_of_the_response(template:
 
 def test_the_longest_path_is_cut_to_the_length_not_the_whole_tree(template: ChatTemplate) -> None:
     row = Preference((Message("user", "Where is Ada? " * 20),), ("In Oslo, of course.", "No.", "In Lima."))
-    tree = preference_tree(template, row, 40)
+    tree = preference_tree(template, row, 0, 40)
     assert isinstance(tree, Tree)
     assert len(tree.prompt) + max(len(branch.tokens) for branch in tree.branches) == 40
 
@@ -213,18 +213,18 @@ def test_the_longest_path_is_cut_to_the_length_not_the_whole_tree(template: Chat
 def test_a_response_as_long_as_the_limit_is_dropped(template: ChatTemplate) -> None:
     row = Preference((Message("user", "Where is Ada?"),), ("In Oslo.", "No."))
     longest = len(template.response("In Oslo."))
-    assert preference_tree(template, row, longest) == TOO_LONG
-    assert isinstance(preference_tree(template, row, longest + 1), Tree)
+    assert preference_tree(template, row, 0, longest) == TOO_LONG
+    assert isinstance(preference_tree(template, row, 0, longest + 1), Tree)
 
 
 def test_equal_responses_are_dropped(template: ChatTemplate) -> None:
     row = Preference((Message("user", "Where is Ada?"),), ("In Oslo.", "No.", "In Oslo."))
-    assert preference_tree(template, row, 1000) == EQUAL_RESPONSES
+    assert preference_tree(template, row, 0, 1000) == EQUAL_RESPONSES
 
 
 def test_a_preference_keeps_order_margin_and_place(template: ChatTemplate) -> None:
     row = Preference((Message("user", "Where is Ada?"),), ("In Oslo.", "No."), 0.4, "pairs:3")
-    tree = preference_tree(template, row, 1000, number=5)
+    tree = preference_tree(template, row, 5, 1000)
     assert isinstance(tree, Tree)
     assert [template.decode(branch.tokens) for branch in tree.branches] == ["In Oslo.", "No."]
     assert (tree.margin, tree.origin, tree.number) == (0.4, "pairs:3", 5)

@@ -1,8 +1,48 @@
-"""Tiny foreign models with tokenizers of their own, saved as `transformers` saves them."""
+"""What whole stages are tried on: a chain on the embedded world, and foreign models as `transformers` saves them."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+CHAIN = """\
+output: {root}/run
+device: cpu
+dtype: float32
+data:
+  corpus: {{source: "world:corpus", rows: 200}}
+  demonstrations: {{source: "world:demonstrations", rows: 100, held_out: 0.2}}
+  preferences: {{source: "world:preferences", rows: 100, held_out: 0.2}}
+  prompts: {{source: "world:prompts", rows: 100, held_out: 0.2}}
+stages:
+  tokenizer: {{kind: tokenizer, data: corpus, vocab_size: 320}}
+  base:
+    kind: pretrain
+    tokenizer: tokenizer
+    data: corpus
+    architecture:
+      model_type: llama
+      hidden_size: 32
+      intermediate_size: 64
+      num_hidden_layers: 2
+      num_attention_heads: 2
+      num_key_value_heads: 2
+      max_position_embeddings: 512
+      tie_word_embeddings: true
+    max_length: 64
+    steps: 12
+    examples_per_step: 8
+    optimizer: {{learning_rate: 0.01}}
+  sft: {{kind: sft, policy: base, data: demonstrations, steps: 6, examples_per_step: 8,
+    optimizer: {{learning_rate: 0.01}}}}
+  reward: {{kind: reward, policy: sft, data: preferences, steps: 6, examples_per_step: 8, lora: {{rank: 4}},
+    optimizer: {{learning_rate: 0.01}}}}
+  dpo: {{kind: dpo, policy: sft, data: preferences, steps: 4, examples_per_step: 8, lora: {{rank: 4}},
+    optimizer: {{learning_rate: 0.01}}}}
+  ppo: {{kind: ppo, policy: sft, reward: reward, data: prompts, steps: 2, examples_per_step: 8, minibatches: 2,
+    max_new_tokens: 8, lora: {{rank: 4}}, optimizer: {{learning_rate: 0.01}}}}
+  evaluate: {{kind: evaluate, models: [base, sft, dpo, ppo], reward: reward, prompts: prompts, pairs: preferences,
+    text: corpus, gold: world, rows: 12, max_new_tokens: 8}}
+"""
 
 CHATML = (
     "{% for message in messages %}"
@@ -31,6 +71,13 @@ CONTROL = {
     ),
 }
 """Model type -> chat template, control tokens, the one that ends a turn, the one that pads."""
+
+
+def write_chain(root: Path) -> Path:
+    """The configuration of all seven stages on the embedded world; returns its path."""
+    path = root / "chain.yaml"
+    path.write_text(CHAIN.format(root=root))
+    return path
 
 
 def save_model(directory: Path, model_type: str, texts: list[str]) -> Path:

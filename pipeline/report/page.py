@@ -132,11 +132,11 @@ def _tasks(models: Mapping[str, ModelEvaluation]) -> list[str]:
 
 
 def _table(models: Mapping[str, ModelEvaluation], columns: list[str]) -> list[Line]:
-    if not columns:
-        return []
+    """A line for every model that has a figure in one of the columns."""
     return [
         Line(name, model.parent or "", tuple(_cell(column, model.metrics) for column in columns))
         for name, model in models.items()
+        if not model.metrics.keys().isdisjoint(columns)
     ]
 
 

@@ -8,7 +8,7 @@ from pipeline.manifest import Metric
 
 LONGEST = 2_000
 _SHARES = frozenset({"win_rate", "accuracy", "pair_accuracy"})
-_DECIMALS = {"perplexity": 2, "reward": 2, "kl": 2, "length": 1}
+_DECIMALS = {"perplexity": 2, "reward": 2, "kl": 2, "length": 1, "vocabulary": 0}
 
 
 def excerpt(text: str) -> str:

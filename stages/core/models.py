@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from data.template import ChatTemplate, tokenizer_record
@@ -19,6 +26,9 @@ from stages.core.device import Compute
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
+
+GENERAL_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""Classes that are exactly what `tokenizer.json` says."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +57,15 @@ class LanguageModel:
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a stage or model directory."""
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    """The tokenizer of a stage or model directory.
+
+    For some model types `AutoTokenizer` puts a class of its own, with other tokens, in the place of a general one.
+    """
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    general = config.get("tokenizer_class") in GENERAL_TOKENIZERS
+    kind: Any = PreTrainedTokenizerFast if general else AutoTokenizer
+    return kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 def load_model(
@@ -118,7 +135,7 @@ def _keep_differentiable(model: PreTrainedModel) -> None:
     It repacks a layer for good when no gradient reaches its input, as behind a frozen embedding, and a repacked
     layer passes no gradient on.
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):

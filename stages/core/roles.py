@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from stages.core.device import Compute
 from stages.core.models import LanguageModel, load_model
 
 POLICY, REFERENCE, REWARD, VALUE = "policy", "reference", "reward", "value"
-ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
 class Roles:
@@ -56,10 +57,11 @@ class Roles:
         """A frozen adapter from a stage directory, with its scalar head when it has one.
 
         Raises:
-            ArtifactError: A tensor is missing, unexpected or of another shape.
+            ArtifactError: A file or tensor is missing, unexpected or of another shape.
         """
-        self._inject(role, LoraConfig.from_pretrained(str(directory)))
-        self._fill(role, _read_adapter(directory), directory)
+        config, tensors = _read_adapter(directory)
+        self._inject(role, config)
+        self._fill(role, tensors, directory)
         if (directory / "head.safetensors").is_file():
             self.heads[role] = ScalarHead.load(directory, self.base.hidden_size).to(self.base.compute.device)
         self._freeze_the_rest()
@@ -104,7 +106,7 @@ class Roles:
         adapter = [
             (name, parameter)
             for name, parameter in self.base.model.named_parameters()
-            if f".{role}." in name and "lora_" in name
+            if _belongs(name, role)
         ]
         head = self.heads[role].named_parameters() if role in self.heads else ()
         return adapter + [(f"head.{name}", parameter) for name, parameter in head]
@@ -122,6 +124,8 @@ class Roles:
         config = self._config(role)
         config.base_model_name_or_path = None
         config.inference_mode = True
+        if isinstance(config.target_modules, set):  # of names, in another order in every process
+            config.target_modules = sorted(config.target_modules)
         config.save_pretrained(str(directory))
         if role in self.heads:
             self.heads[role].save(directory)
@@ -241,8 +245,13 @@ def _peft_config(lora: Lora) -> LoraConfig:
     )
 
 
-def _read_adapter(directory: Path) -> dict[str, Tensor]:
-    path = directory / ADAPTER_FILE
-    if not path.is_file():
-        raise ArtifactError("the adapter's weights are missing", where=path, hint="train the stage again")
-    return load_file(path)
+def _belongs(name: str, role: str) -> bool:
+    """Whether a parameter is one of the role's adapter: `...lora_A.ROLE.weight`."""
+    return any(kind.startswith("lora_") and owner == role for kind, owner in pairwise(name.split(".")))
+
+
+def _read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    for path in (directory / ADAPTER_FILE, directory / CONFIG_FILE):
+        if not path.is_file():
+            raise ArtifactError("a file of the adapter is missing", where=path, hint="train the stage again")
+    return LoraConfig.from_pretrained(str(directory)), load_file(directory / ADAPTER_FILE)

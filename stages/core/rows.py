@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from data.read import Loaded, load
 from data.schema import Row
-from data.tree import Tree
+from data.tree import Tree, usable
 from pipeline.contract import Context
 from pipeline.errors import DataError
 from pipeline.manifest import DataCard
@@ -31,7 +31,7 @@ def read(context: Context, role: str, kind: type[Item]) -> Rows[Item]:
     """The rows of a data role, which are of the kind its stage asks for."""
     loaded = load(context.data[role], context.settings.DATA[role])
     for reason, count in sorted(loaded.dropped.items()):
-        context.say(f"{context.name}: {count} rows of {context.data[role].source} dropped: {reason}")
+        context.say(f"{count} rows of {context.data[role].source} dropped: {reason}")
     return Rows(_all(kind, loaded.train), _all(kind, loaded.held_out), loaded)
 
 
@@ -62,12 +62,35 @@ def _all(kind: type[Item], found: Sequence[Row]) -> list[Item]:
     return kept
 
 
-def require(trees: Sequence[Tree], context: Context, role: str, dropped: Mapping[str, int]) -> None:
-    """Raise DataError when tokenising left nothing to train on."""
-    if not trees:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "the split is empty"
+@dataclass(frozen=True)
+class Examples:
+    """The usable rows of a data role as trees, and their record for the manifest."""
+
+    train: list[Tree]
+    held_out: list[Tree]
+    card: DataCard
+
+
+def examples(context: Context, role: str, kind: type[Item], tree_of: Callable[[Item, int], Tree | str]) -> Examples:
+    """Read a data role and turn its rows into trees.
+
+    Args:
+        context: The stage's.
+        role: The data role.
+        kind: The kind of row.
+        tree_of: Makes a tree of a row and its number, or names the reason why it cannot be used.
+
+    Raises:
+        DataError: There is nothing to train on.
+    """
+    found = read(context, role, kind)
+    train, dropped = usable(tree_of(row, number) for number, row in enumerate(found.train))
+    held_out, _ = usable(tree_of(row, number) for number, row in enumerate(found.held_out))
+    if not train:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.items()) or "every row is held out"
         raise DataError(
             f"no usable rows for `{role}`: {reasons}",
             where=context.data[role].source,
-            hint=f"raise stages.{context.name}.max_length or check the data",
+            hint=f"raise stages.{context.name}.max_length, lower the source's held_out, or check the data",
         )
+    return Examples(train, held_out, card(context, role, found, len(train), dropped=dropped))

@@ -1,0 +1,80 @@
+"""Where and how precisely to compute."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.errors import ConfigError
+from stages.core import device
+
+
+@pytest.fixture
+def no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("no_accelerator")
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_refused_with_a_remedy(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"`{name}` is not available") as caught:
+        device.choose(name, "float32")
+    assert "device=cpu" in caught.value.hint
+
+
+@pytest.mark.usefixtures("no_accelerator")
+def test_without_an_accelerator_auto_is_the_processor() -> None:
+    assert device.choose("auto", "float32").device.type == "cpu"
+
+
+@pytest.mark.parametrize(("cuda", "mps", "expected"), [
+    (True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu"),
+])  # fmt: skip
+def test_auto_takes_the_best_device_there_is(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert device.choose("auto", "float32").device.type == expected
+    for name in ("cuda", "mps", "cpu"):
+        if name == "cpu" or {"cuda": cuda, "mps": mps}[name]:
+            assert device.choose(name, "float32").device.type == name
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_a_precision_asked_for_is_the_one_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_bfloat16_pays", lambda chosen: name == "float32")
+    assert device.choose("cpu", name).dtype == getattr(torch, name)
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(4.0, torch.bfloat16), (1.0, torch.float32), (0.2, torch.float32)])
+def test_the_processor_uses_bfloat16_only_where_it_is_measured_to_pay(
+    gain: float, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {torch.float32: 1.0, torch.bfloat16: 1.0 / gain}
+    monkeypatch.setattr(device, "_matmul_seconds", lambda dtype: seconds[dtype])
+    assert device.choose("cpu", "auto").dtype == expected
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_graphics_card_is_asked_for_bfloat16(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    assert device.choose("cuda", "auto").dtype == (torch.bfloat16 if supported else torch.float32)
+
+
+def test_the_measurement_takes_time() -> None:
+    assert device._matmul_seconds(torch.float32, size=8, repeats=3) > 0
+
+
+def test_the_record_names_device_and_precision() -> None:
+    assert device.choose("cpu", "bfloat16").record == {"device": "cpu", "dtype": "bfloat16"}
+
+
+def test_autocast_lowers_products_of_float32_weights_and_is_off_in_float32() -> None:
+    layer, states = torch.nn.Linear(4, 4), torch.randn(2, 4)
+    with device.choose("cpu", "bfloat16").autocast():
+        assert layer(states).dtype == torch.bfloat16
+    with device.choose("cpu", "float32").autocast():
+        assert layer(states).dtype == torch.float32

@@ -1,0 +1,82 @@
+"""Loading models: complete, frozen, with their own tokenizer, or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+
+from data.template import tokenizer_record
+from pipeline.errors import ArtifactError
+from stages.core.models import load_model, load_tokenizer
+from stages.core.roles import POLICY, Roles
+
+
+def edit_config(directory: Path, **fields: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize("kind", [*models.KINDS, "mistral"])
+def test_a_stored_model_has_exactly_its_weights_and_tokenizer_again(tmp_path: Path, kind: str) -> None:
+    base = models.save_base(tmp_path / "base", kind)
+    loaded = load_model(base, models.CPU)
+    assert not models.changed(loaded.model, models.snapshot(models.model(kind)))
+    assert len(loaded.tokenizer) == len(models.tokenizer())
+    assert tokenizer_record(loaded.tokenizer) == tokenizer_record(models.tokenizer())
+
+
+def test_a_tokenizer_alone_is_loaded_as_it_was_stored(tmp_path: Path) -> None:
+    models.tokenizer().save_pretrained(tmp_path)
+    assert tokenizer_record(load_tokenizer(tmp_path)) == tokenizer_record(models.tokenizer())
+
+
+@pytest.mark.parametrize(("layers", "problem"), [(3, "missing keys"), (1, "unexpected keys")])
+def test_weights_that_do_not_fit_the_configuration_are_refused(tmp_path: Path, layers: int, problem: str) -> None:
+    base = models.save_base(tmp_path / "base")
+    edit_config(base.directory, num_hidden_layers=layers)
+    with pytest.raises(ArtifactError, match=problem):
+        load_model(base, models.CPU)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    base = models.save_base(tmp_path / "base")
+    edit_config(base.directory, intermediate_size=40)
+    with pytest.raises(ArtifactError, match="mismatched keys"):
+        load_model(base, models.CPU)
+
+
+def test_fewer_embedding_rows_than_tokens_are_refused(tmp_path: Path) -> None:
+    base = models.save_base(tmp_path / "base")
+    tokenizer = models.tokenizer.__wrapped__()
+    tokenizer.add_tokens([f"extra {number}" for number in range(3)])
+    tokenizer.save_pretrained(base.directory)
+    with pytest.raises(ArtifactError, match="the tokenizer has"):
+        load_model(base, models.CPU)
+
+
+def test_a_loaded_model_is_frozen_and_in_the_precision_asked_for(tmp_path: Path) -> None:
+    base = models.save_base(tmp_path / "base")
+    half = load_model(base, models.HALF)
+    assert {each.dtype for each in half.model.parameters()} == {torch.bfloat16}
+    assert not any(each.requires_grad for each in half.model.parameters())
+    assert not half.model.training
+    assert {each.dtype for each in load_model(base, models.HALF, dtype="auto").model.parameters()} == {torch.float32}
+
+
+def test_adapters_on_a_bfloat16_base_are_float32(tmp_path: Path) -> None:
+    roles = Roles(load_model(models.save_base(tmp_path / "base"), models.HALF))
+    roles.add(POLICY, models.LORA)
+    assert {each.dtype for _, each in roles.parameters(POLICY)} == {torch.float32}
+
+
+def test_weights_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:
+    language_model = models.language_model()
+    language_model.model.lm_head.weight.data[3, 3] = torch.inf
+    with pytest.raises(ArtifactError, match=r"lm_head.weight"):
+        language_model.save(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -19,8 +19,7 @@ from pipeline import manifest as manifests
 from pipeline.fingerprint import file_sha256
 from pipeline.manifest import Manifest, OutputRecord
 
-# peft reads an attribute that transformers means to rename.
-pytestmark = [pytest.mark.chain, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")]
+pytestmark = pytest.mark.chain
 
 STAGES = ["tokenizer", "base", "sft", "reward", "dpo", "ppo", "evaluate"]
 BRANCHES = """\

@@ -120,9 +120,7 @@ def test_only_a_ratio_that_went_too_far_the_right_way_has_no_gradient(
 @pytest.mark.parametrize("log_ratio", [-1e6, -1e3, 1e3, 1e6, math.inf, -math.inf])
 def test_a_ratio_stays_finite_at_any_log_ratio(log_ratio: float) -> None:
     for advantage in (-1.0, 1.0):
-        loss, ratio = clipped_policy_loss(
-            torch.tensor([log_ratio]), torch.zeros(1), torch.tensor([advantage]), 0.2
-        )
+        loss, ratio = clipped_policy_loss(torch.tensor([log_ratio]), torch.zeros(1), torch.tensor([advantage]), 0.2)
         assert torch.isfinite(ratio).all()
         assert torch.isfinite(loss).all()
         assert (ratio > 0).all()

@@ -85,7 +85,9 @@ def test_the_warm_up_is_a_straight_line_of_its_share_of_the_steps() -> None:
     assert [optim.scale(settings, step, 16) for step in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
 
 
-@pytest.mark.parametrize(("schedule", "halfway", "end"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("schedule", "halfway", "end"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1.0, 1.0)]
+)
 def test_a_schedule_is_halfway_in_the_middle_and_done_after_the_last_step(
     schedule: str, halfway: float, end: float
 ) -> None:

@@ -104,7 +104,7 @@ def test_another_precision_is_given_room_for_rounding_but_not_for_another_model(
 def test_the_same_precision_is_given_none(tmp_path: Path) -> None:
     probes.record(tmp_path, models.responses(2), lambda trees: [1.0, 2.0], models.CPU)
     probes.replay(tmp_path, lambda trees: [1.0, 2.0005], models.CPU)
-    with pytest.raises(ArtifactError, match="probe 1: recorded 2.000000, found 2.002000"):
+    with pytest.raises(ArtifactError, match=r"probe 1: recorded 2\.000000, found 2\.002000"):
         probes.replay(tmp_path, lambda trees: [1.0, 2.002], models.CPU)
     probes.replay(tmp_path, lambda trees: [1.0, 2.002], models.HALF)
 

@@ -16,9 +16,6 @@ from conftest import REPOSITORY
 from pipeline import cli, loader
 from pipeline import manifest as manifests
 
-# peft reads an attribute that transformers means to rename.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
-
 RECIPES = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.yaml"))
 FOREIGN = {
     "qwen-0.5b-lora": ("Qwen/Qwen2.5-0.5B-Instruct", "qwen2"),

@@ -52,7 +52,7 @@ def three_roles(kind: str = "llama") -> Roles:
     return roles
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", models.KINDS)
 def test_the_reference_is_exactly_the_bare_base(kind: str) -> None:
     bare = models.model(kind)(PATHS).logits
     assert torch.equal(logits(three_roles(kind), REFERENCE), bare)
@@ -177,7 +177,7 @@ def test_no_role_drops_anything_out() -> None:
     assert torch.equal(logits(roles, POLICY), logits(roles, POLICY))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", models.KINDS)
 def test_a_merged_model_is_the_base_plus_the_adapter(tmp_path: Path, kind: str) -> None:
     base = models.save_base(tmp_path / "base", kind)
     roles = open_role(base, POLICY, models.LORA, models.CPU)
@@ -205,13 +205,14 @@ def test_merging_leaves_the_base_and_its_roles_as_they_were(tmp_path: Path) -> N
     assert set(models.snapshot(roles.base.model)) == set(before)
 
 
-def test_peft_itself_loads_a_saved_adapter_with_equal_logits(tmp_path: Path) -> None:
-    roles = three_roles()
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_peft_itself_loads_a_saved_adapter_with_equal_logits(tmp_path: Path, kind: str) -> None:
+    roles = three_roles(kind)
     roles.save(POLICY, tmp_path)
     with warnings.catch_warnings():
         # peft 0.21 asks transformers 5.23 a question by the name that it had before.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        loaded = PeftModel.from_pretrained(models.model(), str(tmp_path))
+        loaded = PeftModel.from_pretrained(models.model(kind), str(tmp_path))
     assert torch.equal(loaded(PATHS).logits, logits(roles, POLICY))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] is None
 

@@ -27,9 +27,7 @@ def ragged(count: int, seed: int = 0, longest: int = 12) -> list[tuple[int, ...]
 
 
 def draw(model: PreTrainedModel, prompts: list[tuple[int, ...]], **options: Any) -> list[Sample]:
-    return sample(
-        model, prompts, **{"stop_id": 1, "max_new_tokens": 8, "temperature": 1.0, "seed": 0, **options}
-    )
+    return sample(model, prompts, **{"stop_id": 1, "max_new_tokens": 8, "temperature": 1.0, "seed": 0, **options})
 
 
 def greedy(model: PreTrainedModel, prompts: list[tuple[int, ...]], **options: Any) -> list[Sample]:

@@ -45,7 +45,9 @@ def test_a_score_is_the_same_alone_and_in_any_order(judge: Roles) -> None:
     trees = models.responses(8)
     together = reward_scores(judge, REWARD, trees)
     shuffled = random.Random(0).sample(trees, len(trees))
-    assert reward_scores(judge, REWARD, shuffled) == pytest.approx([together[tree.number] for tree in shuffled], abs=1e-5)
+    assert reward_scores(judge, REWARD, shuffled) == pytest.approx(
+        [together[tree.number] for tree in shuffled], abs=1e-5
+    )
     alone = [reward_scores(judge, REWARD, [tree])[0] for tree in trees]
     assert alone == pytest.approx(together, abs=1e-5)
 

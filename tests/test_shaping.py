@@ -62,7 +62,9 @@ def test_with_lambda_0_an_advantage_is_one_step_of_surprise() -> None:
 
 def test_padding_changes_nothing() -> None:
     rewards, values, mask = ragged(5)
-    wider = [torch.cat([each, torch.full((len(mask), 4), fill)], dim=1) for each, fill in ((rewards, 9.0), (values, 7.0))]
+    wider = [
+        torch.cat([each, torch.full((len(mask), 4), fill)], dim=1) for each, fill in ((rewards, 9.0), (values, 7.0))
+    ]
     wide_mask = torch.cat([mask, torch.zeros(len(mask), 4, dtype=torch.bool)], dim=1)
     narrow = generalized_advantages(rewards, values, mask, 0.97, 0.9)
     wide = generalized_advantages(*wider, wide_mask, 0.97, 0.9)

@@ -83,4 +83,5 @@ class Lineup:
 
 def _name(source: str) -> str:
     """`sft` of `sft`, `runs/a/stages/sft`; `model` of `hub:owner/model@main`."""
-    return PurePosixPath(source.partition("@")[0]).name
+    path = source.partition("@")[0] if source.startswith("hub:") else source
+    return PurePosixPath(path).name

@@ -92,6 +92,8 @@ def load_model(
         local_files_only=True,
         trust_remote_code=False,
         output_loading_info=True,
+        # Then they are in the report, which is read below, instead of an error that does not name them.
+        ignore_mismatched_sizes=True,
         **options,
     )
     model, report = loaded

@@ -103,11 +103,7 @@ class Roles:
 
     def parameters(self, role: str) -> list[tuple[str, nn.Parameter]]:
         """Named parameters of a role's adapter and head."""
-        adapter = [
-            (name, parameter)
-            for name, parameter in self.base.model.named_parameters()
-            if _belongs(name, role)
-        ]
+        adapter = [(name, parameter) for name, parameter in self.base.model.named_parameters() if _belongs(name, role)]
         head = self.heads[role].named_parameters() if role in self.heads else ()
         return adapter + [(f"head.{name}", parameter) for name, parameter in head]
 
@@ -148,6 +144,8 @@ class Roles:
         with warnings.catch_warnings():
             # peft 0.21 asks transformers 5.23 a question by the name that it had before.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            # It transposes GPT-2's layers as they need, and says so.
+            warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)
             if self._peft is None:
                 self._peft = PeftModel(self.base.model, config, adapter_name=role)
             else:

@@ -97,6 +97,28 @@ def test_rows_that_end_early_leave_and_change_nothing_for_the_others(kind: str) 
         assert short.ended == (stop_id in full.tokens)
 
 
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_rows_with_other_padding_than_those_that_left_go_on_as_before(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.model(kind)
+    prompts = [(7,)] * 5 + [prompt * 2 for prompt in ragged(20, seed=4, longest=10) if len(prompt) > 5][:3]
+    whole = greedy(model, prompts, stop_id=NEVER, max_new_tokens=12)
+    stop_id = next(token for token in whole[0].tokens if all(token not in each.tokens[:6] for each in whole[5:]))
+    sizes: list[int] = []
+    plain = rollout._Batch._sample
+
+    def counted(batch: rollout._Batch, logits: Tensor) -> Tensor:
+        sizes.append(len(logits))
+        return plain(batch, logits)
+
+    monkeypatch.setattr(rollout._Batch, "_sample", counted)
+    found = greedy(model, prompts, stop_id=stop_id, max_new_tokens=12)
+    assert sizes[0] == 8
+    assert sizes[-1] <= 3
+    assert found == [slow_greedy(model, prompt, stop_id, 12) for prompt in prompts]
+
+
 def test_the_stop_token_is_kept_and_nothing_follows_it() -> None:
     model, prompts = models.model(), ragged(40)
     common = greedy(model, prompts, stop_id=NEVER)[0].tokens[1]

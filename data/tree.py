@@ -24,7 +24,7 @@ Layout = Literal["tree", "plain"]
 
 LOOKAHEAD = 256
 """Trees that are passed over before a batch is taken as full."""
-TOO_LONG = "response longer than max_length"
+TOO_LONG = "trained part longer than max_length"
 NOTHING_TRAINED = "no trained token"
 EQUAL_RESPONSES = "responses equal after tokenising"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from pipeline import inspection, loader, runner, store, terminal
 from pipeline import manifest as manifests
 from pipeline import plan as planning
 from pipeline.config import RunSettings
-from pipeline.errors import ArtifactError, BatonError, ConfigError
+from pipeline.errors import ArtifactError, BatonError, ConfigError, Interrupted
 from pipeline.manifest import Metric
 from pipeline.plan import Decision
 from pipeline.store import RunDirectory
@@ -200,6 +201,8 @@ def execute(command: Callable[..., Any], arguments: Sequence[str] | None = None)
         command(args=arguments)
     except BatonError as error:
         return _fail(error)
+    except KeyboardInterrupt:
+        return _fail(Interrupted(signal.SIGINT))
     except OSError as error:
         refusal = store.storage_error(error, Path(error.filename or "."))
         if refusal is None:
@@ -265,4 +268,4 @@ def _status_row(state: dict[str, Any]) -> tuple[str, ...]:
     named = (state["stage"], state["kind"], said)
     if state["state"] != "published":
         return *named, "", "", ""
-    return *named, state["started"], f"{state['seconds']:.1f}", state["digest"][:8]
+    return *named, state["started"], f"{state['cost']['seconds']:.1f}", state["digest"][:8]

@@ -9,12 +9,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, model_validator
 
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("should be a number, not true or false")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_boolean)]
 Positive = Annotated[StrictInt, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Rate = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
+Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]
+Fraction = Annotated[Number, Field(ge=0.0, le=1.0)]
+Decay = Annotated[Number, Field(ge=0.0, lt=1.0)]
+Rate = Annotated[Number, Field(gt=0.0)]
+NonNegative = Annotated[Number, Field(ge=0.0)]
+Temperature = Annotated[Number, Field(ge=0.01, le=100.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
@@ -39,11 +50,22 @@ class DataSource(Settings):
     """The split to read; only `hub:` sources have several."""
     rows: Positive | None = None
     """Read at most this many rows; for `world:` sources, generate this many."""
-    seed: StrictInt = 0
+    seed: Seed = 0
     """Seed of the generator; only for `world:` sources."""
     held_out: Fraction = 0.1
     """Share of prompts kept from training, chosen by a hash of the prompt, so that the same prompt is held out in every
-    source that has the same share."""
+    source: all sources of a run must have the same share."""
+
+    @model_validator(mode="after")
+    def _options_fit_the_source(self) -> DataSource:
+        scheme = self.source.partition(":")[0]
+        if self.seed and scheme != "world":
+            raise ValueError("`seed` is for `world:` sources")
+        if self.split != "train" and scheme != "hub":
+            raise ValueError("`split` is for `hub:` sources")
+        if self.format != "auto" and scheme == "world":
+            raise ValueError("`world:` sources have a format of their own; leave out `format`")
+        return self
 
 
 class Optimizer(Settings):
@@ -55,7 +77,7 @@ class Optimizer(Settings):
     """Peak learning rate."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay on matrices."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's moment decay rates."""
     warmup: Fraction = 0.05
     """Share of the steps in which the learning rate rises linearly from zero."""
@@ -100,21 +122,27 @@ class StageSettings(Settings):
         return {role: getattr(self, role) for role in self.DATA if getattr(self, role) is not None}
 
 
-class Training(StageSettings):
+class Batching(StageSettings):
     """What every stage that takes optimizer steps has."""
 
-    epochs: Rate = 1.0
-    """Passes over the training rows."""
-    steps: Positive | None = None
-    """Take exactly this many optimizer steps instead, starting the rows over when they run out."""
     examples_per_step: Positive = 32
     """Examples of one optimizer step; the loss is normalised over all of them."""
     tokens_per_batch: Positive = 8192
     """Tokens, padding included, that go through the model at once. Bounds memory; does not change results."""
     max_length: Positive = 1024
-    """Longest example in tokens. A longer prompt loses its beginning, a longer response makes the row unusable."""
+    """Longest example in tokens, at most the model's positions. A longer prompt loses its beginning; a row whose
+    trained part alone is longer is dropped and counted."""
     optimizer: Optimizer = Optimizer()
     """The optimizer."""
+
+
+class Training(Batching):
+    """What every stage that goes over rows has."""
+
+    epochs: Rate = 1.0
+    """Passes over the training rows."""
+    steps: Positive | None = None
+    """Take exactly this many optimizer steps instead, starting the rows over when they run out."""
 
 
 class TokenizerSettings(StageSettings):
@@ -146,7 +174,7 @@ class PretrainSettings(Training):
     """Model to continue from; excludes `tokenizer` and `architecture`."""
     architecture: dict[str, Any] | None = None
     """The model's `transformers` configuration, `model_type` first; vocabulary and special tokens are filled in."""
-    max_length: Positive = 256
+    max_length: Annotated[StrictInt, Field(ge=2)] = 256
     """Tokens of one packed block, which is one example."""
 
     @model_validator(mode="after")
@@ -194,9 +222,9 @@ class RewardSettings(Training):
     data: str
     """Data source of the preferences."""
     lora: Lora = Lora()
-    """The adapter."""
+    """The adapter; one that begins as the policy's adapter keeps that adapter's shape."""
     margin: StrictBool = False
-    """Subtract the row's margin from the score difference (Llama 2, arXiv 2307.09288, eq. 2)."""
+    """For pairs: subtract the row's margin from the score difference (Llama 2, arXiv 2307.09288, eq. 2)."""
     centring: NonNegative = 0.0
     """Weight of the squared mean score, which keeps scores near zero (arXiv 2312.09244, eq. 2)."""
 
@@ -214,7 +242,7 @@ class DpoSettings(Training):
     data: str
     """Data source of the preferences."""
     lora: Lora = Lora()
-    """The adapter."""
+    """The adapter; a policy that begins as an adapter keeps that adapter's shape."""
     beta: Rate = 0.1
     """Strength of the pull towards the reference."""
     sft_weight: NonNegative = 0.0
@@ -222,7 +250,7 @@ class DpoSettings(Training):
     probability from falling along with that of the rejected ones."""
 
 
-class PpoSettings(Training):
+class PpoSettings(Batching):
     """Proximal policy optimisation against a learned reward model."""
 
     ROLES: ClassVar = {"policy": ("model", "adapter"), "reward": ("reward",)}
@@ -237,14 +265,14 @@ class PpoSettings(Training):
     data: str
     """Data source of the prompts."""
     lora: Lora = Lora()
-    """The policy's adapter."""
+    """The policy's adapter; a policy that begins as an adapter keeps that adapter's shape."""
     steps: Positive = 100
     """Rollout-and-update rounds."""
     examples_per_step: Positive = 64
     """Prompts of one rollout."""
     max_new_tokens: Positive = 64
     """Longest response, end of turn included."""
-    temperature: Rate = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature, also applied to every log-probability."""
     update_epochs: Positive = 1
     """Passes over each rollout."""
@@ -266,9 +294,10 @@ class PpoSettings(Training):
     """Taken off the score of a response that does not end its turn."""
 
     @model_validator(mode="after")
-    def _minibatches_divide(self) -> PpoSettings:
+    def _sizes_fit(self) -> PpoSettings:
         if self.examples_per_step % self.minibatches:
             raise ValueError(f"minibatches={self.minibatches} must divide examples_per_step={self.examples_per_step}")
+        _require_room(self.max_length, self.max_new_tokens)
         return self
 
 
@@ -285,7 +314,7 @@ class EvaluateSettings(StageSettings):
     kind: Literal["evaluate"] = "evaluate"
     """Stage kind."""
     models: Annotated[list[str], Field(min_length=1)]
-    """The models, parents before children."""
+    """The models; each is compared with its parent when that is among them."""
     reward: str | None = None
     """Reward stage that scores the samples; the judge of win rates where there is no gold reward."""
     prompts: str
@@ -300,12 +329,22 @@ class EvaluateSettings(StageSettings):
     """Held-out rows of each data source to use, at most."""
     max_new_tokens: Positive = 64
     """Longest response."""
-    temperature: Rate = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature of the responses."""
     max_length: Positive = 1024
     """Longest example in tokens."""
     tokens_per_batch: Positive = 8192
     """Tokens, padding included, that go through the model at once."""
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> EvaluateSettings:
+        _require_room(self.max_length, self.max_new_tokens)
+        return self
+
+
+def _require_room(max_length: int, max_new_tokens: int) -> None:
+    if max_new_tokens >= max_length:
+        raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in max_length={max_length}")
 
 
 Stage = Annotated[
@@ -317,9 +356,9 @@ Stage = Annotated[
 class RunSettings(Settings):
     """One run: where it is written, what it reads and the stages it takes."""
 
-    output: str
+    output: Annotated[str, Field(min_length=1)]
     """The run directory."""
-    seed: StrictInt = 0
+    seed: Seed = 0
     """Seed of every stage."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; `auto` takes an accelerator when there is one."""
@@ -337,6 +376,9 @@ class RunSettings(Settings):
                 if source not in self.data:
                     known = ", ".join(sorted(self.data)) or "none"
                     raise ValueError(f"stages.{name}.{role}: no data source `{source}` (known: {known})")
+        shares = {name: source.held_out for name, source in self.data.items()}
+        if len(set(shares.values())) > 1:
+            raise ValueError(f"data: held_out differs ({shares}): prompts held out of one source would be trained on")
         return self
 
 

@@ -98,17 +98,19 @@ def _stage(directory: Path, source: str, download: bool, verify: Verify) -> Arti
     artifact = Artifact(directory, manifest.kind, manifest.digest, manifest, source)
     if manifest.kind not in ("adapter", "reward"):
         return artifact
-    return replace(artifact, base=_base(directory, manifest, download, verify))
+    return replace(artifact, base=_base(directory, source, manifest, download, verify))
 
 
-def _base(directory: Path, manifest: Manifest, download: bool, verify: Verify) -> Artifact:
+def _base(directory: Path, source: str, manifest: Manifest, download: bool, verify: Verify) -> Artifact:
     """The model that an adapter sits on: a stage beside it, or wherever its manifest says it was."""
     adaptation = manifest.adaptation
     if adaptation is None:
         raise ArtifactError(f"the manifest of this {manifest.kind} names no base", where=directory)
     sibling = directory.parent / adaptation.base_source
     if (sibling / manifests.FILE_NAME).is_file():
-        base = _stage(sibling, adaptation.base_source, download, verify)
+        # A stage's name means something in its own run only; from another run it is found by its path.
+        found = str(sibling.resolve()) if "/" in source else adaptation.base_source
+        base = _stage(sibling, found, download, verify)
     else:
         base = _elsewhere(adaptation.base_source, download, verify)
     if base.digest != adaptation.base:

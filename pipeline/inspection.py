@@ -127,8 +127,8 @@ def _state(run: RunDirectory, name: str, kind: str) -> dict[str, Any]:
         manifest = manifests.load(run.stage(name))
     except ArtifactError as error:
         return state | {"state": "damaged", "problem": error.what}
-    metrics = {metric: figure.value for metric, figure in manifest.metrics.items()}
-    made = {"started": manifest.started, "seconds": manifest.cost.seconds, "digest": manifest.digest}
+    metrics = {metric: figure.model_dump() for metric, figure in manifest.metrics.items()}
+    made = {"started": manifest.started, "cost": manifest.cost.model_dump(), "digest": manifest.digest}
     return state | {"state": "published", **made, "metrics": metrics, "warnings": manifest.warnings}
 
 

@@ -47,7 +47,7 @@ def run(context: Context) -> Result:
     roles = open_role(policy, POLICY, settings.lora, compute)
     with roles.use(REFERENCE):
         replay_probes(policy, roles.base)
-    tree_of = partial(_pair_tree, roles.base.template, max_length=settings.max_length)
+    tree_of = partial(_pair_tree, roles.base.template, max_length=roles.base.longest(settings.max_length))
     examples = rows.examples(context, "data", Preference, tree_of)
     layout, warnings = choose_layout(roles.base.model, examples.train)
     tokens = loop.follow(context, examples.train, objective(roles, settings, layout), roles.parameters(POLICY))

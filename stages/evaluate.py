@@ -24,10 +24,10 @@ from pipeline.contract import Context, Result
 from pipeline.errors import DataError
 from pipeline.manifest import DataCard, Metric
 from reward.intervals import mean_interval, paired_difference, proportion_interval, ratio_interval
-from reward.rules import RULES
+from reward.rules import RULES, Rule, Verdict
 from stages.core import device, loop, rows
 from stages.core.experience import trees_of
-from stages.core.lineup import Contestant, Lineup
+from stages.core.lineup import Contestant, Lineup, parent_digest
 from stages.core.models import LanguageModel
 from stages.core.roles import REWARD, Roles
 from stages.core.rollout import sample
@@ -85,12 +85,20 @@ def run(context: Context) -> Result:
     if judge and material.pairs:
         metrics[context.inputs["reward"].source] = _judge_accuracy(judge, material.pairs, settings)
     _write(context, lineup, material.prompts, answers, metrics)
+    warnings = [
+        f"{name} is compared with nothing: its parent is not among `models`"
+        for name, contestant in lineup.contestants.items()
+        if contestant.parent is None and parent_digest(contestant.artifact)
+    ]
+    for warning in warnings:
+        context.say(warning)
     return Result(
         kind="evaluation",
         metrics={f"{name}.{metric}": value for name, found in metrics.items() for metric, value in found.items()},
         data=cards,
         tokens=sum(tree.reads for each in answers.values() for tree in each.trees),
         compute=compute.record,
+        warnings=warnings,
     )
 
 
@@ -99,7 +107,9 @@ def _held_out(context: Context, role: str, kind: type[rows.Item], cards: list[Da
     if role not in context.data:
         return []
     found = rows.read(context, role, kind)
-    chosen = found.held_out[: context.settings.rows]
+    # The same prompt twice is one observation, and would make intervals look narrower than they are.
+    distinct = {row.prompt if isinstance(row, Prompt) else row: row for row in reversed(found.held_out)}
+    chosen = list(reversed(distinct.values()))[: context.settings.rows]
     if not chosen:
         raise DataError(
             "no held-out rows", where=context.data[role].source, hint="raise its held_out or give more rows"
@@ -112,7 +122,7 @@ def _answer(contestant: Contestant, prompts: Sequence[Prompt], judge: Roles | No
     settings: EvaluateSettings = context.settings
     with contestant.use() as language_model, language_model.compute.autocast():
         template = language_model.template
-        longest = settings.max_length - settings.max_new_tokens
+        longest = max(1, language_model.longest(settings.max_length) - settings.max_new_tokens)
         tokens = [prompt_tokens(template, prompt.prompt, longest) for prompt in prompts]
         samples = sample(
             language_model.model,
@@ -121,12 +131,16 @@ def _answer(contestant: Contestant, prompts: Sequence[Prompt], judge: Roles | No
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             seed=context.seed,
+            tokens_per_batch=settings.tokens_per_batch,
         )
     trees, texts = trees_of(tokens, samples), [template.decode(each.tokens) for each in samples]
     ended = [each.ended for each in samples]
     rule = RULES.get(settings.gold)
-    verdicts = [rule(prompt.facts, text) for prompt, text in zip(prompts, texts, strict=True)] if rule else []
-    rewards = scores(judge, REWARD, _read_by(judge, prompts, texts, ended, settings), layout=PLAIN) if judge else {}
+    verdicts = [_verdict(rule, prompt, text) for prompt, text in zip(prompts, texts, strict=True)] if rule else []
+    rewards: dict[int, list[float]] = {}
+    if judge:
+        read = _read_by(judge, prompts, texts, ended, settings)
+        rewards = scores(judge, REWARD, read, settings.tokens_per_batch, PLAIN)
     return Answers(
         texts,
         trees,
@@ -134,6 +148,17 @@ def _answer(contestant: Contestant, prompts: Sequence[Prompt], judge: Roles | No
         correct=[verdict.correct for verdict in verdicts],
         rewards=[rewards[number][0] for number in sorted(rewards)],
     )
+
+
+def _verdict(rule: Rule, prompt: Prompt, text: str) -> Verdict:
+    try:
+        return rule(prompt.facts, text)
+    except KeyError as error:
+        raise DataError(
+            f"the prompt has no `{error.args[0]}`, which the gold reward needs",
+            where=prompt.origin,
+            hint="set gold: none, or give prompts of the embedded world",
+        ) from error
 
 
 def _read_by(
@@ -145,7 +170,7 @@ def _read_by(
     for number, (prompt, text, complete) in enumerate(zip(prompts, texts, ended, strict=True)):
         response = template.response(text)
         tokens = response if complete or len(response) == 1 else response[:-1]
-        longest = max(1, settings.max_length - len(tokens))
+        longest = max(1, judge.base.longest(settings.max_length) - len(tokens))
         trees.append(Tree(prompt_tokens(template, prompt.prompt, longest), (Branch.of(tokens),), number))
     return trees
 
@@ -211,9 +236,9 @@ def _against(own: Answers, parent: Answers) -> Metrics:
 def _divergence(
     contestant: Contestant, parent: Contestant, trees: Sequence[Tree], settings: EvaluateSettings
 ) -> Metric:
-    """KL(policy || reference) in nats per response, estimated on the policy's own samples."""
-    own = _branch_logprobs(contestant, trees, settings)
-    other = _branch_logprobs(parent, trees, settings)
+    """KL(policy || reference) in nats per response at the sampling temperature, on the policy's own samples."""
+    own = _branch_logprobs(contestant, trees, settings, settings.temperature)
+    other = _branch_logprobs(parent, trees, settings, settings.temperature)
     return mean_interval([own[tree.number][0] - other[tree.number][0] for tree in trees])
 
 
@@ -233,15 +258,15 @@ def _first_over_last(values: Sequence[float]) -> float:
 
 
 def _branch_logprobs(
-    contestant: Contestant, trees: Sequence[Tree], settings: EvaluateSettings
+    contestant: Contestant, trees: Sequence[Tree], settings: EvaluateSettings, temperature: float = 1.0
 ) -> dict[int, list[float]]:
     with contestant.use() as language_model:
-        return logprobs(language_model, trees, settings.tokens_per_batch, PLAIN)
+        return logprobs(language_model, trees, settings.tokens_per_batch, PLAIN, temperature)
 
 
 def _pair_trees(roles: Roles, pairs: Sequence[Preference], settings: EvaluateSettings) -> list[Tree]:
-    template = roles.base.template
-    trees, dropped = usable(preference_tree(template, row, n, settings.max_length) for n, row in enumerate(pairs))
+    template, longest = roles.base.template, roles.base.longest(settings.max_length)
+    trees, dropped = usable(preference_tree(template, row, n, longest) for n, row in enumerate(pairs))
     if not trees:
         raise DataError(f"no usable pair: {dropped}", where="pairs", hint="raise max_length")
     return trees
@@ -256,10 +281,14 @@ def _judge_accuracy(judge: Roles, pairs: Sequence[Preference], settings: Evaluat
 
 def _likelihood(language_model: LanguageModel, texts: Sequence[Text], settings: EvaluateSettings) -> Metrics:
     """Perplexity per token and bits per byte of documents, each from its first token on."""
-    encoded = language_model.tokenizer([text.text for text in texts], add_special_tokens=False, verbose=False)
+    # Control tokens written in a document stay text, as in pretraining.
+    encoded = language_model.tokenizer(
+        [text.text for text in texts], add_special_tokens=False, split_special_tokens=True, verbose=False
+    )
+    longest = language_model.longest(settings.max_length)
     trees, sizes = [], []
     for number, (text, tokens) in enumerate(zip(texts, encoded["input_ids"], strict=True)):
-        if 2 <= len(tokens) <= settings.max_length:
+        if 2 <= len(tokens) <= longest:
             trees.append(Tree((tokens[0],), (Branch.of(tokens[1:]),), number))
             sizes.append(len(text.text.encode()))
     if not trees:

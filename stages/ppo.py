@@ -23,7 +23,7 @@ from data.schema import Prompt
 from data.tree import Branch, Layout, Tree, prompt_tokens
 from pipeline.config import PpoSettings
 from pipeline.contract import Artifact, Context, Result
-from pipeline.errors import ArtifactError, DataError
+from pipeline.errors import ArtifactError, ConfigError, DataError
 from pipeline.manifest import Metric
 from reward import shaping
 from stages.core import device, loop, probes, rows
@@ -37,6 +37,7 @@ from stages.core.rollout import sample
 from stages.core.scoring import record_probes, replay_probes, reward_scores
 
 LAST_ROUNDS = 10
+ECHO = 16
 
 
 def run(context: Context) -> Result:
@@ -51,7 +52,13 @@ def run(context: Context) -> Result:
     loop.seed_everything(context.seed)
     roles = open_roles(context.inputs["policy"], context.inputs["reward"], settings, compute)
     loaded = rows.read(context, "data", Prompt)
-    longest = settings.max_length - settings.max_new_tokens
+    longest = roles.base.longest(settings.max_length) - settings.max_new_tokens
+    if longest < 1:
+        raise ConfigError(
+            f"max_new_tokens={settings.max_new_tokens} leaves no room for a prompt in the model's positions",
+            where=f"stages.{context.name}.max_new_tokens",
+            hint="lower it",
+        )
     prompts = [prompt_tokens(roles.base.template, row.prompt, longest) for row in loaded.train]
     if not prompts:
         raise DataError("no prompts", where=context.data["data"].source, hint="lower held_out or give more rows")
@@ -83,7 +90,7 @@ def open_roles(policy: Artifact, reward: Artifact, settings: PpoSettings, comput
         ArtifactError: The reward model sits on another base than the policy.
     """
     base, reward_base = base_of(policy)[0], base_of(reward)[0]
-    if base.digest != reward_base.digest:
+    if base_of(policy)[1] != base_of(reward)[1] or base.digest != reward_base.digest:
         raise ArtifactError(
             f"the reward model sits on {reward_base.source} ({reward_base.digest[:12]}), "
             f"the policy on {base.source} ({base.digest[:12]})",
@@ -110,13 +117,13 @@ def rounds(
     stream = loop.shuffled_forever(prompts, seed)
     for number in range(settings.steps):
         chosen = [next(stream) for _ in range(settings.examples_per_step)]
-        groups, samples_figures = _rollout(roles, chosen, settings, layout, seed + number)
         order = random.Random(f"{seed} round {number}")
+        groups, samples_figures = _rollout(roles, chosen, settings, layout, order.getrandbits(32))
         figures: list[dict[str, float]] = []
         for _ in range(settings.update_epochs):
             for group in order.sample(groups, len(groups)):
                 figures.append(_update(roles, group, settings, policy, value))
-        yield _summary([each for group in groups for each in group], figures) | samples_figures
+        yield _summary([each for group in groups for each in group], figures, len(groups)) | samples_figures
 
 
 def _rollout(
@@ -131,6 +138,7 @@ def _rollout(
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             seed=seed,
+            tokens_per_batch=settings.tokens_per_batch,
         )
     trees = trees_of(prompts, samples)
     size = len(trees) // settings.minibatches
@@ -187,7 +195,7 @@ def value_parts(roles: Roles, group: list[Experience], settings: PpoSettings) ->
         yield Part(losses.sum() / total, tokens=each.batch.token_count)
 
 
-def _summary(experiences: list[Experience], updates: list[dict[str, float]]) -> dict[str, float]:
+def _summary(experiences: list[Experience], updates: list[dict[str, float]], minibatches: int) -> dict[str, float]:
     """Figures of one round: means over its responses, tokens and updates."""
     rewards = torch.cat([each.rewards for each in experiences])
     log_ratios = torch.cat([each.logprobs - each.reference for each in experiences])
@@ -195,13 +203,15 @@ def _summary(experiences: list[Experience], updates: list[dict[str, float]]) -> 
     returns = torch.cat([each.returns for each in experiences])
     averages = {name: sum(each[name] for each in updates) / len(updates) for name in updates[0]}
     computed = sum(each.batch.token_count for each in experiences)
+    # Four roles score every token; each pass of updates computes it under the policy and the value function.
+    passes = 4 + 2 * len(updates) // minibatches
     return {
         "reward": rewards.mean().item(),
         "reward_deviation": rewards.std(unbiased=False).item(),
         "kl": log_ratios.sum().item() / len(rewards),
         "entropy": torch.cat([each.entropy for each in experiences]).mean().item(),
         "explained_variance": shaping.explained_variance(values, returns, torch.ones_like(values, dtype=torch.bool)),
-        "tokens": computed * (4 + 2 * len(updates)),
+        "tokens": computed * passes,
         **averages,
     }
 
@@ -212,9 +222,11 @@ def _layout(roles: Roles, prompts: Sequence[tuple[int, ...]]) -> tuple[Layout, l
 
 
 def _echoes(prompts: Sequence[tuple[int, ...]], branches: int = 1) -> list[Tree]:
-    """Trees for checks that need no response: the branches of a prompt are the prompt once more."""
+    """Trees for checks that need no response: each branch of a prompt is its own end once more."""
     return [
-        Tree(prompt, (Branch.of(prompt),) * branches, number) for number, prompt in enumerate(prompts[: probes.COUNT])
+        Tree(prompt[: -len(end)] or end, (Branch.of(end),) * branches, number)
+        for number, prompt in enumerate(prompts[: probes.COUNT])
+        for end in (prompt[-ECHO:],)
     ]
 
 

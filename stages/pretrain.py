@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -24,7 +25,7 @@ from data.tree import Branch, Tree
 from pipeline.contract import Artifact, Context, Result
 from pipeline.errors import ConfigError, DataError
 from stages.core import device, loop, rows
-from stages.core.models import LanguageModel, load_model, load_tokenizer, record
+from stages.core.models import LanguageModel, load_model, load_tokenizer, record, require_plain_head
 from stages.core.scoring import loss_metrics, negative_mean, record_probes, replay_probes
 
 HELD_OUT_BLOCKS = 64
@@ -69,6 +70,7 @@ def _open(context: Context, compute: device.Compute) -> LanguageModel:
     if "policy" in context.inputs:
         replay_probes(context.inputs["policy"], load_model(context.inputs["policy"], compute))
         language_model = load_model(context.inputs["policy"], compute, dtype=torch.float32)
+        _require_positions(language_model, context.settings.max_length)
     else:
         tokenizer = load_tokenizer(context.inputs["tokenizer"].directory)
         language_model = from_nothing(context.settings.architecture, tokenizer, compute, context.settings.max_length)
@@ -89,25 +91,37 @@ def from_nothing(
         raise ConfigError("`model_type` is missing", where="architecture", hint="name one, as in `model_type: llama`")
     kind = options.pop("model_type")
     _require_known(kind, list(CONFIG_MAPPING.keys()), "architecture.model_type")
+    filled = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     known = AutoConfig.for_model(kind)
     for key in options:
+        if key in filled:
+            raise ConfigError(f"`{key}` comes from the tokenizer", where="architecture", hint="leave it out")
         _require_known(key, [*known.to_dict(), *known.attribute_map], "architecture")
-    config = AutoConfig.for_model(
-        kind,
-        **options,
-        vocab_size=len(tokenizer),
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    if config.max_position_embeddings < max_length:
+    try:
+        config = AutoConfig.for_model(kind, **options, **filled)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"transformers cannot build it: {reason}", where="architecture") from error
+    language_model = LanguageModel(model.to(compute.device), tokenizer, compute)
+    _require_positions(language_model, max_length)
+    require_plain_head(model)
+    return language_model
+
+
+def _require_positions(language_model: LanguageModel, max_length: int) -> None:
+    positions = language_model.longest(max_length)
+    if positions < max_length:
         raise ConfigError(
-            f"blocks of {max_length} tokens do not fit {config.max_position_embeddings} positions",
+            f"blocks of {max_length} tokens do not fit {positions} positions",
             where="max_length",
-            hint="raise architecture.max_position_embeddings or lower max_length",
+            hint="lower max_length, or train from nothing with a larger architecture.max_position_embeddings",
         )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    return LanguageModel(model.to(compute.device), tokenizer, compute)
 
 
 def _require_known(name: Any, known: Sequence[str], where: str) -> None:

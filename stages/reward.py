@@ -12,6 +12,7 @@ to unit variance, and process rewards.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -49,14 +50,14 @@ def run(context: Context) -> Result:
     roles.add_head(REWARD)
     with roles.use(REFERENCE):
         replay_probes(policy, roles.base)
-    tree_of = partial(preference_tree, roles.base.template, max_length=settings.max_length)
+    tree_of = partial(preference_tree, roles.base.template, max_length=roles.base.longest(settings.max_length))
     examples = rows.examples(context, "data", Preference, tree_of)
     layout, warnings = choose_layout(roles.base.model, examples.train)
     with roles.use(REWARD):
         objective = _objective(roles, settings, layout)
         tokens = loop.follow(context, examples.train, objective, roles.parameters(REWARD))
-    centre = _centre(roles, examples.train, layout, context.seed)
-    metrics = {"sample_score": centre, **_metrics(roles, examples.held_out, layout)}
+    centre = _centre(roles, examples.train, settings, layout, context.seed)
+    metrics = {"sample_score": centre, **_metrics(roles, examples.held_out, settings, layout)}
     roles.save(REWARD, context.directory)
     chosen = examples.held_out or examples.train
     probes.record(context.directory, chosen, lambda trees: reward_scores(roles, REWARD, trees), compute)
@@ -95,33 +96,35 @@ def _loss(group: torch.Tensor, tree: Tree, settings: RewardSettings) -> torch.Te
     return bradley_terry_loss(group[None], margin, settings.centring)[0]
 
 
-def _centre(roles: Roles, examples: Sequence[Tree], layout: Layout, seed: int) -> Metric:
+def _centre(roles: Roles, examples: Sequence[Tree], settings: RewardSettings, layout: Layout, seed: int) -> Metric:
     """Shift scores so that the reference's own samples score zero; returns their mean score before the shift."""
-    chosen = examples[:CENTRING_SAMPLES]
+    chosen = random.Random(seed).sample(examples, min(CENTRING_SAMPLES, len(examples)))
     longest = max(len(branch.tokens) for tree in chosen for branch in tree.branches)
+    room = roles.base.longest(settings.max_length) - longest
     with roles.use(REFERENCE), roles.base.compute.autocast():
         samples = sample(
             roles.base.model,
-            [tree.prompt for tree in chosen],
+            [tree.prompt[-room:] for tree in chosen],
             stop_id=roles.base.template.stop_id,
             max_new_tokens=longest,
             temperature=1.0,
             seed=seed,
+            tokens_per_batch=settings.tokens_per_batch,
         )
     trees = [
         Tree(tree.prompt, (Branch.of(each.tokens),), number)
         for number, (tree, each) in enumerate(zip(chosen, samples, strict=True))
     ]
-    found = scores(roles, REWARD, trees, layout=layout)
+    found = scores(roles, REWARD, trees, settings.tokens_per_batch, layout)
     before = mean_interval([found[tree.number][0] for tree in trees])
     roles.heads[REWARD].mean += before.value
     return before
 
 
-def _metrics(roles: Roles, examples: Sequence[Tree], layout: Layout) -> dict[str, Metric]:
+def _metrics(roles: Roles, examples: Sequence[Tree], settings: RewardSettings, layout: Layout) -> dict[str, Metric]:
     if not examples:
         return {}
-    found = scores(roles, REWARD, examples, layout=layout)
+    found = scores(roles, REWARD, examples, settings.tokens_per_batch, layout)
     ranked = [found[tree.number] for tree in examples]
     right = sum(each[0] > max(each[1:]) for each in ranked)
     return {

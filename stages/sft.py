@@ -38,7 +38,7 @@ def run(context: Context) -> Result:
     loop.seed_everything(context.seed)
     policy = context.inputs["policy"]
     roles = _open(context, policy, compute)
-    tree_of = partial(conversation_tree, roles.base.template, max_length=settings.max_length)
+    tree_of = partial(conversation_tree, roles.base.template, max_length=roles.base.longest(settings.max_length))
     examples = rows.examples(context, "data", Conversation, tree_of)
     layout, warnings = choose_layout(roles.base.model, examples.train)
     with roles.use(POLICY if settings.lora else REFERENCE):

@@ -170,7 +170,15 @@ def test_a_disk_that_fills_up_while_a_stage_writes_ends_6_and_publishes_nothing(
         (["stages.base.architecture.hiden_size=32"], 2, ["`hiden_size` is not known", "mean `hidden_size`?"]),
         (["stages.base.architecture.model_type=lama"], 2, ["`lama` is not known", "mean `llama`?"]),
         (["stages.base.architecture={model_typ: llama}"], 2, ["`model_type` is missing", "fix: "]),
-        (["stages.base.max_length=600"], 2, ["blocks of 600 tokens do not fit 512 positions", "fix: raise"]),
+        (["stages.base.architecture.hidden_size=abc"], 2, ["transformers cannot build it", "hidden_size"]),
+        (["stages.base.architecture.num_attention_heads=5"], 2, ["architecture: transformers cannot build it"]),
+        (
+            ["stages.base.architecture.vocab_size=500"],
+            2,
+            ["`vocab_size` comes from the tokenizer", "fix: leave it out"],
+        ),
+        (["stages.base.architecture={model_type: granite, logits_scaling: 8}"], 2, ["changes its logits", "fix: use"]),
+        (["stages.base.max_length=600"], 2, ["blocks of 600 tokens do not fit 512 positions", "fix: lower"]),
         (["stages.base.max_length=500", "data.corpus.rows=2"], 3, ["less than 500 tokens", "world:corpus", "fix: "]),
         (["stages.base.optimizer.learning_rate=1e30"], 4, ["step ", "fix: lower the learning rate"]),
     ],
@@ -227,3 +235,27 @@ def test_a_signal_during_training_stops_it_and_keeps_what_was_published(
     assert baton("verify", tmp_path / "run") == 0
     last = json.loads((tmp_path / "run" / "history.jsonl").read_text().splitlines()[-1])
     assert (last["stage"], last["outcome"]) == ("base", "interrupted")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["stages.ppo.max_length=8", "stages.ppo.max_new_tokens=8"], "max_new_tokens=8 leaves no room for a prompt"),
+        (["stages.evaluate.max_length=8", "stages.evaluate.max_new_tokens=9"], "leaves no room for a prompt"),
+        (["stages.ppo.epochs=7"], "stages.ppo.epochs: unknown setting"),
+        (["data.prompts.held_out=0.5"], "held_out differs"),
+        (["data.corpus.split=test"], "`split` is for `hub:` sources"),
+        (["data.corpus.format=hh"], "`world:` sources have a format of their own"),
+        (["stages.dpo.beta=true"], "should be a number, not true or false"),
+        (["stages.base.optimizer.betas=[2, 3]"], "less than 1"),
+        (["stages.base.max_length=1"], "greater than or equal to 2"),
+        (["stages.ppo.temperature=1e-45"], "greater than or equal to 0.01"),
+        (["seed=-1"], "greater than or equal to 0"),
+        (["output=''"], "at least 1 character"),
+    ],
+)
+def test_settings_that_could_not_work_are_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], said: str
+) -> None:
+    assert baton("plan", tiny.write_chain(tmp_path), *overrides) == 2
+    assert said in capsys.readouterr().err

@@ -14,10 +14,11 @@ import pytest
 import tiny
 from conftest import REPOSITORY
 
-from pipeline import cli, launch
+from pipeline import cli, inputs, launch
 from pipeline import manifest as manifests
 from pipeline.fingerprint import file_sha256
 from pipeline.manifest import Manifest, OutputRecord
+from pipeline.store import RunDirectory
 
 pytestmark = pytest.mark.chain
 
@@ -299,7 +300,6 @@ def test_models_are_compared_with_their_parents_and_every_figure_has_an_interval
 def test_a_reward_model_that_is_loaded_again_gives_the_scores_it_recorded(run: Path) -> None:
     from data.tree import Branch, Tree
     from pipeline.inputs import resolve
-    from pipeline.store import RunDirectory
     from stages.core.device import choose
     from stages.core.roles import REWARD, open_base
     from stages.core.scoring import reward_scores
@@ -355,11 +355,18 @@ def test_dpo_on_an_adapter_keeps_it_as_the_reference(run: Path, branches: Path) 
     assert adaptation.reference == manifest_of(run, "dpo").digest
 
 
+def test_an_adapter_whose_base_is_in_another_run_can_be_handed_on(run: Path, branches: Path) -> None:
+    found = inputs.resolve(str(branches / "stages" / "again"), RunDirectory(branches), {})
+    assert found.base is not None
+    assert found.base.directory.resolve() == (run / "stages" / "sft").resolve()
+    assert found.base.digest == manifest_of(run, "sft").digest
+
+
 def test_a_reward_model_on_another_base_is_refused_with_a_way_out(
     branches: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert baton("run", branches.parent / "branches.yaml", "--only", "ppo") == 5
     said = capsys.readouterr().err
-    assert "the reward model sits on sft (" in said
+    assert "the reward model sits on " in said
     assert "fix: train the reward stage on the same `policy` as the ppo stage" in said
     assert not (branches / "stages" / "ppo").exists()

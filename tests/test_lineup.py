@@ -113,3 +113,11 @@ def test_the_bare_base_is_the_reference(base: Artifact) -> None:
 ])  # fmt: skip
 def test_a_model_is_called_by_the_last_part_of_its_source(source: str, name: str) -> None:
     assert _name(source) == name
+
+
+def test_parents_are_found_whatever_the_order_of_the_models(base: Artifact) -> None:
+    dpo = adapter(base, "dpo", 1)
+    ppo = adapter(base, "ppo", 2, parent="dpo")
+    lineup = Lineup(by_role(ppo, dpo, base), models.CPU)
+    assert list(lineup.contestants) == ["sft", "dpo", "ppo"]
+    assert [each.parent for each in lineup.contestants.values()] == [None, "sft", "dpo"]

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from data.template import tokenizer_record
-from pipeline.errors import ArtifactError
-from stages.core.models import load_model, load_tokenizer
+from pipeline.errors import ArtifactError, ConfigError
+from stages.core.models import load_model, load_tokenizer, require_plain_head
 from stages.core.roles import POLICY, Roles
 
 
@@ -80,3 +80,30 @@ def test_weights_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"lm_head.weight"):
         language_model.save(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_logits_that_are_the_heads_pass(kind: str) -> None:
+    require_plain_head(models.model(kind))
+
+
+@pytest.mark.parametrize("factor", [0.5, 8.0])
+def test_logits_that_are_changed_after_the_head_are_refused(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    model = models.model()
+    forward = model.forward
+
+    def scaled(**inputs: Any) -> Any:
+        output = forward(**inputs)
+        output.logits = output.logits * factor
+        return output
+
+    monkeypatch.setattr(model, "forward", scaled)
+    with pytest.raises(ConfigError, match="changes its logits"):
+        require_plain_head(model)
+
+
+def test_examples_are_no_longer_than_the_models_positions() -> None:
+    language_model = models.language_model()
+    positions = language_model.model.config.max_position_embeddings
+    assert language_model.longest(positions + 1) == positions
+    assert language_model.longest(positions - 1) == positions - 1

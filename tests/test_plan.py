@@ -85,10 +85,10 @@ def test_changed_data_is_named_by_role(config: Path, run: Run, tmp_path: Path) -
     run()
     with (tmp_path / "pairs.jsonl").open("a") as stream:
         stream.write('{"prompt": "Another?", "chosen": "Yes.", "rejected": "No."}\n')
-    decisions = planned(config, "data.pairs.held_out=0.5")
+    decisions = planned(config, "data.pairs.rows=5")
     assert running(decisions) == ["rm", "dpo"]
     assert said(decisions["rm"])[0].startswith("data data.digest: ")
-    assert said(decisions["rm"])[1] == "data data.held_out: 0.1 -> 0.5"
+    assert said(decisions["rm"])[1] == "data data.rows: null -> 5"
 
 
 def test_data_that_only_moved_is_the_same_data(config: Path, run: Run, tmp_path: Path) -> None:

@@ -27,7 +27,11 @@ def ragged(count: int, seed: int = 0, longest: int = 12) -> list[tuple[int, ...]
 
 
 def draw(model: PreTrainedModel, prompts: list[tuple[int, ...]], **options: Any) -> list[Sample]:
-    return sample(model, prompts, **{"stop_id": 1, "max_new_tokens": 8, "temperature": 1.0, "seed": 0, **options})
+    return sample(
+        model,
+        prompts,
+        **{"stop_id": 1, "max_new_tokens": 8, "temperature": 1.0, "seed": 0, "tokens_per_batch": 8192, **options},
+    )
 
 
 def greedy(model: PreTrainedModel, prompts: list[tuple[int, ...]], **options: Any) -> list[Sample]:
@@ -154,18 +158,18 @@ def test_sampling_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.rand(4), expected)
 
 
-@pytest.mark.parametrize("rows_per_batch", [1, 3, 100])
-def test_responses_come_in_the_prompts_order_whatever_the_batches(rows_per_batch: int) -> None:
+@pytest.mark.parametrize("tokens_per_batch", [1, 5, 1000])
+def test_responses_come_in_the_prompts_order_whatever_the_batches(tokens_per_batch: int) -> None:
     model, prompts = models.model(), ragged(8, seed=2)
     expected = [slow_greedy(model, prompt, 1, 5) for prompt in prompts]
-    assert greedy(model, prompts, max_new_tokens=5, rows_per_batch=rows_per_batch) == expected
+    assert greedy(model, prompts, max_new_tokens=5, tokens_per_batch=tokens_per_batch) == expected
 
 
 def test_samples_follow_the_models_distribution() -> None:
     model, prompt = models.model(), (7, 8, 9)
     with torch.no_grad():
         chances = torch.softmax(model(torch.tensor([prompt])).logits[0, -1] / 0.5, -1)
-    found = draw(model, [prompt] * 2000, max_new_tokens=1, temperature=0.5, rows_per_batch=2000)
+    found = draw(model, [prompt] * 2000, max_new_tokens=1, temperature=0.5)
     counts = torch.bincount(torch.tensor([each.tokens[0] for each in found]), minlength=len(chances))
     # Three standard errors of a binomial count, and one for the tails of many.
     allowed = 4 * (2000 * chances * (1 - chances)).sqrt() + 1

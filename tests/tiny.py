@@ -9,7 +9,7 @@ output: {root}/run
 device: cpu
 dtype: float32
 data:
-  corpus: {{source: "world:corpus", rows: 200}}
+  corpus: {{source: "world:corpus", rows: 200, held_out: 0.2}}
   demonstrations: {{source: "world:demonstrations", rows: 100, held_out: 0.2}}
   preferences: {{source: "world:preferences", rows: 100, held_out: 0.2}}
   prompts: {{source: "world:prompts", rows: 100, held_out: 0.2}}

@@ -34,7 +34,7 @@ class Contestant:
 
 
 class Lineup:
-    """Models by name, in the order given, each checked against its probes.
+    """Models by name, parents before children, each checked against its probes.
 
     Raises:
         ConfigError: Two models have the same name.
@@ -45,7 +45,7 @@ class Lineup:
         self._compute = compute
         self._bases: dict[tuple[str, str], Roles] = {}
         self.contestants: dict[str, Contestant] = {}
-        for artifact in models.values():
+        for artifact in _parents_first(list(models.values())):
             self._enter(artifact)
 
     def judge(self, artifact: Artifact) -> Roles:
@@ -69,9 +69,8 @@ class Lineup:
         self.contestants[name] = contestant
 
     def _parent(self, artifact: Artifact) -> str | None:
-        policy = artifact.manifest.inputs.get("policy") if artifact.manifest else None
         digests = {each.artifact.digest: name for name, each in self.contestants.items()}
-        return digests.get(policy.digest) if policy else None
+        return digests.get(parent_digest(artifact) or "")
 
     def _base(self, artifact: Artifact) -> Roles:
         base, quantization = base_of(artifact)
@@ -79,6 +78,23 @@ class Lineup:
         if key not in self._bases:
             self._bases[key] = open_base(artifact, self._compute)
         return self._bases[key]
+
+
+def parent_digest(artifact: Artifact) -> str | None:
+    """Content digest of the policy that a model was trained from; None for one trained from nothing."""
+    policy = artifact.manifest.inputs.get("policy") if artifact.manifest else None
+    return policy.digest if policy else None
+
+
+def _parents_first(artifacts: list[Artifact]) -> list[Artifact]:
+    ordered: list[Artifact] = []
+    waiting = artifacts
+    while waiting:
+        digests = {each.digest for each in waiting}
+        ready = [each for each in waiting if parent_digest(each) not in digests - {each.digest}]
+        ordered += ready or waiting
+        waiting = [each for each in waiting if ready and each not in ready]
+    return ordered
 
 
 def _name(source: str) -> str:

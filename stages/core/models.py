@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,11 @@ from pipeline.errors import ArtifactError, ConfigError
 from stages.core import guards
 from stages.core.device import Compute
 
+HEAD_TOLERANCE = 0.05
+"""Logits that the head alone explains differ by rounding at most, also in bfloat16."""
+
+# bitsandbytes tells at import of an optional kernel that it could not fetch.
+logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
@@ -43,6 +49,11 @@ class LanguageModel:
     def template(self) -> ChatTemplate:
         """The chat template of the tokenizer."""
         return ChatTemplate(self.tokenizer)
+
+    def longest(self, max_length: int) -> int:
+        """`max_length`, but not more than the model's positions where it has a limit."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return min(max_length, positions) if positions else max_length
 
     @property
     def hidden_size(self) -> int:
@@ -74,9 +85,11 @@ def load_model(
     """Load the weights of a `model` artefact.
 
     Args:
-        artifact: A verified model directory. compute: Device and precision. dtype: Precision of the weights; by
-        default `compute.dtype`, which is right for frozen ones. `auto` is the stored one. quantization: `4bit`
-        for NF4.
+        artifact: A verified model directory.
+        compute: Device and precision.
+        dtype: Precision of the weights; by default `compute.dtype`, which is right for frozen ones; `auto` is the
+            stored one.
+        quantization: `4bit` for NF4.
 
     Raises:
         ArtifactError: A tensor is missing, unexpected or of another shape; the vocabulary does not cover the tokenizer.
@@ -106,7 +119,26 @@ def load_model(
     _require_vocabulary(model, tokenizer, artifact.directory)
     model.requires_grad_(False)
     model.eval()
+    require_plain_head(model)
     return LanguageModel(model, tokenizer, compute)
+
+
+@torch.no_grad()
+def require_plain_head(model: PreTrainedModel) -> None:
+    """Raise ConfigError when a model's logits are not its head applied to its final hidden states.
+
+    Baton runs the head only where a token is read; models that scale or cap their logits would be read wrongly.
+    """
+    device = next(model.parameters()).device
+    tokens = torch.arange(8, device=device)[None]
+    states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    plain, own = model.get_output_embeddings()(states).float(), model(input_ids=tokens, use_cache=False).logits.float()
+    if not torch.allclose(plain, own, rtol=HEAD_TOLERANCE, atol=HEAD_TOLERANCE):
+        raise ConfigError(
+            f"{type(model).__name__} changes its logits after the head, which is not supported",
+            where="architecture",
+            hint="use an architecture whose logits are the head's, such as Llama, Qwen, Mistral or GPT-2",
+        )
 
 
 def record(language_model: LanguageModel) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Lora
 from pipeline.contract import Artifact
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, ConfigError
 from pipeline.manifest import Adaptation
 from reward.head import ScalarHead
 from stages.core import guards
@@ -146,10 +146,14 @@ class Roles:
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             # It transposes GPT-2's layers as they need, and says so.
             warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)
-            if self._peft is None:
-                self._peft = PeftModel(self.base.model, config, adapter_name=role)
-            else:
-                self._peft.add_adapter(role, config)
+            try:
+                if self._peft is None:
+                    self._peft = PeftModel(self.base.model, config, adapter_name=role)
+                else:
+                    self._peft.add_adapter(role, config)
+            except ValueError as error:
+                reason = " ".join(str(error).split())[:300]
+                raise ConfigError(f"the adapter does not fit the model: {reason}", where="lora.targets") from error
         # peft puts new adapters on the processor and leaves the model in train mode.
         self._peft.to(self.base.compute.device)
         self._peft.eval()

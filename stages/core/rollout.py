@@ -15,6 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from stages.core.forward import device_of
 
+CACHED_TOKENS = 8
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -33,14 +35,17 @@ def sample(
     max_new_tokens: int,
     temperature: float,
     seed: int,
-    rows_per_batch: int = 256,
+    tokens_per_batch: int,
 ) -> list[Sample]:
     """One response to each prompt, in the prompts' order.
 
-    Prompts of similar length are sampled together; rows leave the batch in bulk once half of them have ended.
+    Prompts of similar length are sampled together; rows leave the batch in bulk once half of them have ended. A batch
+    holds `CACHED_TOKENS` times `tokens_per_batch` tokens: keys and values take that much less than activations.
     """
     generator = torch.Generator(device_of(model)).manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    widest = max(map(len, prompts), default=0) + max_new_tokens
+    rows_per_batch = max(1, CACHED_TOKENS * tokens_per_batch // widest)
     found: dict[int, Sample] = {}
     for start in range(0, len(order), rows_per_batch):
         chosen = order[start : start + rows_per_batch]

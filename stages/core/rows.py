@@ -11,7 +11,7 @@ from data.read import Loaded, load
 from data.schema import Row
 from data.tree import Tree, usable
 from pipeline.contract import Context
-from pipeline.errors import DataError
+from pipeline.errors import ArtifactError, DataError
 from pipeline.manifest import DataCard
 
 HELD_OUT, TRAIN = "held-out", "train"
@@ -84,8 +84,8 @@ def examples(context: Context, role: str, kind: type[Item], tree_of: Callable[[I
         DataError: There is nothing to train on.
     """
     found = read(context, role, kind)
-    train, dropped = usable(tree_of(row, number) for number, row in enumerate(found.train))
-    held_out, _ = usable(tree_of(row, number) for number, row in enumerate(found.held_out))
+    train, dropped = usable(_placed(tree_of, row, number) for number, row in enumerate(found.train))
+    held_out, _ = usable(_placed(tree_of, row, number) for number, row in enumerate(found.held_out))
     if not train:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.items()) or "every row is held out"
         raise DataError(
@@ -94,3 +94,11 @@ def examples(context: Context, role: str, kind: type[Item], tree_of: Callable[[I
             hint=f"raise stages.{context.name}.max_length, lower the source's held_out, or check the data",
         )
     return Examples(train, held_out, card(context, role, found, len(train), dropped=dropped))
+
+
+def _placed(tree_of: Callable[[Item, int], Tree | str], row: Item, number: int) -> Tree | str:
+    """The row's tree; what a chat template refuses is the row's fault and says which."""
+    try:
+        return tree_of(row, number)
+    except ArtifactError as error:
+        raise DataError(error.what, where=row.origin, hint=error.hint) from error

@@ -36,13 +36,17 @@ def scores(
 
 @torch.no_grad()
 def logprobs(
-    language_model: LanguageModel, trees: Sequence[Tree], tokens_per_batch: int = 8192, layout: Layout = "tree"
+    language_model: LanguageModel,
+    trees: Sequence[Tree],
+    tokens_per_batch: int = 8192,
+    layout: Layout = "tree",
+    temperature: float = 1.0,
 ) -> dict[int, list[float]]:
     """Summed log-probability of the read tokens of every branch, by tree number, under the role in use."""
     model = language_model.model
 
     def summed(batch: TreeBatch) -> Tensor:
-        return batch.sum_by_branch(token_logprobs(model, batch))
+        return batch.sum_by_branch(token_logprobs(model, batch, temperature))
 
     with language_model.compute.autocast():
         return _by_tree(language_model, trees, tokens_per_batch, layout, summed)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline import loader
+from pipeline import inputs, loader
 from pipeline import manifest as manifests
 from pipeline.config import RunSettings
 from pipeline.errors import ArtifactError, ConfigError
@@ -149,7 +149,23 @@ def _problems(directory: Path, archived: dict[str, Path]) -> list[str]:
     for role, record in manifest.inputs.items():
         if record.manifest_sha256 is not None:
             found += _broken_link(role, locate(directory, record), record, archived)
+        else:
+            found += _changed_model(role, locate(directory, record), record)
     return found
+
+
+def _changed_model(role: str, place: Path, record: InputRecord) -> list[str]:
+    """What is wrong with a model that no stage made; one of a hub that is no longer cached cannot be looked at."""
+    reference = record.source if record.source.startswith("hub:") else str(place)
+    try:
+        model = inputs.resolve(reference, RunDirectory(place), ())
+    except inputs.NotDownloaded:
+        return []
+    except ArtifactError as error:
+        return [f"input {role}: {error.where}: {error.what}"]
+    if model.digest == record.digest:
+        return []
+    return [f"input {role}: {place}: content digest {model.digest}, expected {record.digest}"]
 
 
 def _broken_link(role: str, place: Path, record: InputRecord, archived: dict[str, Path]) -> list[str]:

@@ -123,7 +123,8 @@ class Manifest(Record):
     metrics: dict[str, Metric]
     cost: Cost
     environment: dict[str, Any]
-    """Soft key: python, platform, library versions, digest of the stage's source modules, device, dtype, threads."""
+    """Soft key: python, platform, library versions, digest of the stage's source modules, threads; device and dtype are
+    recorded beside it."""
     seed: int
     warnings: list[str]
     command: str

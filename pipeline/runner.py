@@ -23,7 +23,7 @@ from rich.console import Console
 
 from pipeline import fingerprint, inputs, loader, store, terminal
 from pipeline import manifest as manifests
-from pipeline.config import RunSettings
+from pipeline.config import PRODUCES, RunSettings
 from pipeline.contract import Artifact, Context, Result
 from pipeline.cost import Meter
 from pipeline.errors import BatonError, ConfigError, NumericalError
@@ -116,7 +116,7 @@ class _Runner:
         if decision.damaged:
             kept = store.quarantine(self.directory, decision.stage)
             self.console.print(f"{decision.stage}: damaged, moved to {printable(str(kept), None)}")
-        store.check_space(self.directory.root, max(map(inputs.size, decision.wanted.artifacts.values()), default=0))
+        store.check_space(self.directory.root, _expected_size(decision))
         work = store.begin(self.directory, decision.stage)
         try:
             result, cost = self._compute(decision, work)
@@ -235,6 +235,13 @@ def _row(outcome: Outcome) -> tuple[str, ...]:
         manifest.digest[:8],
         ", ".join(figures),
     )
+
+
+def _expected_size(decision: Decision) -> int:
+    """About as many bytes as a stage's biggest input, if it publishes a model; adapters and figures are small."""
+    if "model" not in PRODUCES[decision.kind]:
+        return 0
+    return max(map(inputs.size, decision.wanted.artifacts.values()), default=0)
 
 
 def _refuse_several_processes() -> None:

@@ -191,3 +191,28 @@ def test_every_layer_of_a_four_bit_base_passes_gradients_on_after_it_computed_wi
     gradients = {name: parameter.grad for name, parameter in roles.parameters(POLICY) if ".lora_B." in name}
     assert len(gradients) == 14
     assert [name for name, gradient in gradients.items() if gradient is None or not gradient.any()] == []
+
+
+@pytest.mark.chain
+def test_verify_names_a_base_that_changed_since_a_stage_used_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny.save_model(tmp_path / "base", "llama", ["Say seven, please."] * 20)
+    config = tmp_path / "config.yaml"
+    config.write_text(f"""\
+output: {tmp_path / "run"}
+device: cpu
+dtype: float32
+data: {{chats: {{source: "world:demonstrations", rows: 40}}}}
+stages: {{sft: {{kind: sft, policy: {base}, data: chats, steps: 1, lora: {{rank: 2}}}}}}
+""")
+    assert baton("run", config) == 0
+    assert baton("verify", tmp_path / "run") == 0
+    weights = base / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    capsys.readouterr()
+    assert baton("verify", tmp_path / "run") == 5
+    said = "".join(capsys.readouterr())
+    assert f"input policy: {base}: content digest" in said

@@ -27,7 +27,16 @@ DRIVER = {
 }
 HEAVY = {"torch", "transformers", "datasets", "peft", "trl", "accelerate", "matplotlib", "huggingface_hub"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve"}
-BANNED_CALLS = {"eval", "exec", "os.system", "torch.load", "torch.save", "yaml.full_load", "yaml.unsafe_load"}
+BANNED_CALLS = {
+    "yaml.load",
+    "eval",
+    "exec",
+    "os.system",
+    "torch.load",
+    "torch.save",
+    "yaml.full_load",
+    "yaml.unsafe_load",
+}
 MODULES = sorted(path for package in PACKAGES for path in (REPOSITORY / package).rglob("*.py"))
 LAYERS = ["kernel", "data", "reward", "stages/core", "stages", "driver"]
 
@@ -83,16 +92,9 @@ def test_the_pipeline_imports_nothing_heavy_at_the_top(path: Path) -> None:
 def test_nothing_runs_code_that_it_read(path: Path) -> None:
     tree = ast.parse(path.read_text())
     assert not {name.split(".")[0] for name in imports(tree)} & PICKLES
-    safe_loaders = {
-        node.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef) and "yaml.SafeLoader" in map(ast.unparse, node.bases)
-    }
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         name = ast.unparse(call.func)
         assert name not in BANNED_CALLS
-        if name == "yaml.load":
-            assert ast.unparse(call.args[1]) in safe_loaders
         given = {word.arg: ast.unparse(word.value) for word in call.keywords}
         assert "shell" not in given
         assert given.get("trust_remote_code", "False") == "False"

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-import yaml
-
 import pipeline
+from pipeline import document
+from pipeline.errors import ConfigError
 from pipeline.manifest import Metric
 from pipeline.report.inputs import ModelEvaluation, RunRecord, StageRecord
 from pipeline.report.verdict import judge, over_optimised
@@ -41,14 +41,10 @@ def command(run: RunRecord) -> str:
     return f"baton run {shlex.quote(str(PurePath(_output(run)) / 'config.yaml'))}"
 
 
-class _ConfigLoader(yaml.SafeLoader):
-    """Only the output directory is read."""
-
-
 def _output(run: RunRecord) -> str:
     try:
-        config = yaml.load(run.config, _ConfigLoader)
-    except yaml.YAMLError:
+        config = document.parse(run.config, "config.yaml").values
+    except ConfigError:
         return run.name
     output = config.get("output") if isinstance(config, dict) else None
     return output if isinstance(output, str) else run.name

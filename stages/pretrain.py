@@ -104,7 +104,7 @@ def from_nothing(
         _require_known(key, [*known.to_dict(), *known.attribute_map], "architecture")
     try:
         config = AutoConfig.for_model(kind, **options, **filled)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, ArithmeticError, RuntimeError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"transformers cannot build it: {reason}", where="architecture") from error

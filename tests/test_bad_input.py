@@ -177,11 +177,6 @@ def test_a_disk_that_fills_up_while_a_stage_writes_ends_6_and_publishes_nothing(
             2,
             ["`vocab_size` comes from the tokenizer", "fix: leave it out"],
         ),
-        (
-            ["stages.base.architecture.model_type=granite", "stages.base.architecture.logits_scaling=8"],
-            2,
-            ["changes its logits", "fix: use"],
-        ),
         (["stages.base.max_length=600"], 2, ["blocks of 600 tokens do not fit 512 positions", "fix: lower"]),
         (["stages.base.max_length=500", "data.corpus.rows=2"], 3, ["less than 500 tokens", "world:corpus", "fix: "]),
         (["stages.base.optimizer.learning_rate=1e30"], 4, ["step ", "fix: lower the learning rate"]),

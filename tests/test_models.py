@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from data.template import tokenizer_record
+from data.tree import batches
 from pipeline.errors import ArtifactError, ConfigError
+from stages.core.forward import token_logprobs
 from stages.core.models import load_model, load_tokenizer, require_plain_head
 from stages.core.roles import POLICY, Roles
+from stages.pretrain import from_nothing
 
 
 def edit_config(directory: Path, **fields: Any) -> None:
@@ -107,3 +110,27 @@ def test_examples_are_no_longer_than_the_models_positions() -> None:
     positions = language_model.model.config.max_position_embeddings
     assert language_model.longest(positions + 1) == positions
     assert language_model.longest(positions - 1) == positions - 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "granite", "logits_scaling": 8.0},
+        {"model_type": "cohere", "logit_scale": 0.25},
+        {"model_type": "gemma2", "final_logit_softcapping": 3.0, "head_dim": 8},
+        {"model_type": "mixtral", "num_local_experts": 2},
+        {"model_type": "olmo2"},
+    ],
+    ids=lambda options: options["model_type"],
+)
+def test_architectures_of_many_kinds_are_built_and_read_as_they_compute(options: dict[str, Any]) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    positions = {"num_key_value_heads": 2, "max_position_embeddings": 64}
+    made = from_nothing({**options, **shape, **positions}, models.tokenizer(), models.CPU, 32).model.eval()
+    tree = models.responses(1)[0]
+    tokens = [*tree.prompt, *tree.branches[0].tokens]
+    logs = made(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+    expected = [logs[at - 1, tokens[at]] for at in range(len(tree.prompt), len(tokens))]
+    (batch,) = batches([tree], 1000, "plain")
+    assert torch.allclose(token_logprobs(made, batch), torch.stack(expected), atol=1e-5)

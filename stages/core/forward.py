@@ -39,6 +39,19 @@ def token_logprobs(model: PreTrainedModel, batch: TreeBatch, temperature: float 
     return logprobs_of(model, states, batch.targets, temperature)
 
 
+def logits_of(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """Logits at hidden states [n, hidden]: [n, vocabulary], float32, scaled or capped as the architecture does."""
+    logits: Tensor = model.get_output_embeddings()(states).float()
+    config = model.config.get_text_config()
+    if divisor := getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / divisor
+    if factor := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * factor
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
 def logprobs_of(model: PreTrainedModel, states: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probability of `targets` [n] at hidden states [n, hidden]: [n], float32.
 
@@ -48,7 +61,7 @@ def logprobs_of(model: PreTrainedModel, states: Tensor, targets: Tensor, tempera
     per_chunk = max(1, CHUNK_LOGITS // head.weight.shape[0])
 
     def chunk_logprobs(states: Tensor, targets: Tensor) -> Tensor:
-        logits = head(states).float() / temperature
+        logits = logits_of(model, states) / temperature
         return -functional.cross_entropy(logits, targets, reduction="none")
 
     if len(targets) <= per_chunk:
@@ -67,7 +80,7 @@ def entropies(model: PreTrainedModel, states: Tensor, temperature: float = 1.0) 
     found = []
     with torch.no_grad():
         for some in states.split(per_chunk):
-            logs = functional.log_softmax(head(some).float() / temperature, dim=-1)
+            logs = functional.log_softmax(logits_of(model, some) / temperature, dim=-1)
             found.append(-(logs.exp() * logs).sum(-1))
     return torch.cat(found) if found else states.new_zeros(0, dtype=torch.float32)
 

@@ -24,6 +24,7 @@ from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError, ConfigError
 from stages.core import guards
 from stages.core.device import Compute
+from stages.core.forward import logits_of
 
 HEAD_TOLERANCE = 0.05
 """Logits that the head alone explains differ by rounding at most, also in bfloat16."""
@@ -100,7 +101,6 @@ def load_model(
     # With `output_loading_info` it returns a pair, which its annotation leaves out.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         artifact.directory,
-        attn_implementation="sdpa",
         use_safetensors=True,
         local_files_only=True,
         trust_remote_code=False,
@@ -125,15 +125,15 @@ def load_model(
 
 @torch.no_grad()
 def require_plain_head(model: PreTrainedModel) -> None:
-    """Raise ConfigError when a model's logits are not its head applied to its final hidden states.
+    """Raise ConfigError when a model's logits are not what `logits_of` makes of its final hidden states.
 
-    Baton runs the head only where a token is read; models that scale or cap their logits would be read wrongly.
+    Baton runs the head only where a token is read; models that do more after it would be read wrongly.
     """
     device = next(model.parameters()).device
     tokens = torch.arange(8, device=device)[None]
     states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    plain, own = model.get_output_embeddings()(states).float(), model(input_ids=tokens, use_cache=False).logits.float()
-    if not torch.allclose(plain, own, rtol=HEAD_TOLERANCE, atol=HEAD_TOLERANCE):
+    own = model(input_ids=tokens, use_cache=False).logits.float()
+    if not torch.allclose(logits_of(model, states), own, rtol=HEAD_TOLERANCE, atol=HEAD_TOLERANCE):
         raise ConfigError(
             f"{type(model).__name__} changes its logits after the head, which is not supported",
             where="architecture",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from stages.core.forward import device_of
+from stages.core.forward import device_of, logits_of
 
 CACHED_TOKENS = 8
 
@@ -95,7 +95,7 @@ class _Batch:
             past_key_values=self.cache,
             use_cache=True,
         )
-        return self.model.get_output_embeddings()(output.last_hidden_state[:, -1]).float()
+        return logits_of(self.model, output.last_hidden_state[:, -1])
 
     def _sample(self, logits: Tensor) -> Tensor:
         chances = torch.softmax(logits / self.temperature, dim=-1)

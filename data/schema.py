@@ -1,4 +1,4 @@
-"""The four canonical rows. Everything a reader yields and a stage consumes is one of them.
+"""The five canonical rows. Everything a reader yields and a stage consumes is one of them.
 
 Messages are `(role, content)`; `origin` is where the row came from (`file:line`), for error messages and reports.
 """
@@ -61,5 +61,15 @@ class Preference:
     origin: str = ""
 
 
-Row = Text | Conversation | Prompt | Preference
-RowKind = Literal["text", "conversation", "prompt", "preference"]
+@dataclass(frozen=True)
+class Rated:
+    """A prompt and one response with a verdict, as from a thumb up or down (KTO, arXiv 2402.01306)."""
+
+    prompt: tuple[Message, ...]
+    response: str
+    good: bool
+    origin: str = ""
+
+
+Row = Text | Conversation | Prompt | Preference | Rated
+RowKind = Literal["text", "conversation", "prompt", "preference", "rated"]

@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    model_validator,
+)
 
 
 def _no_boolean(value: Any) -> Any:
@@ -37,17 +46,42 @@ class Settings(BaseModel):
     )
 
 
+class Preparation(Settings):
+    """What is done to text before it is trained on, in the order of these settings; the manifest counts each step."""
+
+    unicode: Literal["none", "NFC", "NFKC"] = "NFC"
+    """Unicode normalisation; NFKC also changes ligatures, full-width letters and superscripts."""
+    control_characters: Literal["keep", "remove"] = "remove"
+    """Control characters other than tab and line break, and invisible characters that change the direction of text."""
+    min_words: Annotated[StrictInt, Field(ge=0)] = 0
+    """Drop shorter documents."""
+    repetition: Fraction = 1.0
+    """Drop documents of which a larger share of characters stands in repeated lines or in repeated runs of ten words
+    (Rae et al. 2021, arXiv 2112.11446, A.1.1); 0.3 is strict, 1 keeps all."""
+    duplicates: Literal["keep", "exact", "near"] = "exact"
+    """Which repeated documents are dropped: equal but for case and white space, or also similar ones."""
+    similarity: Annotated[Number, Field(gt=0.0, lt=1.0)] = 0.8
+    """With `near`: Jaccard similarity of the sets of five-word runs from which documents count as the same."""
+    decontaminate: list[Name] = []
+    """Data sources whose held-out rows must not be in the text: documents that share 13 words in a row are dropped."""
+
+
 class DataSource(Settings):
     """Where rows come from."""
 
-    source: str
-    """A file (`.jsonl`, `.jsonl.gz`, `.parquet`), `hub:owner/name@revision`, or `world:PART` (PART is one of `corpus`,
+    source: str | Annotated[list[str], Field(min_length=1)]
+    """Files or globs of files (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`; the first four also as `.gz` and `.zst`),
+    a directory written by `datasets`, `hub:owner/name@revision[:config]`, or `world:PART` (PART is one of `corpus`,
     `demonstrations`, `preferences`, `prompts`)."""
-    format: Literal["auto", "text", "conversation", "prompt", "preference", "hh"] = "auto"
-    """How a row is laid out; `auto` decides by columns and content. A stage reads richer rows as the kind it needs:
-    preferences as conversations (the chosen response), as prompts or as text; conversations as prompts or text."""
+    format: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?$")] = "auto"
+    """How a row is laid out: `auto` decides by columns and content; a format's or a kind's name; or `module:function`,
+    an adapter that is installed as an entry point of `baton.formats` or named by `--adapter`. A stage reads richer rows
+    as the kind it needs: preferences as conversations (the chosen response), as prompts or as text; conversations as
+    prompts or text."""
+    columns: dict[str, str] = {}
+    """What the format calls a column: what the file calls it."""
     split: str = "train"
-    """The split to read; only `hub:` sources have several."""
+    """The split to read; only `hub:` sources and directories of `datasets` have several."""
     rows: Positive | None = None
     """Read at most this many rows; for `world:` sources, generate this many."""
     seed: Seed = 0
@@ -55,17 +89,63 @@ class DataSource(Settings):
     held_out: Fraction = 0.1
     """Share of prompts kept from training, chosen by a hash of the prompt, so that the same prompt is held out in every
     source: all sources of a run must have the same share."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What happens to malformed rows: `skip` leaves them out and counts them by reason."""
+    max_chars: Positive = 1_000_000
+    """Longest row in characters; a longer one is malformed."""
+    prepare: Preparation | None = None
+    """Preparation of text; only for rows read as text."""
+
+    @property
+    def name(self) -> str:
+        """The source as one text, for messages and manifests."""
+        return self.source if isinstance(self.source, str) else ", ".join(self.source)
+
+    @property
+    def scheme(self) -> str:
+        """`hub`, `world` or, for files, nothing."""
+        scheme = self.name.partition(":")[0]
+        return scheme if scheme in ("hub", "world") else ""
 
     @model_validator(mode="after")
     def _options_fit_the_source(self) -> DataSource:
-        scheme = self.source.partition(":")[0]
-        if self.seed and scheme != "world":
+        if isinstance(self.source, list) and any(each.startswith(("hub:", "world:")) for each in self.source):
+            raise ValueError("a list holds files: give each `hub:` or `world:` source a name of its own")
+        if self.seed and self.scheme != "world":
             raise ValueError("`seed` is for `world:` sources")
-        if self.split != "train" and scheme != "hub":
-            raise ValueError("`split` is for `hub:` sources")
-        if self.format != "auto" and scheme == "world":
-            raise ValueError("`world:` sources have a format of their own; leave out `format`")
+        if self.scheme == "world" and (self.format != "auto" or self.columns):
+            raise ValueError("`world:` sources have a format of their own; leave out `format` and `columns`")
+        if self.scheme == "world" and self.split != "train":
+            raise ValueError("`split` is for `hub:` sources and directories of `datasets`")
         return self
+
+
+class Share(Settings):
+    """How much of a data source a mixture takes: `epochs` or `weight`."""
+
+    epochs: Rate | None = None
+    """Times the source is gone through in one pass over the mixture: 2 takes every row twice, 0.5 half of the rows, and
+    the other half in the next pass."""
+    weight: Rate | None = None
+    """Share of the mixture, relative to the other weights, in examples (in tokens for pretraining). A pass is as long
+    as all sources together; a source repeats as often as its weight needs."""
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Share:
+        if (self.epochs is None) == (self.weight is None):
+            raise ValueError("give either `epochs` or `weight`")
+        return self
+
+
+def _one_kind_of_share(shares: dict[str, Share]) -> dict[str, Share]:
+    if len({share.weight is None for share in shares.values()}) > 1:
+        raise ValueError("give all sources of a mixture `epochs`, or all of them `weight`")
+    return shares
+
+
+Mixture = Annotated[dict[Name, Share], Field(min_length=1), AfterValidator(_one_kind_of_share)]
+Data = Name | Mixture
+"""A data source, or several with their shares."""
 
 
 class Optimizer(Settings):
@@ -118,8 +198,20 @@ class StageSettings(Settings):
         return found
 
     def data_roles(self) -> dict[str, str]:
-        """Data roles in use -> name of the data source."""
-        return {role: getattr(self, role) for role in self.DATA if getattr(self, role) is not None}
+        """Data roles in use -> name of the data source. A mixture gives `role.NAME` for each of its sources."""
+        found: dict[str, str] = {}
+        for role in self.DATA:
+            value = getattr(self, role)
+            if isinstance(value, str):
+                found[role] = value
+            elif value is not None:
+                found.update({f"{role}.{name}": name for name in value})
+        return found
+
+    def shares(self, role: str) -> dict[str, Share] | None:
+        """`role.NAME` -> share of a data role that is a mixture; None for a single source."""
+        value = getattr(self, role)
+        return None if isinstance(value, str) else {f"{role}.{name}": share for name, share in value.items()}
 
 
 class Batching(StageSettings):
@@ -152,8 +244,8 @@ class TokenizerSettings(StageSettings):
 
     kind: Literal["tokenizer"] = "tokenizer"
     """Stage kind."""
-    data: str
-    """Data source of the text."""
+    data: Name | Annotated[list[Name], Field(min_length=1)]
+    """Data sources of the text."""
     vocab_size: Annotated[StrictInt, Field(ge=300)] = 8192
     """Vocabulary size, special tokens and the 256 bytes included."""
 
@@ -166,8 +258,8 @@ class PretrainSettings(Training):
 
     kind: Literal["pretrain"] = "pretrain"
     """Stage kind."""
-    data: str
-    """Data source of the text."""
+    data: Data
+    """Data source of the text, or a mixture."""
     tokenizer: str | None = None
     """Tokenizer stage; needed when training from nothing."""
     policy: str | None = None
@@ -195,8 +287,10 @@ class SftSettings(Training):
     """Stage kind."""
     policy: str
     """Model to start from."""
-    data: str
-    """Data source of the conversations."""
+    data: Data
+    """Data source of the conversations, or a mixture."""
+    chat_template: str | None = None
+    """File of a Jinja chat template that replaces the model's own from here on."""
     lora: Lora | None = Lora()
     """The adapter; `null` trains all weights."""
     quantization: Literal["none", "4bit"] = "none"
@@ -219,8 +313,8 @@ class RewardSettings(Training):
     """Stage kind."""
     policy: str
     """Model or adapter whose base carries the reward adapter; usually the SFT stage."""
-    data: str
-    """Data source of the preferences."""
+    data: Data
+    """Data source of the preferences, or a mixture."""
     lora: Lora = Lora()
     """The adapter; one that begins as the policy's adapter keeps that adapter's shape."""
     margin: StrictBool = False
@@ -239,8 +333,8 @@ class DpoSettings(Training):
     """Stage kind."""
     policy: str
     """Model or adapter to start from; also the reference."""
-    data: str
-    """Data source of the preferences."""
+    data: Data
+    """Data source of the preferences, or a mixture."""
     lora: Lora = Lora()
     """The adapter; a policy that begins as an adapter keeps that adapter's shape."""
     beta: Rate = 0.1
@@ -262,8 +356,8 @@ class PpoSettings(Batching):
     """Model or adapter to start from; also the reference."""
     reward: str
     """Reward stage; its base must be the policy's."""
-    data: str
-    """Data source of the prompts."""
+    data: Data
+    """Data source of the prompts, or a mixture."""
     lora: Lora = Lora()
     """The policy's adapter; a policy that begins as an adapter keeps that adapter's shape."""
     steps: Positive = 100
@@ -376,6 +470,10 @@ class RunSettings(Settings):
                 if source not in self.data:
                     known = ", ".join(sorted(self.data)) or "none"
                     raise ValueError(f"stages.{name}.{role}: no data source `{source}` (known: {known})")
+        for name, source in self.data.items():
+            for other in source.prepare.decontaminate if source.prepare else ():
+                if other not in self.data:
+                    raise ValueError(f"data.{name}.prepare.decontaminate: no data source `{other}`")
         shares = {name: source.held_out for name, source in self.data.items()}
         if len(set(shares.values())) > 1:
             raise ValueError(f"data: held_out differs ({shares}): prompts held out of one source would be trained on")

@@ -130,6 +130,7 @@ SURROGATE = Kind("lone surrogate", "error", "remove it or write the whole charac
 UNKNOWN_ROLE = Kind("unknown role", "error", "use system, user and assistant")
 ROLE_ORDER = Kind("turns out of order", "error", "correct the order of the turns")
 NO_ASSISTANT_TURN = Kind("no assistant turn", "error", "add the answer, or use the row as a prompt")
+ADAPTER_FAILED = Kind("adapter failed", "error", "correct the function, or the row")
 UNUSED_COLUMN = Kind("unused column", "warning", "nothing reads it: remove it, or map it with `columns`")
 
 # Rows that nothing can be learnt from.
@@ -149,6 +150,13 @@ NOTHING_TRAINED = Kind("no trained token", "dropped", "give rows with an answer"
 TOO_LONG = Kind("trained part longer than max_length", "dropped", "raise max_length, or shorten the responses")
 EQUAL_TOKENS = Kind("responses equal after tokenising", "dropped", "leave such pairs out")
 EQUAL_WITHIN_LENGTH = Kind("responses differ only past max_length", "dropped", "raise max_length")
+
+# Text that preparation leaves out.
+TOO_FEW_WORDS = Kind("fewer words than min_words", "dropped", "nothing to do, or lower min_words")
+REPETITIVE = Kind("repetitive text", "dropped", "nothing to do, or raise repetition")
+CONTAMINATED = Kind("held-out words in the text", "dropped", "nothing to do: it would spoil the evaluation")
+DUPLICATE_TEXT = Kind("duplicate text", "dropped", "nothing to do: one copy is trained on")
+SIMILAR_TEXT = Kind("near-duplicate text", "dropped", "nothing to do, or raise similarity")
 
 # Rows that are trained on, though something is odd.
 PROMPT_CUT = Kind("prompt cut to fit", "warning", "raise max_length, or shorten the prompts")

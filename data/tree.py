@@ -1,32 +1,15 @@
-"""The one batch of Baton: a prompt and its responses, laid out so that the prompt is computed once.
-
-A `Tree` is a prompt with k branches. A `TreeBatch` lays trees out in rows: the prompt, then each branch, whose
-positions restart at the prompt's end and which attends to the prompt and to itself only. Several trees share a
-row when they are shorter than the batch's longest. Only the positions that are read (the ones that predict a
-trained token) are named in `sources`, so that the language-model head runs nowhere else.
-"""
+"""Rows as trees of tokens: a prompt and its responses, and which of their tokens are read."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
-import torch
-from torch import Tensor
-
+from data.findings import EQUAL_TOKENS, NOTHING_TRAINED, TOO_LONG
 from data.schema import Conversation, Message, Preference
 from data.template import ChatTemplate
-
-Layout = Literal["tree", "plain"]
-
-LOOKAHEAD = 256
-"""Trees that are passed over before a batch is taken as full."""
-TOO_LONG = "trained part longer than max_length"
-NOTHING_TRAINED = "no trained token"
-EQUAL_RESPONSES = "responses equal after tokenising"
 
 
 @dataclass(frozen=True)
@@ -51,7 +34,8 @@ class Branch:
 class Tree:
     """A prompt and its k >= 1 responses, in tokens.
 
-    `number` is the tree's own, so that results can be told apart after packing; `margin` is the preference's.
+    `number` is the tree's own, so that results can be told apart after packing; `margin` is the preference's; `cut`
+    counts the tokens that the prompt has lost at its beginning.
     """
 
     prompt: tuple[int, ...]
@@ -59,6 +43,7 @@ class Tree:
     number: int = 0
     margin: float = 0.0
     origin: str = ""
+    cut: int = 0
 
     def __post_init__(self) -> None:
         if not self.prompt or not all(branch.tokens for branch in self.branches):
@@ -76,194 +61,7 @@ class Tree:
 
     def split(self) -> list[Tree]:
         """The same tree as one single-branch tree per response, for models that need the plain layout."""
-        return [Tree(self.prompt, (branch,), self.number, self.margin, self.origin) for branch in self.branches]
-
-
-@dataclass(frozen=True)
-class TreeBatch:
-    """Trees laid out as rows, ready for one forward.
-
-    Attributes:
-        tokens: [rows, width] token ids; padding is 0 and attends to itself only.
-        positions: [rows, width] position of each token on its own path from the start of the prompt.
-        mask: [rows, 1, width, width] True where attention is allowed, or None where plain causal attention serves.
-        sources: [reads] index into the flattened rows of the position that predicts a read token.
-        targets: [reads] the read tokens, in order of tree, branch, token.
-        branch_of_read: [reads] number of the branch each read belongs to.
-        ends: [branches] index into the flattened rows of each branch's last token.
-        trees: The trees as they were given, in the batch's order, which numbers the branches too.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    mask: Tensor | None
-    sources: Tensor
-    targets: Tensor
-    branch_of_read: Tensor
-    ends: Tensor
-    trees: tuple[Tree, ...]
-
-    @property
-    def branches(self) -> int:
-        """Number of branches over all trees."""
-        return len(self.ends)
-
-    @property
-    def token_count(self) -> int:
-        """Tokens computed, padding included."""
-        return self.tokens.numel()
-
-    def to(self, device: torch.device) -> TreeBatch:
-        """The batch with its tensors on a device."""
-        return dataclasses.replace(
-            self,
-            tokens=self.tokens.to(device),
-            positions=self.positions.to(device),
-            mask=None if self.mask is None else self.mask.to(device),
-            sources=self.sources.to(device),
-            targets=self.targets.to(device),
-            branch_of_read=self.branch_of_read.to(device),
-            ends=self.ends.to(device),
-        )
-
-    def sum_by_branch(self, values: Tensor) -> Tensor:
-        """Sum values of reads [reads] over each branch: [branches]."""
-        return values.new_zeros(self.branches).index_add(0, self.branch_of_read, values)
-
-
-def batches(trees: Iterable[Tree], tokens_per_batch: int, layout: Layout = "tree") -> Iterator[TreeBatch]:
-    """Pack trees into batches of at most `tokens_per_batch` tokens, padding included; longest first.
-
-    A tree longer than the budget has a batch of its own. In the `plain` layout every branch stands in its own
-    row behind its own copy of the prompt, with causal attention and padding at the end; the branches of a tree
-    stay in one batch.
-    """
-    waiting = sorted(trees, key=lambda tree: (-tree.length, tree.number))
-    while waiting:
-        if layout == "tree":
-            rows, waiting = _fill(waiting, tokens_per_batch)
-            yield _lay_out(rows, [tree for row in rows for tree in row])
-        else:
-            taken = _stack(waiting, tokens_per_batch)
-            together, waiting = waiting[:taken], waiting[taken:]
-            yield _lay_out([[part] for tree in together for part in tree.split()], together)
-
-
-def one_row(trees: Sequence[Tree]) -> TreeBatch:
-    """All trees packed into a single row, however long."""
-    return _lay_out([list(trees)], trees)
-
-
-def _fill(waiting: list[Tree], budget: int) -> tuple[list[list[Tree]], list[Tree]]:
-    """First fit: each tree goes into the first row with room, else opens a row while the budget lasts.
-
-    The search for small trees that fill the gaps ends after some misses, so that packing stays linear in the trees.
-    """
-    width = waiting[0].length
-    most_rows = max(1, budget // width)
-    rows: list[list[Tree]] = []
-    room: list[int] = []
-    left: list[Tree] = []
-    for taken, tree in enumerate(waiting):
-        if len(left) == LOOKAHEAD:
-            return rows, left + waiting[taken:]
-        length = tree.length
-        place = next((row for row, free in enumerate(room) if free >= length), None)
-        if place is None and len(rows) < most_rows:
-            place = len(rows)
-            rows.append([])
-            room.append(width)
-        if place is None:
-            left.append(tree)
-            continue
-        rows[place].append(tree)
-        room[place] -= length
-    return rows, left
-
-
-def _stack(waiting: list[Tree], budget: int) -> int:
-    """How many trees fit with one branch per row; all branches of a tree stay together."""
-    rows = width = 0
-    for taken, tree in enumerate(waiting):
-        width = max(width, len(tree.prompt) + max(len(branch.tokens) for branch in tree.branches))
-        rows += len(tree.branches)
-        if taken and width * rows > budget:
-            return taken
-    return len(waiting)
-
-
-def _lay_out(rows: list[list[Tree]], trees: Sequence[Tree]) -> TreeBatch:
-    """Rows of trees, or of parts of `trees` in the same order of branches."""
-    width = max(sum(tree.length for tree in row) for row in rows)
-    plain = all(len(row) == 1 and len(row[0].branches) == 1 for row in rows)
-    sheet = _Sheet(len(rows), width)
-    for row, placed in enumerate(rows):
-        start = 0
-        for number, tree in enumerate(placed):
-            sheet.write(tree, row, start, number)
-            start += tree.length
-    # Plain rows keep counting through the padding: transformers takes a restart for a second packed sequence.
-    positions = torch.arange(width).repeat(len(rows), 1) if plain else sheet.positions
-    return TreeBatch(
-        tokens=sheet.tokens,
-        positions=positions,
-        mask=None if plain else _attention_mask(sheet.tree_of, sheet.branch_of),
-        sources=torch.tensor(sheet.sources),
-        targets=torch.tensor(sheet.targets),
-        branch_of_read=torch.tensor(sheet.branch_of_read),
-        ends=torch.tensor(sheet.ends),
-        trees=tuple(trees),
-    )
-
-
-class _Sheet:
-    """Rows being filled with trees. Branch 0 is a tree's prompt; tree -1 is padding."""
-
-    def __init__(self, rows: int, width: int) -> None:
-        self.width = width
-        self.tokens = torch.zeros(rows, width, dtype=torch.long)
-        self.positions = torch.zeros(rows, width, dtype=torch.long)
-        self.tree_of = torch.full((rows, width), -1)
-        self.branch_of = torch.zeros(rows, width, dtype=torch.long)
-        self.sources: list[int] = []
-        self.targets: list[int] = []
-        self.branch_of_read: list[int] = []
-        self.ends: list[int] = []
-
-    def write(self, tree: Tree, row: int, start: int, number: int) -> None:
-        """Write a tree into a row from column `start` on, as the row's tree `number`."""
-        fork = start + len(tree.prompt)
-        self._write_tokens(tree.prompt, row, start, 0)
-        at = fork
-        for index, branch in enumerate(tree.branches, 1):
-            self._write_tokens(branch.tokens, row, at, fork - start)
-            self.branch_of[row, at : at + len(branch.tokens)] = index
-            self._note_reads(branch, row * self.width + fork - 1, row * self.width + at)
-            at += len(branch.tokens)
-        self.tree_of[row, start:at] = number
-
-    def _write_tokens(self, tokens: Sequence[int], row: int, start: int, position: int) -> None:
-        stop = start + len(tokens)
-        self.tokens[row, start:stop] = torch.tensor(tokens)
-        self.positions[row, start:stop] = torch.arange(position, position + len(tokens))
-
-    def _note_reads(self, branch: Branch, prompt_end: int, start: int) -> None:
-        """Each read token is predicted by the one before it; a branch's first by the prompt's last."""
-        before = [prompt_end, *range(start, start + len(branch.tokens) - 1)]
-        self.sources.extend(place for place, read in zip(before, branch.read, strict=True) if read)
-        self.targets.extend(token for token, read in zip(branch.tokens, branch.read, strict=True) if read)
-        self.branch_of_read.extend([len(self.ends)] * branch.reads)
-        self.ends.append(start + len(branch.tokens) - 1)
-
-
-def _attention_mask(tree_of: Tensor, branch_of: Tensor) -> Tensor:
-    """[rows, 1, width, width]: a token sees what precedes it in its tree's prompt and in its own branch."""
-    width = tree_of.shape[1]
-    same_tree = tree_of[:, :, None] == tree_of[:, None, :]
-    same_path = (branch_of[:, None, :] == 0) | (branch_of[:, :, None] == branch_of[:, None, :])
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
-    # Padding sees padding before it: never empty, so softmax stays finite.
-    return (same_tree & same_path & causal)[:, None]
+        return [dataclasses.replace(self, branches=(branch,)) for branch in self.branches]
 
 
 def conversation_tree(template: ChatTemplate, row: Conversation, number: int, max_length: int) -> Tree | str:
@@ -273,7 +71,7 @@ def conversation_tree(template: ChatTemplate, row: Conversation, number: int, ma
     """
     encoded = template.encode(row.messages)
     if not any(encoded.trained):
-        return NOTHING_TRAINED
+        return NOTHING_TRAINED.name
     start = encoded.trained.index(True)
     stop = len(encoded.trained) - encoded.trained[::-1].index(True)
     prompt, tokens, read = encoded.tokens[:start], encoded.tokens[start:stop], encoded.trained[start:stop]
@@ -285,9 +83,15 @@ def preference_tree(template: ChatTemplate, row: Preference, number: int, max_le
     """A preference as a tree with a branch per response, best first. Returns the reason when it cannot be used."""
     branches = tuple(Branch.of(template.response(response)) for response in row.responses)
     if len({branch.tokens for branch in branches}) < len(branches):
-        return EQUAL_RESPONSES
+        return EQUAL_TOKENS.name
     tree = Tree(tuple(template.prompt(row.prompt)), branches, number, row.margin, row.origin)
     return _fitted(tree, max_length)
+
+
+def pair_tree(template: ChatTemplate, row: Preference, number: int, max_length: int) -> Tree | str:
+    """The first and the last of a preference's responses as a tree with two branches."""
+    pair = dataclasses.replace(row, responses=(row.responses[0], row.responses[-1]))
+    return preference_tree(template, pair, number, max_length)
 
 
 def prompt_tokens(template: ChatTemplate, prompt: tuple[Message, ...], longest: int) -> tuple[int, ...]:
@@ -311,20 +115,6 @@ def _fitted(tree: Tree, max_length: int) -> Tree | str:
     """Cut the prompt's beginning so that the longest path has at most `max_length` tokens."""
     longest = max(len(branch.tokens) for branch in tree.branches)
     if longest >= max_length:
-        return TOO_LONG
+        return TOO_LONG.name
     prompt = tree.prompt[-(max_length - longest) :]
-    return Tree(prompt, tree.branches, tree.number, tree.margin, tree.origin)
-
-
-__all__ = [
-    "Branch",
-    "Layout",
-    "Tree",
-    "TreeBatch",
-    "batches",
-    "conversation_tree",
-    "one_row",
-    "preference_tree",
-    "prompt_tokens",
-    "usable",
-]
+    return dataclasses.replace(tree, prompt=prompt, cut=len(tree.prompt) - len(prompt))

@@ -18,7 +18,7 @@ from pipeline import inspection, loader, runner, store, terminal
 from pipeline import manifest as manifests
 from pipeline import plan as planning
 from pipeline.config import RunSettings
-from pipeline.errors import ArtifactError, BatonError, ConfigError, Interrupted
+from pipeline.errors import ArtifactError, BatonError, ConfigError, DataError, Interrupted
 from pipeline.manifest import Metric
 from pipeline.plan import Decision
 from pipeline.store import RunDirectory
@@ -43,6 +43,15 @@ Until = Annotated[str | None, typer.Option(help="This stage and what it needs.")
 Force = Annotated[list[str] | None, typer.Option(help="Run this stage in any case; may be repeated.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Changed code and environment count as reasons to run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and show the plan; run nothing.")]
+Adapter = Annotated[
+    list[str] | None,
+    typer.Option(metavar="MODULE:FUNCTION", help="Let data be read by this function; may be repeated."),
+]
+Data = Annotated[str, typer.Argument(help="Data source, or a configuration file (.yaml).")]
+Tokenizer = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="A stage or model directory, or hub:owner/name@revision.")
+]
+MaxLength = Annotated[int | None, typer.Option(min=2, help="Longest example in tokens.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -55,13 +64,15 @@ def run(
     force: Force = None,
     dry_run: DryRun = False,
     strict: Strict = False,
+    adapter: Adapter = None,
 ) -> None:
     """Bring a run up to date: run the stages that need it and write the report."""
+    allow(adapter)
     settings = loader.load(config, overrides or [])
     if dry_run:
         print_plan(planning.plan(settings, only=only or [], until=until, force=force or [], strict=strict))
         return
-    command = shlex.join(["baton", "run", str(config), *(overrides or [])])
+    command = shlex.join(["baton", "run", str(config), *(overrides or []), *adapter_options(adapter)])
     runner.run(settings, only=only or [], until=until, force=force or [], strict=strict, command=command)
 
 
@@ -73,9 +84,11 @@ def plan(
     until: Until = None,
     force: Force = None,
     strict: Strict = False,
+    adapter: Adapter = None,
     as_json: AsJson = False,
 ) -> None:
     """Show which stages would run, and why."""
+    allow(adapter)
     settings = loader.load(config, overrides or [])
     decisions = planning.plan(settings, only=only or [], until=until, force=force or [], strict=strict)
     if as_json:
@@ -134,8 +147,10 @@ def verify(run: Run, as_json: AsJson = False) -> None:
 def why(
     run: Run,
     stage: Annotated[str, typer.Argument(help="Name of the stage.")],
+    adapter: Adapter = None,
 ) -> None:
     """Show why a stage ran last, and whether and why it would run now."""
+    allow(adapter)
     settings = inspection.settings_of(run)
     decisions = planning.plan(settings, until=stage)
     last = inspection.history(RunDirectory.of(settings), stage)
@@ -166,6 +181,75 @@ def report(run: Run) -> None:
     from pipeline import report as reporting
 
     _print(str(reporting.write(inspection.run_of(run).root)))
+
+
+@app.command()
+def doctor(
+    data: Data,
+    overrides: Overrides = None,
+    tokenizer: Tokenizer = None,
+    max_length: MaxLength = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="Other data that must not overlap, as a test set; may be repeated.")
+    ] = None,
+    fix: Annotated[Path | None, typer.Option(help="Write what can stay to this new file, as JSONL.")] = None,
+    adapter: Adapter = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check data: a file, hub:owner/name@revision, or all data of a configuration."""
+    from pipeline import doctor as checking
+
+    allow(adapter)
+    patients = checking.patients(data, overrides or [])
+    patient = checking.only(patients) if fix else None
+    if max_length and not tokenizer:
+        raise ConfigError("`--max-length` counts tokens", hint="add `--tokenizer`")
+    tokens = checking.Tokens(checking.open_template(tokenizer), max_length) if tokenizer else None
+    found = [checking.diagnose(each, tokens, against or []) for each in patients]
+    if as_json:
+        _print_json([diagnosis.record() for diagnosis in found])
+    else:
+        _print("\n\n".join(map(checking.describe, found)))
+    if patient and fix:
+        cleaned = checking.clean(patient, found[0], fix)
+        _print(f"wrote {cleaned.kept:,} rows to {cleaned.path}; {cleaned.dropped:,} left out: {cleaned.dropped_path}")
+    failed = [diagnosis.source for diagnosis in found if diagnosis.failed]
+    if failed:
+        hint = "correct the rows named above, or write what can stay with `--fix FILE`"
+        raise DataError("errors in the data", where=", ".join(map(printable, failed)), hint=hint)
+
+
+@app.command()
+def tokens(
+    data: Data,
+    overrides: Overrides = None,
+    tokenizer: Tokenizer = None,
+    stage: Annotated[str | None, typer.Option(help="Of a configuration: show what this stage sees.")] = None,
+    kind: Annotated[str | None, typer.Option("--as", metavar="KIND", help="Read rows as this kind.")] = None,
+    max_length: MaxLength = None,
+    rows: Annotated[int, typer.Option(min=1, help="Show this many rows.")] = 3,
+    adapter: Adapter = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show exactly the tokens that a model will see, and which are trained on."""
+    from pipeline import doctor as checking
+    from pipeline import tokens as showing
+
+    allow(adapter)
+    subject = showing.subject(data, overrides or [], stage, kind)
+    reference = tokenizer or subject.tokenizer
+    if reference is None:
+        hint = "add `--tokenizer`: a stage, a model directory or hub:owner/name@revision"
+        raise ConfigError("whose tokens?", hint=hint)
+    views, refused = showing.views(subject, checking.open_template(reference), max_length, rows)
+    if as_json:
+        _print_json([view.record() for view in views])
+    else:
+        console = terminal.console()
+        for drawing in [showing.legend(), *map(showing.drawn, views)]:
+            console.print(drawing)
+    if refused:
+        raise DataError("\n".join(each.render() for each in refused), hint="a stage refuses or drops such rows")
 
 
 @app.command()
@@ -211,6 +295,19 @@ def execute(command: Callable[..., Any], arguments: Sequence[str] | None = None)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
+
+
+def adapter_options(references: Sequence[str] | None) -> list[str]:
+    """The command line's words that allow adapters."""
+    return [word for reference in references or () for word in ("--adapter", reference)]
+
+
+def allow(references: Sequence[str] | None) -> None:
+    """Let data be read by functions that the user named on the command line."""
+    from data import adapters
+
+    for reference in references or ():
+        adapters.allow(reference)
 
 
 def print_plan(decisions: Sequence[Decision]) -> None:

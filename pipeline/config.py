@@ -7,16 +7,18 @@ reference: `baton schema` prints them. Paths are relative to the working directo
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     StrictBool,
     StrictInt,
+    Tag,
     model_validator,
 )
 
@@ -38,6 +40,18 @@ Temperature = Annotated[Number, Field(ge=0.01, le=100.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
+One = TypeVar("One")
+Several = TypeVar("Several")
+
+
+def _one_or_several(value: Any) -> str:
+    return "several" if isinstance(value, dict | list) else "one"
+
+
+Either = Annotated[Annotated[One, Tag("one")] | Annotated[Several, Tag("several")], Discriminator(_one_or_several)]
+"""A text or a collection; decided by what is given, so that mistakes are reported for that alone."""
+
+
 class Settings(BaseModel):
     """Base of all configuration: unknown keys refused, values immutable, NaN and infinity refused."""
 
@@ -54,22 +68,24 @@ class Preparation(Settings):
     control_characters: Literal["keep", "remove"] = "remove"
     """Control characters other than tab and line break, and invisible characters that change the direction of text."""
     min_words: Annotated[StrictInt, Field(ge=0)] = 0
-    """Drop shorter documents."""
+    """Drop shorter documents; words are runs of letters and digits."""
     repetition: Fraction = 1.0
     """Drop documents of which a larger share of characters stands in repeated lines or in repeated runs of ten words
     (Rae et al. 2021, arXiv 2112.11446, A.1.1); 0.3 is strict, 1 keeps all."""
+    decontaminate: list[Name] = []
+    """Data sources whose held-out rows must not be in the text: documents that share 13 words in a row are dropped.
+    Rows of 8 to 12 words must not occur whole; shorter ones say too little to be looked for."""
     duplicates: Literal["keep", "exact", "near"] = "exact"
-    """Which repeated documents are dropped: equal but for case and white space, or also similar ones."""
+    """Which repeated documents are dropped: equal but for case and white space (12 bytes of memory a document), or also
+    similar ones (7 kB a document)."""
     similarity: Annotated[Number, Field(gt=0.0, lt=1.0)] = 0.8
     """With `near`: Jaccard similarity of the sets of five-word runs from which documents count as the same."""
-    decontaminate: list[Name] = []
-    """Data sources whose held-out rows must not be in the text: documents that share 13 words in a row are dropped."""
 
 
 class DataSource(Settings):
     """Where rows come from."""
 
-    source: str | Annotated[list[str], Field(min_length=1)]
+    source: Either[str, Annotated[list[str], Field(min_length=1)]]
     """Files or globs of files (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`; the first four also as `.gz` and `.zst`),
     a directory written by `datasets`, `hub:owner/name@revision[:config]`, or `world:PART` (PART is one of `corpus`,
     `demonstrations`, `preferences`, `prompts`)."""
@@ -144,7 +160,7 @@ def _one_kind_of_share(shares: dict[str, Share]) -> dict[str, Share]:
 
 
 Mixture = Annotated[dict[Name, Share], Field(min_length=1), AfterValidator(_one_kind_of_share)]
-Data = Name | Mixture
+Data = Either[Name, Mixture]
 """A data source, or several with their shares."""
 
 
@@ -185,6 +201,8 @@ class StageSettings(Settings):
     """Input role -> kinds of artefact it takes."""
     DATA: ClassVar[dict[str, tuple[str, ...]]] = {}
     """Data role -> kinds of rows it takes."""
+    FILES: ClassVar[tuple[str, ...]] = ()
+    """Fields that name a file; its content counts, not its name."""
 
     def roles(self) -> dict[str, str]:
         """Input roles in use -> reference. A role that takes a list gives `role.0`, `role.1`, ..."""
@@ -211,7 +229,7 @@ class StageSettings(Settings):
     def shares(self, role: str) -> dict[str, Share] | None:
         """`role.NAME` -> share of a data role that is a mixture; None for a single source."""
         value = getattr(self, role)
-        return None if isinstance(value, str) else {f"{role}.{name}": share for name, share in value.items()}
+        return {f"{role}.{name}": share for name, share in value.items()} if isinstance(value, dict) else None
 
 
 class Batching(StageSettings):
@@ -244,7 +262,7 @@ class TokenizerSettings(StageSettings):
 
     kind: Literal["tokenizer"] = "tokenizer"
     """Stage kind."""
-    data: Name | Annotated[list[Name], Field(min_length=1)]
+    data: Either[Name, Annotated[list[Name], Field(min_length=1)]]
     """Data sources of the text."""
     vocab_size: Annotated[StrictInt, Field(ge=300)] = 8192
     """Vocabulary size, special tokens and the 256 bytes included."""
@@ -282,6 +300,7 @@ class SftSettings(Training):
 
     ROLES: ClassVar = {"policy": ("model",)}
     DATA: ClassVar = {"data": ("conversation",)}
+    FILES: ClassVar = ("chat_template",)
 
     kind: Literal["sft"] = "sft"
     """Stage kind."""
@@ -470,14 +489,20 @@ class RunSettings(Settings):
                 if source not in self.data:
                     known = ", ".join(sorted(self.data)) or "none"
                     raise ValueError(f"stages.{name}.{role}: no data source `{source}` (known: {known})")
-        for name, source in self.data.items():
-            for other in source.prepare.decontaminate if source.prepare else ():
+        for name, each in self.data.items():
+            for other in each.prepare.decontaminate if each.prepare else ():
                 if other not in self.data:
                     raise ValueError(f"data.{name}.prepare.decontaminate: no data source `{other}`")
         shares = {name: source.held_out for name, source in self.data.items()}
         if len(set(shares.values())) > 1:
             raise ValueError(f"data: held_out differs ({shares}): prompts held out of one source would be trained on")
         return self
+
+
+def evaluated(settings: RunSettings) -> tuple[str, ...]:
+    """Names of the data sources whose held-out rows the run's models are evaluated on."""
+    stages = [stage for stage in settings.stages.values() if stage.kind == "evaluate"]
+    return tuple(dict.fromkeys(name for stage in stages for name in stage.data_roles().values()))
 
 
 PRODUCES: dict[str, tuple[str, ...]] = {

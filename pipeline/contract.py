@@ -47,7 +47,7 @@ class Context:
     inputs: Mapping[str, Artifact]
     """By role, as `StageSettings.roles()` names them."""
     data: Mapping[str, DataSource]
-    """By data role."""
+    """By data role, as `StageSettings.data_roles()` names them."""
     directory: Path
     """An empty directory that the stage fills; it becomes the stage directory."""
     progress: Progress
@@ -56,6 +56,10 @@ class Context:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    sources: Mapping[str, DataSource] = field(default_factory=dict)
+    """All data sources of the run by name, which a source's preparation may refer to."""
+    evaluated: tuple[str, ...] = ()
+    """Names of the sources whose held-out rows the run's models are evaluated on."""
 
 
 @dataclass

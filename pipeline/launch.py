@@ -33,13 +33,17 @@ def application(kind: str) -> typer.Typer:
         force: cli.Force = None,
         dry_run: cli.DryRun = False,
         strict: cli.Strict = False,
+        adapter: cli.Adapter = None,
     ) -> None:
+        cli.allow(adapter)
         settings = loader.load(config, overrides or [])
         names = _of_kind(settings, kind, only or [])
         if dry_run:
             cli.print_plan(plan(settings, only=names, force=force or [], strict=strict))
             return
-        command = shlex.join(["python", "-m", f"stages.{kind}", str(config), *(overrides or [])])
+        command = shlex.join(
+            ["python", "-m", f"stages.{kind}", str(config), *(overrides or []), *cli.adapter_options(adapter)]
+        )
         runner.run(settings, only=names, force=force or [], strict=strict, command=command)
 
     return app

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeGuard, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -17,6 +17,8 @@ from pipeline.errors import ConfigError
 from pipeline.references import STAGES
 from pipeline.suggestion import suggest
 from pipeline.terminal import printable
+
+Validated = TypeVar("Validated", bound=BaseModel)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
@@ -33,11 +35,23 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
     for assignment in overrides:
         override(document, assignment)
     references.check(document)
-    settings = _validate(document)
-    if settings is None or document.problems:
-        problems = sorted(document.problems, key=_line_number)
-        raise ConfigError("\n".join(dict.fromkeys(map(str, problems))))
-    return settings
+    return _validate(document, RunSettings)
+
+
+def data_source(source: str, overrides: Sequence[str] = ()) -> DataSource:
+    """A data source outside a configuration.
+
+    Args:
+        source: What `source` would be in a configuration.
+        overrides: Its other settings, as in `format=explicit` or `columns.chosen=better`.
+
+    Raises:
+        ConfigError: One line per mistake.
+    """
+    document = Document("command line", {"source": source})
+    for assignment in overrides:
+        override(document, assignment)
+    return _validate(document, DataSource)
 
 
 def resolved(settings: RunSettings) -> dict[str, Any]:
@@ -69,27 +83,32 @@ def _read(path: Path) -> str:
         raise ConfigError(f"byte {error.start} is not UTF-8", where=path) from None
 
 
-def _validate(document: Document) -> RunSettings | None:
+def _validate(document: Document, model: type[Validated]) -> Validated:
+    settings = None
     try:
-        return RunSettings.model_validate(document.values)
+        settings = model.model_validate(document.values)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             # a complaint about the whole is about references, which were checked by their place already
             if detail["loc"] or not document.problems:
-                _note(document, detail)
-        return None
+                _note(document, model, detail)
+    if settings is None or document.problems:
+        problems = sorted(document.problems, key=_line_number)
+        raise ConfigError("\n".join(dict.fromkeys(map(str, problems))))
+    return settings
 
 
-def _note(document: Document, detail: ErrorDetails) -> None:
+def _note(document: Document, model: type[BaseModel], detail: ErrorDetails) -> None:
     location = _location(document.values, detail["loc"], detail["type"] == "missing")
     setting = ".".join(printable(str(each)) for each in location)
-    document.note(location, f"{setting}: {_message(document, location, detail)}" if setting else detail["msg"])
+    what = _message(document, model, location, detail) if setting else detail["msg"]
+    document.note(location, f"{setting}: {what}" if setting else what)
 
 
-def _message(document: Document, location: Location, detail: ErrorDetails) -> str:
+def _message(document: Document, model: type[BaseModel], location: Location, detail: ErrorDetails) -> str:
     kind, last = detail["type"], str(location[-1])
     if kind == "extra_forbidden":
-        return f"unknown setting{suggest(last, _settings_at(document.values, location[:-1]))}"
+        return f"unknown setting{suggest(last, _settings_at(model, document.values, location[:-1]))}"
     if kind == "union_tag_invalid":
         given = str(detail["input"]["kind"])
         return f"unknown kind `{printable(given)}`{suggest(given, STAGES)}"
@@ -125,18 +144,18 @@ def _location(values: Any, raw: Location, missing: bool) -> Location:
     return tuple(kept)
 
 
-def _settings_at(values: Any, location: Location) -> list[str]:
-    """Names of the settings that may stand at a place of the configuration."""
-    model: type[BaseModel] = RunSettings
-    if location[:1] == ("stages",):
+def _settings_at(model: type[BaseModel], values: Any, location: Location) -> list[str]:
+    """Names of the settings that may stand at a place of a document that is to become `model`."""
+    if model is RunSettings and location[:1] == ("stages",):
         model, location = STAGES[values["stages"][location[1]]["kind"]], location[2:]
-    elif location[:1] == ("data",):
-        model, location = DataSource, location[2:]
     for key in location:
-        annotation = model.model_fields[str(key)].annotation
-        model = next(each for each in (annotation, *get_args(annotation)) if _is_model(each))
+        if str(key) in model.model_fields:  # else it is a name that the user gave, as of a data source
+            model = _model_in(model.model_fields[str(key)].annotation) or model
     return list(model.model_fields)
 
 
-def _is_model(annotation: Any) -> TypeGuard[type[BaseModel]]:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The settings that a field holds: itself, or what its alternatives, lists or mappings are of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)

@@ -65,7 +65,13 @@ class DataCard(Record):
     split: str = "train"
     """`train` or `held-out`."""
     dropped: dict[str, int] = {}
-    """Reason -> rows."""
+    """Reason -> rows, those before the split included."""
+    cut: int = 0
+    """Rows whose prompt lost its beginning to fit."""
+    prepared: dict[str, int] = {}
+    """What preparation did -> documents."""
+    diagnosis: dict[str, Any] = {}
+    """What the doctor found when the stage read the source."""
 
 
 class OutputRecord(Record):

@@ -12,11 +12,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from pipeline import fingerprint, inputs, references
 from pipeline import manifest as manifests
-from pipeline.config import DataSource, RunSettings, StageSettings
+from pipeline.config import RunSettings, StageSettings
 from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.manifest import Damage, Manifest
@@ -212,7 +213,7 @@ def hard_key(settings: Mapping[str, Any], digests: Mapping[str, str], data: Data
 
 def behaviour(settings: Mapping[str, Any], stage: type[StageSettings]) -> dict[str, Any]:
     """The settings that results depend on; what inputs and data are called is not among them."""
-    without = _WITHOUT_EFFECT | stage.ROLES.keys() | stage.DATA.keys()
+    without = _WITHOUT_EFFECT | stage.ROLES.keys() | stage.DATA.keys() | set(stage.FILES)
     return {name: value for name, value in settings.items() if name not in without}
 
 
@@ -265,14 +266,28 @@ def _wanted(
             unknown[role] = Reason(Cause.INPUT, role, reference, "not downloaded yet")
             continue
         artifacts[role] = inputs.require(artifact, role, stage.ROLES[role.partition(".")[0]])
-    data = {role: _data(settings.data[source]) for role, source in stage.data_roles().items()}
+    for name in stage.FILES:
+        everything |= {f"{name}_sha256": _file_digest(everything[name])}
+    data = {role: _data(settings, stage, role, source) for role, source in stage.data_roles().items()}
     return Wanted(everything, behaviour(everything, type(stage)), data, artifacts, unknown)
 
 
-def _data(source: DataSource) -> dict[str, Any]:
+def _data(settings: RunSettings, stage: StageSettings, role: str, name: str) -> dict[str, Any]:
     from data import read
 
-    return source.model_dump(mode="json") | {"digest": read.fingerprint(source)}
+    source = settings.data[name]
+    found = source.model_dump(mode="json") | {"digest": read.fingerprint(source, settings.data)}
+    shares = stage.shares(role.partition(".")[0])
+    return found | {"share": shares[role].model_dump(mode="json")} if shares else found
+
+
+def _file_digest(name: str | None) -> str | None:
+    if name is None:
+        return None
+    try:
+        return fingerprint.file_sha256(Path(name))
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", where=printable(name, None)) from error
 
 
 def _check_data(settings: RunSettings, stage: StageSettings) -> None:
@@ -280,7 +295,7 @@ def _check_data(settings: RunSettings, stage: StageSettings) -> None:
     from data import read
 
     for role, name in stage.data_roles().items():
-        read.check(settings.data[name], stage.DATA[role])
+        read.check(settings.data[name], stage.DATA[role.partition(".")[0]])
 
 
 def _published(run: RunDirectory, name: str) -> tuple[Manifest | None, list[Damage]]:

@@ -65,9 +65,12 @@ def check(document: Document) -> None:
             _check_role(document, location, reference, settings.ROLES[role], stages)
             graph[name].add(reference)
         for location, _, source in _references(name, stage, settings.DATA):
-            if source not in sources:
-                what = f"{_dotted(location)}: no data source `{printable(source)}`{suggest(source, sources)}"
-                document.note(location, what)
+            _check_source(document, location, source, sources)
+    for name, each in sources.items():
+        cleaned = each.get("prepare")
+        against = cleaned.get("decontaminate") if isinstance(cleaned, dict) else None
+        for index, other in enumerate(against if isinstance(against, list) else ()):
+            _check_source(document, ("data", name, "prepare", "decontaminate", index), str(other), sources)
     _check_cycle(document, {name: uses & graph.keys() for name, uses in graph.items()})
 
 
@@ -90,6 +93,12 @@ def _check_role(
             document.note(location, f"{place}: `{shown}` is not of the form `hub:owner/name@revision`")
     elif not Path(reference).exists():
         document.note(location, f"{place}: no stage and no path `{shown}`{suggest(reference, stages)}")
+
+
+def _check_source(document: Document, location: Location, source: str, sources: Mapping[str, Any]) -> None:
+    if source not in sources:
+        what = f"{_dotted(location)}: no data source `{printable(source)}`{suggest(source, sources)}"
+        document.note(location, what)
 
 
 def _fitting(accepts: tuple[str, ...], stages: Mapping[str, Any]) -> str:
@@ -116,6 +125,8 @@ def _references(name: str, stage: Mapping[str, Any], roles: Iterable[str]) -> It
             for index, each in enumerate(value):
                 if isinstance(each, str):
                     yield ("stages", name, role, index), role, each
+        elif isinstance(value, dict):
+            yield from ((("stages", name, role, each), role, each) for each in value)
 
 
 def _mappings(values: Any, section: str) -> dict[str, dict[str, Any]]:

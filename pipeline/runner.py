@@ -23,7 +23,7 @@ from rich.console import Console
 
 from pipeline import fingerprint, inputs, loader, store, terminal
 from pipeline import manifest as manifests
-from pipeline.config import PRODUCES, RunSettings
+from pipeline.config import PRODUCES, RunSettings, evaluated
 from pipeline.contract import Artifact, Context, Result
 from pipeline.cost import Meter
 from pipeline.errors import BatonError, ConfigError, NumericalError
@@ -146,6 +146,8 @@ class _Runner:
                 seed=self.settings.seed,
                 device=self.settings.device,
                 dtype=self.settings.dtype,
+                sources=self.settings.data,
+                evaluated=evaluated(self.settings),
             )
             result: Result = module.run(context)
         _refuse_not_finite(name, result)

@@ -12,15 +12,13 @@ Left out: other losses, label smoothing, and reference log-probabilities kept be
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import torch
 
+from data.batch import Layout, TreeBatch
 from data.schema import Preference
-from data.template import ChatTemplate
-from data.tree import Layout, Tree, TreeBatch, preference_tree
+from data.tree import Tree, pair_tree
 from pipeline.config import DpoSettings
 from pipeline.contract import Context, Result
 from pipeline.manifest import Metric
@@ -47,10 +45,9 @@ def run(context: Context) -> Result:
     roles = open_role(policy, POLICY, settings.lora, compute)
     with roles.use(REFERENCE):
         replay_probes(policy, roles.base)
-    tree_of = partial(_pair_tree, roles.base.template, max_length=roles.base.longest(settings.max_length))
-    examples = rows.examples(context, "data", Preference, tree_of)
+    examples = rows.examples(context, "data", Preference, pair_tree, roles.base)
     layout, warnings = choose_layout(roles.base.model, examples.train)
-    tokens = loop.follow(context, examples.train, objective(roles, settings, layout), roles.parameters(POLICY))
+    tokens = loop.follow(context, examples.passes, objective(roles, settings, layout), roles.parameters(POLICY))
     metrics = _metrics(roles, examples.held_out, settings, layout)
     roles.save(POLICY, context.directory)
     with roles.use(POLICY):
@@ -58,7 +55,7 @@ def run(context: Context) -> Result:
     return Result(
         kind="adapter",
         metrics=metrics,
-        data=[examples.card],
+        data=examples.cards,
         adaptation=adaptation(policy, reference=policy),
         tokenizer=record(roles.base),
         tokens=tokens,
@@ -91,11 +88,6 @@ def objective(roles: Roles, settings: DpoSettings, layout: Layout) -> loop.Objec
                 yield loop.Part(loss, shares, 2 * batch.token_count)
 
     return parts
-
-
-def _pair_tree(template: ChatTemplate, row: Preference, number: int, max_length: int) -> Tree | str:
-    pair = dataclasses.replace(row, responses=(row.responses[0], row.responses[-1]))
-    return preference_tree(template, pair, number, max_length)
 
 
 def _pair_logprobs(roles: Roles, batch: TreeBatch) -> torch.Tensor:

@@ -17,8 +17,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from data.batch import Layout
 from data.schema import Preference, Prompt, Text
-from data.tree import Branch, Layout, Tree, preference_tree, prompt_tokens, usable
+from data.tree import Branch, Tree, preference_tree, prompt_tokens, usable
 from pipeline.config import EvaluateSettings
 from pipeline.contract import Context, Result
 from pipeline.errors import DataError
@@ -106,15 +107,13 @@ def _held_out(context: Context, role: str, kind: type[rows.Item], cards: list[Da
     """The first held-out rows of a data role; empty when the stage was not given it."""
     if role not in context.data:
         return []
-    found = rows.read(context, role, kind)
+    found = rows.read_rows(context, role, kind)
     # The same prompt twice is one observation, and would make intervals look narrower than they are.
     distinct = {row.prompt if isinstance(row, Prompt) else row: row for row in reversed(found.held_out)}
     chosen = list(reversed(distinct.values()))[: context.settings.rows]
     if not chosen:
-        raise DataError(
-            "no held-out rows", where=context.data[role].source, hint="raise its held_out or give more rows"
-        )
-    cards.append(rows.card(context, role, found, len(chosen), rows.HELD_OUT))
+        raise DataError("no held-out rows", where=context.data[role].name, hint="raise its held_out or give more rows")
+    cards.append(rows.card(context, role, found.record, len(chosen), rows.HELD_OUT))
     return chosen
 
 

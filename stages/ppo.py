@@ -19,12 +19,15 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from data.batch import Layout
+from data.mixture import Passes, stream
 from data.schema import Prompt
-from data.tree import Branch, Layout, Tree, prompt_tokens
+from data.template import ChatTemplate
+from data.tree import Branch, Tree
 from pipeline.config import PpoSettings
 from pipeline.contract import Artifact, Context, Result
 from pipeline.errors import ArtifactError, ConfigError, DataError
-from pipeline.manifest import Metric
+from pipeline.manifest import DataCard, Metric
 from reward import shaping
 from stages.core import device, loop, probes, rows
 from stages.core.experience import Experience, collect, state_values, trees_of, whiten_advantages
@@ -51,7 +54,6 @@ def run(context: Context) -> Result:
     settings, compute = context.settings, device.choose(context.device, context.dtype)
     loop.seed_everything(context.seed)
     roles = open_roles(context.inputs["policy"], context.inputs["reward"], settings, compute)
-    loaded = rows.read(context, "data", Prompt)
     longest = roles.base.longest(settings.max_length) - settings.max_new_tokens
     if longest < 1:
         raise ConfigError(
@@ -59,12 +61,11 @@ def run(context: Context) -> Result:
             where=f"stages.{context.name}.max_new_tokens",
             hint="lower it",
         )
-    prompts = [prompt_tokens(roles.base.template, row.prompt, longest) for row in loaded.train]
-    if not prompts:
-        raise DataError("no prompts", where=context.data["data"].source, hint="lower held_out or give more rows")
+    passes, cards = _prompts(context, roles.base.template, longest)
+    prompts = passes.pass_(0)
     layout, warnings = _layout(roles, prompts)
     tokens, history = 0, []
-    for done, figures in enumerate(rounds(roles, prompts, settings, layout, context.seed), 1):
+    for done, figures in enumerate(rounds(roles, passes, settings, layout, context.seed), 1):
         tokens += int(figures["tokens"])
         history.append(figures)
         context.progress(figures, done=done, total=settings.steps)
@@ -74,13 +75,28 @@ def run(context: Context) -> Result:
     return Result(
         kind="adapter",
         metrics=_metrics(history),
-        data=[rows.card(context, "data", loaded, len(prompts))],
+        data=cards,
         adaptation=adaptation(context.inputs["policy"], reference=context.inputs["policy"]),
         tokenizer=record(roles.base),
         tokens=tokens,
         compute=compute.record,
         warnings=warnings,
     )
+
+
+def _prompts(context: Context, template: ChatTemplate, longest: int) -> tuple[Passes[tuple[int, ...]], list[DataCard]]:
+    """The training prompts in tokens, and what was read."""
+    prompts: dict[str, list[tuple[int, ...]]] = {}
+    cards: list[DataCard] = []
+    for part in rows.parts(context, "data"):
+        found = rows.read_rows(context, part, Prompt)
+        if not found.train:
+            raise DataError("no prompts", where=context.data[part].name, hint="lower held_out or give more rows")
+        whole = [template.prompt(row.prompt) for row in found.train]
+        prompts[part] = [tuple(tokens[-longest:]) for tokens in whole]
+        record = {**found.record, "cut": sum(len(tokens) > longest for tokens in whole)}
+        cards.append(rows.card(context, part, record, len(whole)))
+    return rows.mixed(context, "data", prompts), cards
 
 
 def open_roles(policy: Artifact, reward: Artifact, settings: PpoSettings, compute: device.Compute) -> Roles:
@@ -107,16 +123,16 @@ def open_roles(policy: Artifact, reward: Artifact, settings: PpoSettings, comput
 
 
 def rounds(
-    roles: Roles, prompts: Sequence[tuple[int, ...]], settings: PpoSettings, layout: Layout, seed: int
+    roles: Roles, prompts: Passes[tuple[int, ...]], settings: PpoSettings, layout: Layout, seed: int
 ) -> Iterator[dict[str, float]]:
     """Rollout and update, over and over; yields the figures of each round."""
     updates = settings.steps * settings.update_epochs * settings.minibatches
     value_optimizer = settings.optimizer.model_copy(update={"learning_rate": settings.value_learning_rate})
     policy = Updater(roles.parameters(POLICY), settings.optimizer, updates)
     value = Updater(roles.parameters(VALUE), value_optimizer, updates)
-    stream = loop.shuffled_forever(prompts, seed)
+    taken = stream(prompts, seed)
     for number in range(settings.steps):
-        chosen = [next(stream) for _ in range(settings.examples_per_step)]
+        chosen = [next(taken) for _ in range(settings.examples_per_step)]
         order = random.Random(f"{seed} round {number}")
         groups, samples_figures = _rollout(roles, chosen, settings, layout, order.getrandbits(32))
         figures: list[dict[str, float]] = []

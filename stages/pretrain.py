@@ -3,7 +3,7 @@
 Next-token prediction. Documents, each closed by the end token, are laid end to end in a shuffled order and cut
 into blocks of equal length; no token is padding and none is thrown away but the last incomplete block. Any
 causal architecture of `transformers` serves. Weights are float32; matrix products run in the run's precision.
-Left out: masks between the documents of a block, mixtures of sources, and distributed training.
+Left out: masks between the documents of a block, and distributed training.
 
     python -m stages.pretrain CONFIG [key=value ...]
 """
@@ -11,7 +11,6 @@ Left out: masks between the documents of a block, mixtures of sources, and distr
 from __future__ import annotations
 
 import difflib
-import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,12 +19,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from data.schema import Text
+from data.tokenizer import load_tokenizer
 from data.tree import Branch, Tree
 from pipeline.contract import Artifact, Context, Result
 from pipeline.errors import ConfigError, DataError
 from stages.core import device, loop, rows
-from stages.core.models import LanguageModel, load_model, load_tokenizer, record, require_plain_head
+from stages.core.models import LanguageModel, load_model, record, require_plain_head
 from stages.core.scoring import loss_metrics, negative_mean, record_probes, replay_probes
 
 HELD_OUT_BLOCKS = 64
@@ -41,25 +40,25 @@ def run(context: Context) -> Result:
     settings, compute = context.settings, device.choose(context.device, context.dtype)
     loop.seed_everything(context.seed)
     language_model = _open(context, compute)
-    loaded = rows.read(context, "data", Text)
-    blocks = _blocks(language_model.tokenizer, loaded.train, settings.max_length, context.seed)
-    if not blocks:
+    documents = rows.documents(context, "data", language_model.tokenizer)
+    blocks = documents.train.blocks(settings.max_length)
+    if not len(blocks):
         raise DataError(
             f"less than {settings.max_length} tokens of text",
-            where=context.data["data"].source,
+            where=", ".join(source.name for source in context.data.values()),
             hint=f"give more text or lower stages.{context.name}.max_length",
         )
     objective = negative_mean(language_model, settings.tokens_per_batch, "plain")
     tokens = loop.follow(context, blocks, objective, language_model.model.named_parameters())
     language_model.model.eval()
-    held_out = _blocks(language_model.tokenizer, loaded.held_out, settings.max_length, context.seed)[:HELD_OUT_BLOCKS]
+    held_out = documents.held_out.blocks(settings.max_length).pass_(0)[:HELD_OUT_BLOCKS]
     metrics = loss_metrics(language_model, held_out, settings.tokens_per_batch, "plain")
     language_model.save(context.directory)
-    _record_probes(context, compute, held_out or blocks)
+    _record_probes(context, compute, held_out or blocks.pass_(0)[:HELD_OUT_BLOCKS])
     return Result(
         kind="model",
         metrics=metrics,
-        data=[rows.card(context, "data", loaded, len(loaded.train))],
+        data=documents.cards,
         tokenizer=record(language_model),
         tokens=tokens,
         compute=compute.record,
@@ -130,22 +129,6 @@ def _require_known(name: Any, known: Sequence[str], where: str) -> None:
     close = difflib.get_close_matches(str(name), known, 1)
     hint = f"did you mean `{close[0]}`?" if close else "see the configuration classes of transformers"
     raise ConfigError(f"`{name}` is not known to transformers", where=where, hint=hint)
-
-
-def _blocks(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Text], length: int, seed: int) -> list[Tree]:
-    """Blocks of `length` tokens as trees: the first token is the prompt, the rest is read."""
-    texts = [row.text for row in examples]
-    random.Random(f"{seed} documents").shuffle(texts)
-    if not texts:
-        return []
-    # Control tokens written in a document stay text.
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    stream = [token for ids in encoded for token in (*ids, tokenizer.eos_token_id)]
-    starts = range(0, len(stream) - length + 1, length)
-    return [
-        Tree((stream[start],), (Branch.of(stream[start + 1 : start + length]),), number)
-        for number, start in enumerate(starts)
-    ]
 
 
 def _record_probes(context: Context, compute: device.Compute, blocks: Sequence[Tree]) -> None:

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import torch
 
+from data.batch import Layout
 from data.schema import Preference
-from data.tree import Branch, Layout, Tree, preference_tree
+from data.tree import Branch, Tree, preference_tree
 from pipeline.config import RewardSettings
 from pipeline.contract import Context, Result
 from pipeline.manifest import Metric
@@ -50,12 +50,11 @@ def run(context: Context) -> Result:
     roles.add_head(REWARD)
     with roles.use(REFERENCE):
         replay_probes(policy, roles.base)
-    tree_of = partial(preference_tree, roles.base.template, max_length=roles.base.longest(settings.max_length))
-    examples = rows.examples(context, "data", Preference, tree_of)
+    examples = rows.examples(context, "data", Preference, preference_tree, roles.base)
     layout, warnings = choose_layout(roles.base.model, examples.train)
     with roles.use(REWARD):
         objective = _objective(roles, settings, layout)
-        tokens = loop.follow(context, examples.train, objective, roles.parameters(REWARD))
+        tokens = loop.follow(context, examples.passes, objective, roles.parameters(REWARD))
     centre = _centre(roles, examples.train, settings, layout, context.seed)
     metrics = {"sample_score": centre, **_metrics(roles, examples.held_out, settings, layout)}
     roles.save(REWARD, context.directory)
@@ -64,7 +63,7 @@ def run(context: Context) -> Result:
     return Result(
         kind="reward",
         metrics=metrics,
-        data=[examples.card],
+        data=examples.cards,
         adaptation=adaptation(policy),
         tokenizer=record(roles.base),
         tokens=tokens,

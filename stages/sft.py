@@ -12,11 +12,12 @@ conversation attending to another (there is none: trees).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from pathlib import Path
 
 import torch
 
 from data.schema import Conversation
+from data.template import set_template
 from data.tree import Tree, conversation_tree
 from pipeline.contract import Artifact, Context, Result
 from stages.core import device, loop, rows
@@ -38,13 +39,12 @@ def run(context: Context) -> Result:
     loop.seed_everything(context.seed)
     policy = context.inputs["policy"]
     roles = _open(context, policy, compute)
-    tree_of = partial(conversation_tree, roles.base.template, max_length=roles.base.longest(settings.max_length))
-    examples = rows.examples(context, "data", Conversation, tree_of)
+    examples = rows.examples(context, "data", Conversation, conversation_tree, roles.base)
     layout, warnings = choose_layout(roles.base.model, examples.train)
     with roles.use(POLICY if settings.lora else REFERENCE):
         objective = negative_mean(roles.base, settings.tokens_per_batch, layout)
         named = roles.parameters(POLICY) if settings.lora else roles.base.model.named_parameters()
-        tokens = loop.follow(context, examples.train, objective, named)
+        tokens = loop.follow(context, examples.passes, objective, named)
         metrics = loss_metrics(roles.base, examples.held_out, settings.tokens_per_batch, layout)
     kind = _save(context, roles, policy)
     _record_probes(context, roles, kind, compute, examples.held_out or examples.train)
@@ -52,7 +52,7 @@ def run(context: Context) -> Result:
     return Result(
         kind=kind,
         metrics=metrics,
-        data=[examples.card],
+        data=examples.cards,
         adaptation=merged.model_copy(update={"quantization": settings.quantization}) if settings.lora else None,
         tokenizer=record(roles.base),
         tokens=tokens,
@@ -67,12 +67,15 @@ def _open(context: Context, policy: Artifact, compute: device.Compute) -> Roles:
         replay_probes(policy, load_model(policy, compute))
         full = load_model(policy, compute, dtype=torch.float32)
         full.model.requires_grad_(True)
-        return Roles(full)
-    base = load_model(policy, compute, quantization=settings.quantization)
-    if settings.quantization == "none":
-        replay_probes(policy, base)
-    roles = Roles(base)
-    roles.add(POLICY, settings.lora)
+        roles = Roles(full)
+    else:
+        base = load_model(policy, compute, quantization=settings.quantization)
+        if settings.quantization == "none":
+            replay_probes(policy, base)
+        roles = Roles(base)
+        roles.add(POLICY, settings.lora)
+    if settings.chat_template is not None:
+        set_template(roles.base.tokenizer, Path(settings.chat_template))
     return roles
 
 

@@ -10,17 +10,19 @@ and choosing the vocabulary size by held-out compression.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data.schema import Text
 from data.template import SPECIAL_TOKENS, TEMPLATE, tokenizer_record
 from pipeline.contract import Context, Result
 from pipeline.manifest import Metric
 from reward.intervals import ratio_interval
 from stages.core import rows
+
+SAMPLED = 2000
+"""Held-out texts that compression is measured on."""
 
 
 def run(context: Context) -> Result:
@@ -29,14 +31,14 @@ def run(context: Context) -> Result:
     Raises:
         DataError: The data source has no usable rows.
     """
-    loaded = rows.read(context, "data", Text)
-    tokenizer = wrap(_train(loaded.train, context.settings.vocab_size))
+    texts = rows.Texts(context, "data", SAMPLED)
+    tokenizer = wrap(_train(texts, context.settings.vocab_size))
     tokenizer.save_pretrained(context.directory)
     context.progress({"vocabulary": len(tokenizer)}, done=1, total=1)
     return Result(
         kind="tokenizer",
-        metrics=_metrics(tokenizer, loaded.held_out or loaded.train),
-        data=[rows.card(context, "data", loaded, len(loaded.train))],
+        metrics=_metrics(tokenizer, texts.sample),
+        data=texts.cards,
         tokenizer=tokenizer_record(tokenizer),
     )
 
@@ -51,7 +53,7 @@ def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def _train(examples: Sequence[Text], vocab_size: int) -> Tokenizer:
+def _train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -61,17 +63,12 @@ def _train(examples: Sequence[Text], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(examples), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def _texts(examples: Sequence[Text]) -> Iterator[str]:
-    return (row.text for row in examples)
-
-
-def _metrics(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Text]) -> dict[str, Metric]:
-    texts = [row.text for row in examples]
-    tokens = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+def _metrics(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> dict[str, Metric]:
+    tokens = [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
     size = [len(text.encode()) for text in texts]
     return {
         "bytes_per_token": ratio_interval(size, tokens),

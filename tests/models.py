@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from data.schema import Text
 from data.tree import Branch, Tree
 from pipeline.config import Lora
 from pipeline.contract import Artifact
@@ -41,8 +40,7 @@ _ARCHITECTURES: dict[str, dict[str, object]] = {
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
     """Baton's own byte-level tokenizer with its chat template."""
-    rows = [Text(text) for text in TEXTS]
-    return tokenizer_stage.wrap(tokenizer_stage._train(rows, 300))
+    return tokenizer_stage.wrap(tokenizer_stage._train(TEXTS, 300))
 
 
 def model(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.tree import Branch, Tree, batches
+from data.batch import batches
+from data.tree import Branch, Tree
 from pipeline.config import DpoSettings, Optimizer, PpoSettings
 from reward import shaping
 from stages import dpo, ppo

@@ -1,69 +1,155 @@
-"""Formats: what is recognised, what is refused with its place, what is dropped with its reason."""
+"""Formats: what is recognised and read, and what is refused because it leaves a choice."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import os
-from pathlib import Path
-from typing import Any
+import random
+from typing import Any, get_args
 
 import pytest
 
-from data.formats import FORMATS, Unusable, detect, shown
-from data.schema import Conversation, Message, Preference, Prompt, Row, Text
+from data.findings import MISSING_COLUMN, MIXED_LAYOUT, BadRow
+from data.formats import FORMATS, Format, detect, final_answer
+from data.schema import ChatRole, Conversation, Message, Preference, Prompt, Rated, Row, RowKind, Text
 from pipeline.errors import DataError
-
-DATA = Path(os.environ.get("BATON_DATA", Path(__file__).parents[1] / "../shared/data"))
-HH_FILE = DATA / "hh-rlhf" / "harmless-base-test.jsonl.gz"
 
 USER = {"role": "user", "content": "Where is Ann?"}
 GOOD = {"role": "assistant", "content": "In Rome."}
 BAD = {"role": "assistant", "content": "Why?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
-PROMPT = (Message("user", "Where is Ann?"),)
-ANSWERED = (*PROMPT, Message("assistant", "In Rome."))
-PAIR = Preference(PROMPT, ("In Rome.", "Why?"), 0.0, "f:1")
+HUMAN = {"from": "human", "value": "Where is Ann?"}
+GPT = {"from": "gpt", "value": "In Rome."}
+GPT_BAD = {"from": "gpt", "value": "Why?"}
+ASKED = Message("user", "Where is Ann?")
+BRIEFLY = Message("system", "Be brief.")
+ANSWERED = (ASKED, Message("assistant", "In Rome."))
 HH = "\n\nHuman: Where is Ann?\n\nAssistant:"
+FEEDBACK = {"prompt": "Where is Ann?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}
 
+
+def pair(margin: float = 0.0, *before: Message) -> Preference:
+    return Preference((*before, ASKED), ("In Rome.", "Why?"), margin, "f:1")
+
+
+def spoken(*before: Message) -> Conversation:
+    return Conversation((*before, *ANSWERED), "f:1")
+
+
+HISTORY = (Message("user", "Hi."), Message("assistant", "Hello."))
 ACCEPTED: list[tuple[str, dict[str, Any], Row]] = [
     ("text", {"text": "Ann is in Rome."}, Text("Ann is in Rome.", "f:1")),
-    ("messages", {"messages": [USER, GOOD]}, Conversation(ANSWERED, "f:1")),
+    ("messages", {"messages": [USER, GOOD]}, spoken()),
+    ("messages", {"messages": [SYSTEM, USER, GOOD], "id": 3}, spoken(BRIEFLY)),
+    ("messages", {"messages": [USER, GOOD], "system": "Be brief."}, spoken(BRIEFLY)),
+    ("sharegpt", {"conversations": [HUMAN, GPT]}, spoken()),
+    ("sharegpt", {"conversations": [HUMAN, GPT], "system": "Be brief."}, spoken(BRIEFLY)),
     (
-        "messages",
-        {"messages": [SYSTEM, USER, GOOD], "id": 3},
-        Conversation((Message("system", "Be brief."), *ANSWERED), "f:1"),
+        "sharegpt",
+        {"conversations": [{"from": "system", "value": "Be brief."}, HUMAN, GPT], "system": ""},
+        spoken(BRIEFLY),
+    ),
+    ("alpaca", {"instruction": "Where is Ann?", "output": "In Rome."}, spoken()),
+    ("alpaca", {"instruction": "Where is Ann?", "input": "", "output": "In Rome.", "system": None}, spoken()),
+    (
+        "alpaca",
+        {"instruction": "Where is", "input": "Ann?", "output": "In Rome."},
+        Conversation((Message("user", "Where is\nAnn?"), ANSWERED[1]), "f:1"),
     ),
     (
-        "prompt_completion",
-        {"prompt": "Where is Ann?", "completion": "In Rome."},
-        Conversation(ANSWERED, "f:1"),
+        "alpaca",
+        {"instruction": "Where is Ann?", "output": "In Rome.", "system": "Be brief.", "history": [["Hi.", "Hello."]]},
+        spoken(BRIEFLY, *HISTORY),
     ),
-    ("prompt_completion", {"prompt": [USER], "completion": [GOOD]}, Conversation(ANSWERED, "f:1")),
-    ("question_answer", {"question": "Where is Ann?", "answer": "In Rome."}, Conversation(ANSWERED, "f:1")),
-    ("prompt", {"prompt": "Where is Ann?"}, Prompt(PROMPT, {}, "f:1")),
+    ("prompt_completion", {"prompt": "Where is Ann?", "completion": "In Rome."}, spoken()),
+    ("prompt_completion", {"prompt": [USER], "completion": [GOOD]}, spoken()),
+    ("prompt_completion", {"prompt": "Where is Ann?", "completion": "In Rome.", "label": "geography"}, spoken()),
+    ("question_answer", {"question": "Where is Ann?", "answer": "In Rome."}, spoken()),
+    ("question_answer", {"question": "Where is Ann?", "answer": "In Rome.", "system": "Be brief."}, spoken(BRIEFLY)),
+    ("prompt", {"prompt": "Where is Ann?"}, Prompt((ASKED,), {}, "f:1")),
     (
         "prompt",
         {"prompt": [USER], "answer": "Rome", "level": 2, "hard": True, "notes": None, "tags": ["a"]},
-        Prompt(PROMPT, {"answer": "Rome", "level": 2, "hard": True}, "f:1"),
+        Prompt((ASKED,), {"answer": "Rome", "level": 2, "hard": True}, "f:1"),
     ),
-    ("explicit", {"prompt": "Where is Ann?", "chosen": "In Rome.", "rejected": "Why?"}, PAIR),
-    ("explicit", {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, PAIR),
-    ("explicit", {"prompt": "Where is Ann?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, PAIR),
-    ("implicit", {"chosen": [USER, GOOD], "rejected": [USER, BAD]}, PAIR),
-    ("hh", {"chosen": HH + " In Rome.", "rejected": HH + "  Why? "}, PAIR),
+    ("prompt", {"prompt": "Where is Ann?", "system": "Be brief."}, Prompt((BRIEFLY, ASKED), {}, "f:1")),
+    (
+        "rated",
+        {"prompt": "Where is Ann?", "completion": "In Rome.", "label": True},
+        Rated((ASKED,), "In Rome.", True, "f:1"),
+    ),
+    ("rated", {"prompt": [USER], "completion": [BAD], "label": "False"}, Rated((ASKED,), "Why?", False, "f:1")),
+    ("explicit", {"prompt": "Where is Ann?", "chosen": "In Rome.", "rejected": "Why?"}, pair()),
+    ("explicit", {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, pair()),
+    ("explicit", FEEDBACK, pair()),
+    ("explicit", {**FEEDBACK, "system": "Be brief."}, pair(0.0, BRIEFLY)),
+    ("explicit", {"prompt": "Where is Ann?", "chosen": "In Rome.", "rejected": "Why?", "margin": 2}, pair(2.0)),
+    ("explicit", {"prompt": "Where is Ann?", "chosen": "In Rome.", "rejected": "Why?", "margin": " 2.50"}, pair(2.5)),
+    ("explicit", {"prompt": "Where is Ann?", "chosen": "In Rome.", "rejected": "Why?", "margin": ""}, pair()),
+    ("implicit", {"chosen": [USER, GOOD], "rejected": [USER, BAD]}, pair()),
+    ("implicit", {"chosen": [USER, GOOD], "rejected": [USER, BAD], "system": "Be brief."}, pair(0.0, BRIEFLY)),
+    ("hh", {"chosen": HH + " In Rome.", "rejected": HH + "  Why? "}, pair()),
+    ("hh", {"chosen": HH + " In Rome.", "rejected": HH + " Why?", "system": "ignored", "margin": 3}, pair(3.0)),
+    (
+        "ultrafeedback",
+        {**FEEDBACK, "score_chosen": 8.5, "score_rejected": 4, "messages": [USER, GOOD], "prompt_id": "x"},
+        pair(4.5),
+    ),
+    (
+        "ultrafeedback",
+        {
+            "prompt": "Where is Ann?",
+            "chosen": "In Rome.",
+            "rejected": "Why?",
+            "score_chosen": "8",
+            "score_rejected": "-1e0",
+        },
+        pair(9.0),
+    ),
+    ("sharegpt_preference", {"conversations": [HUMAN], "chosen": GPT, "rejected": GPT_BAD, "margin": 1}, pair(1.0)),
+    (
+        "sharegpt_preference",
+        {"conversations": [HUMAN], "chosen": GPT, "rejected": GPT_BAD, "system": "Be brief."},
+        pair(0.0, BRIEFLY),
+    ),
+    (
+        "alpaca_preference",
+        {"instruction": "Where is Ann?", "input": "", "chosen": "In Rome.", "rejected": "Why?"},
+        pair(),
+    ),
+    (
+        "alpaca_preference",
+        {"instruction": "Where is Ann?", "chosen": "In Rome.", "rejected": "Why?", "history": [["Hi.", "Hello."]]},
+        pair(0.0, *HISTORY),
+    ),
     (
         "ranked",
         {"prompt": "Where is Ann?", "responses": ["In Rome.", " Rome", "Why?"]},
-        Preference(PROMPT, ("In Rome.", " Rome", "Why?"), 0.0, "f:1"),
+        Preference((ASKED,), ("In Rome.", " Rome", "Why?"), 0.0, "f:1"),
     ),
-    ("ranked", {"prompt": [USER], "responses": [[GOOD], [BAD]]}, PAIR),
+    ("ranked", {"prompt": [USER], "responses": [[GOOD], [BAD]]}, pair()),
+    ("scored", {"prompt": "Where is Ann?", "responses": ["Why?", "In Rome."], "scores": [1, 4.5]}, pair(3.5)),
+    ("scored", {"prompt": [USER], "responses": [[USER, BAD], [USER, GOOD]], "scores": ["0.25", "1"]}, pair(0.75)),
     (
-        "explicit",
-        {"prompt": "Where is Ann?", "chosen": "In Rome.", "rejected": "Why?", "margin": 2},
-        Preference(PROMPT, ("In Rome.", "Why?"), 2.0, "f:1"),
+        "scored",
+        {"prompt": "Where is Ann?", "responses": [{"text": "Why?", "score": -1}, {"content": "In Rome.", "score": 1}]},
+        pair(2.0),
+    ),
+    (
+        "scored",
+        {
+            "prompt": "Where is Ann?",
+            "responses": [
+                {"response": "In Rome.", "score": 2},
+                {"response": "Why?", "score": 1},
+                {"response": "Rome", "score": 2},
+            ],
+        },
+        pair(1.0),
     ),
 ]
+
+
+def named(name: str) -> Format:
+    return next(each for each in FORMATS if each.name == name)
 
 
 def parse(record: dict[str, Any], wanted: str = "auto") -> Row:
@@ -78,8 +164,23 @@ def test_each_layout_is_recognised_and_read(name: str, record: dict[str, Any], r
 
 @pytest.mark.parametrize(("name", "record", "row"), ACCEPTED)
 def test_naming_the_kind_or_the_format_gives_the_same_row(name: str, record: dict[str, Any], row: Row) -> None:
-    kind = next(each.kind for each in FORMATS if each.name == name)
+    kind = named(name).kind
+    assert kind is not None
     assert parse(record, kind) == parse(record, name) == row
+
+
+@pytest.mark.parametrize(("name", "record", "row"), ACCEPTED)
+def test_every_column_that_is_read_is_declared(name: str, record: dict[str, Any], row: Row) -> None:
+    layout = named(name)
+    declared = layout.columns | layout.optional
+    kept = {column: value for column, value in record.items() if column in declared or layout.facts}
+    assert layout.parse(kept, "f:1") == row
+    assert layout.numbers <= declared
+
+
+def test_every_format_and_every_kind_is_tried() -> None:
+    assert {name for name, _, _ in ACCEPTED} == {each.name for each in FORMATS}
+    assert {each.kind for each in FORMATS} == set(get_args(RowKind))
 
 
 @pytest.mark.parametrize(
@@ -87,124 +188,149 @@ def test_naming_the_kind_or_the_format_gives_the_same_row(name: str, record: dic
     [
         ({"text": "a", "messages": [USER, GOOD]}, ["text", "messages"]),
         ({"text": "a", "prompt": "b"}, ["text", "prompt"]),
+        ({"text": "a", "instruction": "b", "input": "", "output": "c"}, ["text", "alpaca"]),
+        ({"messages": [USER, GOOD], "conversations": [HUMAN, GPT]}, ["messages", "sharegpt"]),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "messages": [USER, GOOD]}, ["messages", "explicit"]),
-        (
-            {"prompt": "a", "completion": "b", "chosen": "b", "rejected": "c"},
-            ["prompt_completion", "explicit"],
-        ),
+        ({"prompt": "a", "completion": "b", "chosen": "b", "rejected": "c"}, ["prompt_completion", "explicit"]),
+        ({"prompt": "a", "completion": "b", "label": True, "responses": ["b", "c"]}, ["rated", "ranked"]),
+        ({"conversations": [HUMAN, GPT], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, ["sharegpt", "implicit"]),
     ],
 )
 def test_ambiguous_columns_are_refused_with_the_candidates(record: dict[str, Any], names: list[str]) -> None:
     with pytest.raises(DataError, match="several formats") as caught:
         detect(record, "auto", "f:1")
     assert [name for name in (each.name for each in FORMATS) if f"`{name}`" in caught.value.what] == names
-    assert "format:" in caught.value.hint
-    kind = next(each.kind for each in FORMATS if each.name == names[-1])
-    assert detect(record, kind, "f:1").kind == kind
+    suggested = caught.value.hint.rpartition("format: ")[2].rstrip("`")
+    assert detect(record, suggested, "f:1").name in names
+    assert [detect(record, name, "f:1").name for name in names] == names
 
 
 @pytest.mark.parametrize(
-    ("record", "words"),
+    ("record", "wanted", "words"),
     [
-        ({"input": "a", "output": "b"}, "no format has the columns 'input', 'output'"),
-        ({"chosen": "plain", "rejected": "text"}, "chosen: 'plain'"),
-        ({"chosen": None, "rejected": HH + " x"}, "chosen: null"),
-        ({"prompt": "a", "completion": "b", "label": True}, "unpaired"),
-        ({}, "no format"),
+        ({"input": "a", "output": "b"}, "auto", "no format has the columns 'input', 'output'"),
+        ({"text": "a"}, "preference", "no format of `preference` has the columns 'text'"),
+        ({"text": "a"}, "sharegtp", "no format 'sharegtp'"),
+        ({"chosen": "plain", "rejected": "text"}, "auto", "chosen: 'plain'"),
+        ({"chosen": None, "rejected": HH + " x"}, "auto", "chosen: null"),
+        ({"prompt": "a", "completion": "b", "label": True}, "conversation", "completion: 'b'"),
+        ({}, "auto", "no format"),
     ],
 )
-def test_an_unknown_layout_is_refused_with_what_it_holds(record: dict[str, Any], words: str) -> None:
+def test_an_unknown_layout_is_refused_with_what_it_holds(record: dict[str, Any], wanted: str, words: str) -> None:
     with pytest.raises(DataError) as caught:
-        detect(record, "auto", "f:1")
+        detect(record, wanted, "f:1")
     assert words in caught.value.what
     assert caught.value.where == "f:1"
     assert caught.value.hint
 
 
-MALFORMED: list[tuple[str, dict[str, Any], str]] = [
-    ("text", {"text": 5}, "text: 5 (expected text)"),
-    ("text", {"text": None}, "text: null"),
-    ("text", {"text": "a\0b"}, "NUL"),
-    ("text", {"text": "a\ud800b"}, "surrogate"),
-    ("explicit", {"prompt": HH, "chosen": " b", "rejected": " c"}, "prompt: '\\n\\nHuman"),
-    ("prompt", {"prompt": HH}, "prompt: '\\n\\nHuman"),
-    ("explicit", {"prompt": "a", "chosen": "b"}, "no column `rejected`"),
-    ("explicit", {"prompt": "a", "chosen": None, "rejected": "c"}, "chosen: null"),
-    ("explicit", {"prompt": "a", "chosen": 5, "rejected": "c"}, "chosen: 5"),
-    ("explicit", {"prompt": "a", "chosen": "b", "rejected": [BAD]}, "rejected: [{"),
-    ("explicit", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": float("nan")}, "margin: nan"),
-    ("explicit", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 10**400}, "margin: 1000"),
-    ("explicit", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": True}, "margin: True"),
-    ("explicit", {"prompt": [USER], "chosen": [SYSTEM, GOOD], "rejected": [BAD]}, "chosen[0]: `system`"),
-    ("explicit", {"prompt": [USER, GOOD], "chosen": [GOOD], "rejected": [BAD]}, "prompt[1]: `assistant`"),
-    ("messages", {"messages": []}, "messages: []"),
-    ("messages", {"messages": "hello"}, "messages: 'hello'"),
-    ("messages", {"messages": [USER]}, "messages[0]: `user`"),
-    ("messages", {"messages": [GOOD]}, "messages[0]: `assistant`"),
-    ("messages", {"messages": [SYSTEM, GOOD]}, "messages[0]: `system` among the turns system"),
-    (
-        "messages",
-        {"messages": [USER, GOOD, GOOD]},
-        "messages[1]: `assistant` among the turns user, assistant",
-    ),
-    (
-        "messages",
-        {"messages": [USER, SYSTEM, GOOD]},
-        "messages[1]: `system` among the turns user, system, assistant",
-    ),
-    ("messages", {"messages": [USER, "hello"]}, "messages[1]: 'hello'"),
-    ("messages", {"messages": [USER, {"role": "assistant", "content": None}]}, "messages[1].content: null"),
-    ("messages", {"messages": [USER, {"content": "x"}]}, "messages[1].role: null"),
-    ("ranked", {"prompt": "a", "responses": ["b"]}, "responses: ['b']"),
-    ("ranked", {"prompt": "a", "responses": "bc"}, "responses: 'bc'"),
-    ("ranked", {"prompt": "a", "responses": ["b", 3]}, "responses[1]: 3"),
-    ("hh", {"chosen": "Hi" + HH + " x", "rejected": HH + " y"}, "chosen: 'Hi"),
-    ("hh", {"chosen": HH + " x\n\nHuman: more", "rejected": HH + " y"}, "chosen[2]: `user`"),
-    ("hh", {"chosen": "no markers", "rejected": HH + " y"}, "chosen: 'no markers'"),
-]
-
-
-@pytest.mark.parametrize(("name", "record", "words"), MALFORMED)
-def test_a_malformed_row_is_refused_with_place_and_field(name: str, record: dict[str, Any], words: str) -> None:
-    layout = next(each for each in FORMATS if each.name == name)
-    with pytest.raises(DataError) as caught:
-        layout.parse(record, "pairs.jsonl:7")
-    assert caught.value.where == "pairs.jsonl:7"
-    assert words in caught.value.what
-    assert caught.value.hint
-
-
-@pytest.mark.parametrize(("given", "meant"), [("human", "user"), ("gpt", "assistant"), ("bot", "assistant")])
-def test_another_name_of_a_role_is_refused_with_ours(given: str, meant: str) -> None:
-    with pytest.raises(DataError) as caught:
-        parse({"messages": [{"role": given, "content": "hi"}, GOOD]})
-    assert "system, user, assistant" in caught.value.what
-    assert f"`{meant}`" in caught.value.hint
+@pytest.mark.parametrize("name", [each.name for each in FORMATS])
+def test_a_missing_column_is_named_in_every_format(name: str) -> None:
+    layout = named(name)
+    record = next(record for other, record, _ in ACCEPTED if other == name)
+    for column in layout.columns:
+        with pytest.raises(BadRow, match=f"no column `{column}`") as caught:
+            detect(record, name, "f:1").parse({k: v for k, v in record.items() if k != column}, "f:7")
+        assert (caught.value.kind, caught.value.where) == (MISSING_COLUMN, "f:7")
 
 
 @pytest.mark.parametrize(
-    ("record", "reason"),
+    ("first", "later", "words"),
     [
-        ({"text": " \n"}, "empty text"),
-        ({"prompt": "  "}, "empty prompt"),
-        ({"prompt": "a", "completion": " "}, "empty response"),
-        ({"messages": [{"role": "user", "content": ""}, GOOD]}, "empty prompt"),
-        ({"prompt": "a", "chosen": "", "rejected": "b"}, "empty response"),
-        ({"prompt": "a", "chosen": "b", "rejected": " b\n"}, "equal responses"),
-        ({"prompt": "a", "responses": ["b", "c", "b"]}, "equal responses"),
-        ({"chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "?"}, BAD]}, "dialogues differ"),
-        ({"chosen": HH + " a", "rejected": "\n\nHuman: Else?\n\nAssistant: b"}, "dialogues differ"),
-        ({"chosen": HH + " a\n\nAssistant: b", "rejected": HH + " a\n\nAssistant: c"}, "no human turn"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+            "chosen: [{",
+        ),
+        (
+            {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+            {"prompt": [USER], "chosen": "b", "rejected": "c"},
+            "chosen: 'b'",
+        ),
+        ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, {"chosen": HH + " a", "rejected": HH + " b"}, "chosen: '"),
+        ({"chosen": HH + " a", "rejected": HH + " b"}, {"chosen": [USER, GOOD], "rejected": [USER, BAD]}, "chosen: [{"),
+        ({"prompt": "a"}, {"prompt": [USER]}, "prompt: [{"),
+        ({"messages": [USER, GOOD]}, {"messages": "hello"}, "messages: 'hello'"),
     ],
 )
-def test_a_row_without_a_lesson_is_dropped_with_the_reason(record: dict[str, Any], reason: str) -> None:
-    with pytest.raises(Unusable, match=reason):
-        parse(record)
+def test_a_row_in_the_other_layout_is_told_from_those_before(
+    first: dict[str, Any], later: dict[str, Any], words: str
+) -> None:
+    layout = detect(first, "auto", "f:1")
+    layout.parse(first, "f:1")
+    with pytest.raises(BadRow) as caught:
+        layout.parse(later, "f:7")
+    assert (caught.value.kind, caught.value.where) == (MIXED_LAYOUT, "f:7")
+    assert words in caught.value.what
+    assert "in the rows before" in caught.value.what
+
+
+def random_dialogue(draw: random.Random) -> list[Message]:
+    roles: list[ChatRole] = ["user", "assistant"] * draw.randint(1, 4)
+    turns = [Message(role, f"{role} {draw.randint(0, 999)}") for role in roles]
+    return [Message("system", "s"), *turns] if draw.random() < 0.5 else turns
+
+
+def test_every_spelling_of_a_dialogue_gives_the_same_row() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        turns = random_dialogue(draw)
+        plain = [{"role": turn.role, "content": turn.content} for turn in turns]
+        sharegpt = [
+            {"from": {"user": "human", "assistant": "gpt"}.get(turn.role, turn.role), "value": turn.content}
+            for turn in turns
+        ]
+        system = turns[0].content if turns[0].role == "system" else None
+        talk = turns[1:] if system else turns
+        pairs = [[talk[i].content, talk[i + 1].content] for i in range(0, len(talk), 2)]
+        alpaca = {"instruction": pairs[-1][0], "output": pairs[-1][1], "history": pairs[:-1], "system": system}
+        expected = Conversation(tuple(turns), "f:1")
+        assert parse({"messages": plain}) == parse({"conversations": sharegpt}) == parse(alpaca) == expected
+        assert parse({"messages": plain[1:] if system else plain, "system": system}) == expected
+
+
+def test_every_spelling_of_a_pair_gives_the_same_row() -> None:
+    draw = random.Random(1)
+    for _ in range(200):
+        *before, last = random_dialogue(draw)
+        other = Message("assistant", last.content + " but no")
+        margin = float(draw.randint(1, 5))
+        before_, best, worst = (
+            [{"role": m.role, "content": m.content} for m in ms] for ms in (before, [last], [other])
+        )
+        expected = Preference(tuple(before), (last.content, other.content), margin, "f:1")
+        spellings: list[dict[str, Any]] = [
+            {"prompt": before_, "chosen": best, "rejected": worst, "margin": margin},
+            {"prompt": before_, "chosen": before_ + best, "rejected": before_ + worst, "margin": margin},
+            {"chosen": before_ + best, "rejected": before_ + worst, "margin": margin},
+            {"prompt": before_, "responses": [best, worst], "margin": margin},
+            {"prompt": before_, "responses": [worst, best], "scores": [-margin, 0]},
+            {"prompt": before_, "chosen": best, "rejected": worst, "score_chosen": margin, "score_rejected": 0},
+        ]
+        assert [parse(record) for record in spellings] == [expected] * len(spellings)
+
+
+def test_scores_order_responses_as_sorting_them_by_hand_does() -> None:
+    draw = random.Random(2)
+    for _ in range(300):
+        scores = [draw.randint(0, 3) for _ in range(draw.randint(2, 6))]
+        responses = [f"r{index}" for index in range(len(scores))]
+        record = {"prompt": "a", "responses": responses, "scores": scores}
+        levels = sorted(set(scores), reverse=True)
+        if len(levels) == 1:
+            with pytest.raises(BadRow, match=f"scores: {levels[0]} for all"):
+                parse(record)
+            continue
+        row = parse(record)
+        assert isinstance(row, Preference)
+        assert row.responses == tuple(responses[scores.index(level)] for level in levels)
+        assert row.margin == levels[0] - levels[-1]
 
 
 def test_a_common_beginning_of_two_responses_stays_in_the_responses() -> None:
     row = parse({"chosen": HH + " I think Rome.", "rejected": HH + " I think so."})
-    assert row == Preference(PROMPT, ("I think Rome.", "I think so."), 0.0, "f:1")
+    assert row == Preference((ASKED,), ("I think Rome.", "I think so."), 0.0, "f:1")
 
 
 def test_string_responses_keep_their_white_space() -> None:
@@ -213,33 +339,31 @@ def test_string_responses_keep_their_white_space() -> None:
     assert row.responses == (" b\n", "\tc")
 
 
-def test_values_are_shown_escaped_and_short() -> None:
-    for value in ("\x1b[31mred", "a\u202eb", "x" * 500, ["\x9b" * 100], "\ud800"):
-        text = shown(value)
-        assert text.isprintable()
-        assert len(text) <= 80
-
-
-def test_real_pairs_split_where_the_last_assistant_turn_begins() -> None:
-    if not HH_FILE.exists():
-        pytest.skip(f"no {HH_FILE}: set BATON_DATA to the folder with hh-rlhf/")
-    with gzip.open(HH_FILE, "rt", encoding="utf-8") as stream:
-        records = [json.loads(line) for line in stream]
-    marker = "\n\nAssistant:"
-    reasons = []
-    for record in records:
-        prompt, _, chosen = record["chosen"].rpartition(marker)
-        _, _, rejected = record["rejected"].rpartition(marker)
-        try:
-            row = parse(record)
-        except Unusable as reason:
-            reasons.append(str(reason))
-            continue
+def test_a_preference_may_have_an_empty_prompt() -> None:
+    for record in (
+        {"prompt": " ", "chosen": "a", "rejected": "b"},
+        {"prompt": "", "responses": ["a", "b"]},
+        {"chosen": "\n\nHuman: \n\nAssistant: a", "rejected": "\n\nHuman: \n\nAssistant: b"},
+        {"instruction": "", "chosen": "a", "rejected": "b"},
+    ):
+        row = parse(record)
         assert isinstance(row, Preference)
-        assert row.responses == (chosen.strip(), rejected.strip())
-        assert prompt == record["rejected"].rpartition(marker)[0]
-        flat = "".join(prompt.replace("\n\nHuman:", "").replace(marker, "").split())
-        assert "".join("".join(message.content for message in row.prompt).split()) == flat
-        assert row.prompt[-1].role == "user"
-    assert len(records) == 2312
-    assert sorted(reasons) == ["dialogues differ before the last turn"] * 5 + ["empty response"] * 4
+        assert not row.prompt[-1].content.strip()
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("9 - 3 = 6\n#### 18", "18"),
+        ("#### 1,234,567 \n", "1234567"),
+        ("so\n####-5", "-5"),
+        ("so\n#### $2.50", "2.50"),
+        ("so\n#### .5", ".5"),
+        ("#### 18\nand more", "#### 18\nand more"),
+        ("#### eighteen", "#### eighteen"),
+        ("18", "18"),
+        ("", ""),
+    ],
+)
+def test_the_final_answer_is_the_number_after_the_marker(text: str, answer: str) -> None:
+    assert final_answer(text) == answer

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from data.tree import Branch, Layout, Tree, batches
+from data.batch import Layout, batches
+from data.tree import Branch, Tree
 from stages.core import forward
 from stages.core.forward import choose_layout, entropies, hidden_states, logprobs_of, token_logprobs
 

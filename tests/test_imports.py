@@ -24,6 +24,8 @@ DRIVER = {
     "interruption",
     "cost",
     "inputs",
+    "doctor",
+    "tokens",
 }
 HEAVY = {"torch", "transformers", "datasets", "peft", "trl", "accelerate", "matplotlib", "huggingface_hub"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve"}

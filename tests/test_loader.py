@@ -9,7 +9,7 @@ import pytest
 from pipeline.config import RunSettings
 from pipeline.document import parse
 from pipeline.errors import ConfigError
-from pipeline.loader import load, resolved, write_resolved
+from pipeline.loader import data_source, load, resolved, write_resolved
 
 
 def problems(path: Path, *overrides: str) -> list[str]:
@@ -183,6 +183,19 @@ def test_overrides_are_yaml(config: Path, override: str, path: list[str], value:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("stages.sft.data={chats: {epocs: 2}}", "stages.sft.data.chats.epocs: unknown setting; did you mean `epochs`?"),
+        ("stages.sft.data={chats: {}}", "stages.sft.data.chats: give either `epochs` or `weight`"),
+        ("stages.sft.data={}", "stages.sft.data: dictionary should have at least 1 item"),
+        (
+            "stages.sft.data={chats: {epochs: 2}, pairs: {weight: 2}}",
+            "give all sources of a mixture `epochs`, or all of them `weight`",
+        ),
+        ("stages.sft.data={chat: {epochs: 2}}", "no data source `chat`; did you mean `chats`?"),
+        ("stages.tok.data=[text, chat]", "no data source `chat`; did you mean `chats`?"),
+        ("data.text.prepare={decontaminate: [chat]}", "no data source `chat`; did you mean `chats`?"),
+        ("data.text.prepare={unicod: NFC}", "data.text.prepare.unicod: unknown setting; did you mean `unicode`?"),
+        ("data.text.source=[]", "data.text.source: list should have at least 1 item"),
+        ("data.text.format='os.system:'", "data.text.format: string should match pattern"),
         ("stages.dpo.betta=0.2", "stages.dpo.betta: unknown setting; did you mean `beta`?"),
         ("stages.dop.beta=0.2", "no `stages.dop`; did you mean `dpo`?"),
         ("sed=1", "sed: unknown setting; did you mean `seed`?"),
@@ -231,3 +244,20 @@ def test_the_schema_documents_every_setting() -> None:
     for name, definition in schema["$defs"].items():
         for setting, field in definition["properties"].items():
             assert field.get("description"), f"{name}.{setting} has no description"
+
+
+def test_a_data_source_outside_a_configuration_is_checked_as_one_inside() -> None:
+    found = data_source("pairs.jsonl", ["columns.chosen=better", "rows=5", "on_bad_row=skip"])
+    assert (found.source, found.columns, found.rows, found.on_bad_row) == (
+        "pairs.jsonl",
+        {"chosen": "better"},
+        5,
+        "skip",
+    )
+    with pytest.raises(ConfigError) as raised:
+        data_source("pairs.jsonl", ["rowz=5", "on_bad_row=stopp"])
+    first, second = sorted(str(raised.value).splitlines())
+    assert first.startswith("command line: on_bad_row=stopp: on_bad_row: input should be 'stop' or 'skip'")
+    assert second == "command line: rowz=5: rowz: unknown setting; did you mean `rows`?"
+    with pytest.raises(ConfigError, match="a list holds files"):
+        data_source("pairs.jsonl", ["source=['world:corpus']"])

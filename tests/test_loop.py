@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from data.mixture import stream
 from data.tree import Tree
 from pipeline.config import DpoSettings, Optimizer, RewardSettings, Training
 from stages import dpo, reward
 from stages.core import loop, optim
 from stages.core.forward import LAYOUTS
-from stages.core.loop import Part, Updater, shuffled_forever, total_steps, train
+from stages.core.loop import Part, Updater, total_steps, train
 from stages.core.roles import POLICY, REWARD, Roles
 from stages.core.scoring import negative_mean
 
@@ -177,13 +178,13 @@ def test_a_number_of_steps_overrules_the_epochs_and_starts_the_rows_over() -> No
 
 
 def test_every_pass_holds_every_item_once_in_an_order_of_its_own() -> None:
-    stream = shuffled_forever(range(20), 3)
-    passes = [list(itertools.islice(stream, 20)) for _ in range(4)]
+    taken = stream(range(20), 3)
+    passes = [list(itertools.islice(taken, 20)) for _ in range(4)]
     assert all(sorted(each) == list(range(20)) for each in passes)
     assert len(set(map(tuple, passes))) == 4
 
 
 def test_the_order_depends_on_the_seed_alone() -> None:
-    first, again, other = (list(itertools.islice(shuffled_forever(range(20), seed), 30)) for seed in (1, 1, 2))
+    first, again, other = (list(itertools.islice(stream(range(20), seed), 30)) for seed in (1, 1, 2))
     assert first == again
     assert first != other

@@ -10,11 +10,12 @@ import models
 import pytest
 import torch
 
+from data.batch import batches
 from data.template import tokenizer_record
-from data.tree import batches
+from data.tokenizer import load_tokenizer
 from pipeline.errors import ArtifactError, ConfigError
 from stages.core.forward import token_logprobs
-from stages.core.models import load_model, load_tokenizer, require_plain_head
+from stages.core.models import load_model, require_plain_head
 from stages.core.roles import POLICY, Roles
 from stages.pretrain import from_nothing
 

@@ -217,3 +217,35 @@ def test_changes_are_symmetric_and_complete() -> None:
     ]
     assert [(name, after, before) for name, before, after in found] == list(changes(new, old))
     assert list(changes(old, old)) == []
+
+
+MIXED = "stages.sft.data={chats: {epochs: 1}, pairs: {epochs: 0.5}}"
+
+
+def test_a_changed_share_of_a_mixture_is_a_reason(config: Path, run: Run) -> None:
+    run(MIXED)
+    assert running(planned(config, MIXED)) == []
+    decisions = planned(config, "stages.sft.data={chats: {epochs: 1}, pairs: {epochs: 2}}")
+    assert said(decisions["sft"]) == ["data data.pairs.share.epochs: 0.5 -> 2.0"]
+
+
+def test_the_content_of_a_chat_template_is_a_reason_and_its_name_is_not(config: Path, run: Run, tmp_path: Path) -> None:
+    template, other = tmp_path / "chat.jinja", tmp_path / "other.jinja"
+    template.write_text("{{ messages }}")
+    other.write_text("{{ messages }}")
+    run(f"stages.sft.chat_template={template}")
+    assert running(planned(config, f"stages.sft.chat_template={other}")) == []
+    other.write_text("{{ messages[0] }}")
+    (reason,) = said(planned(config, f"stages.sft.chat_template={other}")["sft"])
+    assert reason.startswith("config chat_template_sha256: ")
+    with pytest.raises(ConfigError, match=r"missing\.jinja: cannot be read: No such file"):
+        planned(config, f"stages.sft.chat_template={tmp_path}/missing.jinja")
+
+
+def test_what_a_source_is_cleaned_against_is_part_of_its_content(config: Path, run: Run) -> None:
+    cleaned = "data.text.prepare={decontaminate: [pairs]}"
+    run(cleaned)
+    assert running(planned(config, cleaned)) == []
+    pairs = config.parent / "pairs.jsonl"
+    pairs.write_text(pairs.read_text() + '{"prompt": "Another?", "chosen": "Yes.", "rejected": "No."}\n')
+    assert said(planned(config, cleaned)["tok"])[0].startswith("data data.digest: ")

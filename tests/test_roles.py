@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.tree import batches
+from data.batch import batches
 from pipeline.config import Lora, Optimizer
 from pipeline.errors import ArtifactError
 from stages.core import loop

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from data.tree import batches
+from data.batch import batches
 from stages.core import rollout
 from stages.core.experience import trees_of
 from stages.core.forward import token_logprobs

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import random
+import unicodedata
 from itertools import pairwise
 
 import pytest
@@ -10,7 +14,17 @@ import pytest
 from data.schema import Conversation, Message, Preference, Prompt, Text
 from data.split import bucket, is_held_out
 
-PLACE_OF_HELLO = 0.11571216086472802
+PLACES = {
+    "Hello": 0.11571216086472802,
+    "": 0.9586201729126038,
+    " Where \t\n does  she live? ": 0.865136212187595,
+    '"quoted" \\ and \x00': 0.6630163990033975,
+    "Caf\u00e9 or\u00a0tea?": 0.36231841842523416,
+    "\u4f60\u597d \U0001f600": 0.2376850613539201,
+    "word " * 400: 0.04849116979980983,
+}
+ASCII = 'ab  \t\n\r\x0b\x0c\x1c\x1f\x00"\\'
+BEYOND_ASCII = "ae\u0301\u00a0\u2003\u3000 \n\u200b\u1100\u1161\U0001f600"
 PROMPTS = [(Message("user", f"Where does person {number} live?"),) for number in range(4000)]
 
 
@@ -55,5 +69,17 @@ def test_turns_and_their_roles_count() -> None:
     assert len(set(places)) == len(places)
 
 
+@pytest.mark.parametrize("alphabet", [ASCII, BEYOND_ASCII])
+def test_the_place_is_that_of_the_definition(alphabet: str) -> None:
+    rng = random.Random(len(alphabet))
+    for _ in range(500):
+        content = "".join(rng.choices(alphabet, k=rng.randrange(40)))
+        turns = [["user", " ".join(unicodedata.normalize("NFC", content).split())], ["assistant", ""]]
+        digest = hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode()).hexdigest()
+        place = (int(digest[:16], 16) >> 11) / 2**53
+        assert bucket((Message("user", content), Message("assistant", " "))) == place
+
+
 def test_the_place_never_changes_between_versions() -> None:
-    assert bucket((Message("user", "Hello"),)) == pytest.approx(PLACE_OF_HELLO, abs=1e-15)
+    places = {content: bucket((Message("user", content),)) for content in PLACES}
+    assert places == PLACES

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from data import rendering
 from data.schema import ChatRole, Message
-from data.template import SPECIAL_TOKENS, TEMPLATE, ChatTemplate, tokenizer_record
-from pipeline.errors import ArtifactError
+from data.template import SPECIAL_TOKENS, TEMPLATE, ChatTemplate, set_template, tokenizer_record
+from pipeline.errors import ArtifactError, ConfigError
 
 CHATML_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -26,6 +28,7 @@ CHATML = (
 )
 LLAMA_TOKENS = ["<|begin|>", "<|start_header|>", "<|end_header|>", "<|eot|>"]
 LLAMA = (
+    "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}"
     "{{ bos_token }}{{ '<|start_header|>system<|end_header|>\n\nToday: ' + date_string + '\n\n' }}"
     "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] | trim }}"
     "{% set messages = messages[1:] %}{% endif %}{{ '<|eot|>' }}"
@@ -90,7 +93,6 @@ def by_transformers(tokenizer: PreTrainedTokenizerFast, chat: list[Message]) -> 
         [vars(message) for message in chat],
         return_assistant_tokens_mask=True,
         return_dict=True,
-        date_string="01 January 2025",
     )
     return list(encoded["input_ids"]), [bool(each) for each in encoded["assistant_masks"]]
 
@@ -118,6 +120,8 @@ def test_trained_tokens_are_the_responses_of_every_turn(tokenizer: Any) -> None:
     chat, template = messages(CONVERSATIONS[2]), ChatTemplate(tokenizer)
     encoded = template.encode(chat)
     trained = [token for token, is_trained in zip(encoded.tokens, encoded.trained, strict=True) if is_trained]
+    contents = [token for token, is_written in zip(encoded.tokens, encoded.written, strict=True) if not is_written]
+    assert template.decode(contents) == "".join(message.content for message in chat)
     assert trained == template.response(chat[1].content) + template.response(chat[3].content)
     assert template.decode(trained) == chat[1].content + chat[3].content
     assert template.stop_id == tokenizer.eos_token_id
@@ -202,20 +206,18 @@ def test_white_space_is_stripped_where_the_template_strips_it() -> None:
         assert ours.decode(ours.response(chat[1].content)) == kept
 
 
-def test_tokens_do_not_depend_on_today() -> None:
-    for beginning in ("", "\n", "  ", "  {% if true %}"):
-        dated = beginning + "{{ strftime_now('%d %B %Y %H:%M:%S.%f') }}" + TEMPLATE
-        dated += "{% endif %}" if "if" in beginning else ""
-        ours = ChatTemplate(wrap(byte_level(SPECIAL_TOKENS), dated, "<|end|>"))
-        written = beginning.partition("  {%")[0]
-        assert ours.decode(ours.prompt([Message("user", "Hi")])) == written + "01 January 2025Hi"
-
-
 def turn(content: str, end: str = "<|end|>") -> str:
     header = "{{ '<|' + message['role'] + '|>' }}"
     return "{% for message in messages %}" + header + content + end + "{% endfor %}" + PROMPTED
 
 
+def marked(before: str = "", content: str = "{{ message['content'] }}", stop: str = "<|end|>", after: str = "") -> str:
+    """Baton's template with generation marks around some part of the assistant's turns."""
+    own = "{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}"
+    return TEMPLATE.replace(own, before + content + stop + after)
+
+
+BEGIN, END = "{% generation %}", "{% endgeneration %}"
 PROMPTED = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 CONTENT = "{{ message['content'] }}"
 REFUSED = {
@@ -230,7 +232,23 @@ REFUSED = {
     "no prompt": (TEMPLATE.partition("{% if add_gen")[0], "generation prompt"),
     "raises": ("{{ raise_exception('never') }}", "refuses the turns user, assistant: 'never'"),
     "fails": ("{{ messages + 1 }}", "refuses the turns"),
-    "broken": ("{% for %}", "refuses the turns"),
+    "broken": ("\n{% for %}", "is broken: line 2: "),
+    "today": ("{{ strftime_now('%d %B %Y') }}" + TEMPLATE, "depends on today's date, strftime_now('%d %B %Y')"),
+    "chance": ("{{ ['a', 'b'] | random }}" + TEMPLATE, "depends on chance"),
+    "other stop": (
+        TEMPLATE.replace("'] + '<|end|>' }}{% endg", "'] + ('<|end|>' if loop.last else '<|pad|>') }}{% endg"),
+        "ends assistant turns in different ways",
+    ),
+    "stop not marked": (marked(BEGIN, after="", stop=END + "<|end|>"), "marks hold 'CONTENT', not the 1 assistant"),
+    "nothing marked": (TEMPLATE.replace("== 'assistant'", "== 'bot'"), "marks hold nothing, not the 1 assistant"),
+    "last marked": (
+        marked("{% if loop.last %}" + BEGIN, after=END + "{% else %}{{ message['content'] }}<|end|>{% endif %}"),
+        "marks hold 'CONTENT<|end|>', not the 2 assistant",
+    ),
+    "header marked": (
+        turn(CONTENT).replace("{{ '<|'", BEGIN + "{{ '<|'").replace("{% endfor", END + "{% endfor"),
+        "marks hold '<|user|>CONTENT<|end|>",
+    ),
 }
 
 
@@ -277,11 +295,69 @@ def test_a_saved_tokenizer_has_the_same_record(tokenizer: Any, tmp_path: Any) ->
     assert tokenizer_record(loaded) == tokenizer_record(tokenizer)
 
 
+@pytest.mark.parametrize(
+    "style",
+    [
+        marked(BEGIN, after=END + "\n\n"),
+        marked(BEGIN, after="{{ '\\n' }}" + END),
+        marked(BEGIN, after=END, stop=END + BEGIN + "<|end|>"),
+        marked(),
+    ],
+)
+def test_generation_marks_around_the_turn_and_white_space_after_it_are_taken(style: str) -> None:
+    ChatTemplate(wrap(byte_level(SPECIAL_TOKENS), style, "<|end|>"))
+
+
+def test_a_template_for_one_question_is_taken_and_more_are_refused() -> None:
+    single = "{% if messages | length > 2 %}{{ raise_exception('one question') }}{% endif %}" + TEMPLATE
+    template = ChatTemplate(wrap(byte_level(SPECIAL_TOKENS), single, "<|end|>"))
+    assert template.encode(messages(CONVERSATIONS[0])).trained.count(True) == len(template.response("In Rome."))
+    with pytest.raises(ArtifactError, match="'one question'"):
+        template.encode(messages(CONVERSATIONS[2]))
+
+
+def test_a_date_that_has_a_default_is_the_default_every_day() -> None:
+    template, special, end, bos = STYLES["llama"]
+    ours = ChatTemplate(wrap(byte_level(special), template, end, bos))
+    assert "Today: 26 Jul 2024" in ours.decode(ours.prompt([Message("user", "Hi")]))
+
+
+def test_a_template_from_a_file_is_saved_with_the_tokenizer(tmp_path: Path) -> None:
+    path, tokenizer = tmp_path / "chat.jinja", wrap(byte_level(SPECIAL_TOKENS), None, "<|end|>")
+    path.write_bytes(b"\xef\xbb\xbf" + ("Caf\u00e9" + TEMPLATE).encode())
+    set_template(tokenizer, path)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    loaded = ChatTemplate(PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved"))
+    assert loaded.digest == ChatTemplate(tokenizer).digest
+    assert loaded.decode(loaded.prompt([Message("user", "Hi")])) == "Caf\u00e9Hi"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read: No such file"),
+        (b"\xff", "not UTF-8 at byte 0"),
+        (b" " * 100_001, "larger than 100 kB"),
+        (b"{% for %}", "is broken"),
+        (b"{{ strftime_now('%d') }}" + TEMPLATE.encode(), "depends on today's date"),
+    ],
+)
+def test_a_file_that_holds_no_usable_template_is_named(content: bytes | None, words: str, tmp_path: Path) -> None:
+    path, tokenizer = tmp_path / "chat.jinja", wrap(byte_level(SPECIAL_TOKENS), TEMPLATE, "<|end|>")
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=words) as caught:
+        set_template(tokenizer, path)
+    assert caught.value.where == str(path)
+    assert caught.value.hint
+    assert tokenizer.chat_template == TEMPLATE
+
+
 def test_the_template_is_rendered_once_per_sequence_of_roles(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     template = ChatTemplate(tokenizer)
     rendered: list[int] = []
-    original = tokenizer.apply_chat_template
-    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda chat, **kw: rendered.append(1) or original(chat, **kw))
+    original = rendering.render
+    monkeypatch.setattr(rendering, "render", lambda *given, **kw: rendered.append(1) or original(*given, **kw))
     chats = [messages([("user", f"Is it {n}?"), ("assistant", "No"), ("user", "Why?")]) for n in range(50)]
     assert len({tuple(template.prompt(chat)) for chat in chats}) == len(chats)
     assert len(rendered) == 2

@@ -8,19 +8,14 @@ import models
 import pytest
 import torch
 
+from data.batch import Layout, TreeBatch, batches, one_row
+from data.findings import EQUAL_TOKENS, NOTHING_TRAINED, TOO_LONG
 from data.schema import Conversation, Message, Preference
 from data.template import ChatTemplate
 from data.tree import (
-    EQUAL_RESPONSES,
-    NOTHING_TRAINED,
-    TOO_LONG,
     Branch,
-    Layout,
     Tree,
-    TreeBatch,
-    batches,
     conversation_tree,
-    one_row,
     preference_tree,
     prompt_tokens,
     usable,
@@ -190,7 +185,7 @@ def test_a_conversation_reads_exactly_the_trained_tokens(template: ChatTemplate)
 
 
 def test_a_conversation_with_nothing_to_train_on_is_dropped(template: ChatTemplate) -> None:
-    assert conversation_tree(template, conversation("Where is Ada?"), 0, 100) == NOTHING_TRAINED
+    assert conversation_tree(template, conversation("Where is Ada?"), 0, 100) == NOTHING_TRAINED.name
 
 
 def test_a_long_prompt_loses_its_beginning_and_nothing_of_the_response(template: ChatTemplate) -> None:
@@ -201,6 +196,7 @@ def test_a_long_prompt_loses_its_beginning_and_nothing_of_the_response(template:
     assert cut.length == 30
     assert cut.branches == whole.branches
     assert cut.prompt == whole.prompt[-len(cut.prompt) :]
+    assert (whole.cut, cut.cut) == (0, len(whole.prompt) - len(cut.prompt))
 
 
 def test_the_longest_path_is_cut_to_the_length_not_the_whole_tree(template: ChatTemplate) -> None:
@@ -213,13 +209,13 @@ def test_the_longest_path_is_cut_to_the_length_not_the_whole_tree(template: Chat
 def test_a_response_as_long_as_the_limit_is_dropped(template: ChatTemplate) -> None:
     row = Preference((Message("user", "Where is Ada?"),), ("In Oslo.", "No."))
     longest = len(template.response("In Oslo."))
-    assert preference_tree(template, row, 0, longest) == TOO_LONG
+    assert preference_tree(template, row, 0, longest) == TOO_LONG.name
     assert isinstance(preference_tree(template, row, 0, longest + 1), Tree)
 
 
 def test_equal_responses_are_dropped(template: ChatTemplate) -> None:
     row = Preference((Message("user", "Where is Ada?"),), ("In Oslo.", "No.", "In Oslo."))
-    assert preference_tree(template, row, 0, 1000) == EQUAL_RESPONSES
+    assert preference_tree(template, row, 0, 1000) == EQUAL_TOKENS.name
 
 
 def test_a_preference_keeps_order_margin_and_place(template: ChatTemplate) -> None:
@@ -240,6 +236,6 @@ def test_a_prompt_is_cut_at_its_beginning(template: ChatTemplate) -> None:
 
 def test_reasons_are_counted_and_trees_kept_in_order() -> None:
     trees = models.forest(3)
-    kept, dropped = usable([trees[0], TOO_LONG, trees[1], TOO_LONG, EQUAL_RESPONSES, trees[2]])
+    kept, dropped = usable([trees[0], "too long", trees[1], "too long", "equal", trees[2]])
     assert kept == trees
-    assert dropped == {TOO_LONG: 2, EQUAL_RESPONSES: 1}
+    assert dropped == {"too long": 2, "equal": 1}

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.tree import Branch, Layout, Tree, TreeBatch
+from data.batch import Layout, TreeBatch
+from data.tree import Branch, Tree
 from pipeline.config import PpoSettings
 from reward import shaping
 from stages.core.forward import entropies, hidden_states, logprobs_of

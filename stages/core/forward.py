@@ -16,9 +16,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from data.tree import Layout, Tree, TreeBatch, batches, one_row
+from data.batch import Layout, TreeBatch, batches, one_row
+from data.tree import Tree
 
 LAYOUTS: tuple[Layout, Layout] = ("tree", "plain")
+CANDIDATES = 1000
+"""Trees of which the two shortest are compared in both layouts."""
 CHUNK_LOGITS = 1 << 25
 """Logits computed at once: 128 MiB in float32."""
 LAYOUT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}
@@ -95,7 +98,7 @@ def choose_layout(model: PreTrainedModel, trees: Sequence[Tree]) -> tuple[Layout
     Returns:
         The layout to use, and warnings.
     """
-    examples = sorted(trees, key=lambda tree: tree.length)[:2]
+    examples = sorted(trees[:CANDIDATES], key=lambda tree: tree.length)[:2]
     if not examples:
         return "tree", []
     window = _window(model)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from data.template import tokenizer_record
+from data.tokenizer import load_tokenizer
 from pipeline.contract import Artifact
 from pipeline.errors import ConfigError
 from stages.core import probes
@@ -43,7 +45,7 @@ class Lineup:
 
     def __init__(self, models: Mapping[str, Artifact], compute: Compute) -> None:
         self._compute = compute
-        self._bases: dict[tuple[str, str], Roles] = {}
+        self._bases: dict[tuple[str, str, str], Roles] = {}
         self.contestants: dict[str, Contestant] = {}
         for artifact in _parents_first(list(models.values())):
             self._enter(artifact)
@@ -74,7 +76,8 @@ class Lineup:
 
     def _base(self, artifact: Artifact) -> Roles:
         base, quantization = base_of(artifact)
-        key = base.digest, quantization
+        template = tokenizer_record(load_tokenizer(artifact.directory))["chat_template"]
+        key = base.digest, quantization, template
         if key not in self._bases:
             self._bases[key] = open_base(artifact, self._compute)
         return self._bases[key]

@@ -7,14 +7,13 @@ so results depend neither on the size of micro-batches nor on how examples were 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from data.mixture import Passes, stream
 from data.tree import Tree
 from pipeline.config import Optimizer, Training
 from pipeline.contract import Context
@@ -36,7 +35,6 @@ class Part:
     tokens: int = 0
 
 
-Item = TypeVar("Item")
 Objective = Callable[[Sequence[Tree]], Iterable[Part]]
 """Yields the parts of one step's examples, one forward at a time."""
 
@@ -82,7 +80,7 @@ class Updater:
 
 
 def train(
-    examples: Sequence[Tree],
+    examples: Passes[Tree],
     objective: Objective,
     named: Iterable[tuple[str, nn.Parameter]],
     settings: Training,
@@ -96,7 +94,7 @@ def train(
 
 
 def follow(
-    context: Context, examples: Sequence[Tree], objective: Objective, named: Iterable[tuple[str, nn.Parameter]]
+    context: Context, examples: Passes[Tree], objective: Objective, named: Iterable[tuple[str, nn.Parameter]]
 ) -> int:
     """Take all steps of a stage, reporting each; returns the tokens computed."""
     tokens, total = 0, total_steps(len(examples), context.settings)
@@ -115,22 +113,12 @@ def _wanted(examples: int, settings: Training) -> int:
     return max(1, round(examples * settings.epochs))
 
 
-def _steps(examples: Sequence[Tree], settings: Training, total: int, seed: int) -> Iterator[list[Tree]]:
+def _steps(examples: Passes[Tree], settings: Training, total: int, seed: int) -> Iterator[list[Tree]]:
     wanted = total * settings.examples_per_step if settings.steps else _wanted(len(examples), settings)
-    stream = shuffled_forever(examples, seed)
+    taken = stream(examples, seed)
     for step in range(total):
         size = min(settings.examples_per_step, wanted - step * settings.examples_per_step)
-        yield [next(stream) for _ in range(size)]
-
-
-def shuffled_forever(items: Sequence[Item], seed: int) -> Iterator[Item]:
-    """Pass after pass over the items, each in an order of its own that depends on the seed and the pass only."""
-    passes = 0
-    while True:
-        order = list(range(len(items)))
-        random.Random(f"{seed} pass {passes}").shuffle(order)
-        yield from (items[index] for index in order)
-        passes += 1
+        yield [next(taken) for _ in range(size)]
 
 
 def seed_everything(seed: int) -> None:

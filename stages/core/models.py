@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,14 +11,13 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
 from data.template import ChatTemplate, tokenizer_record
+from data.tokenizer import load_tokenizer
 from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError, ConfigError
 from stages.core import guards
@@ -33,9 +31,6 @@ HEAD_TOLERANCE = 0.05
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
-
-GENERAL_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
-"""Classes that are exactly what `tokenizer.json` says."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +61,6 @@ class LanguageModel:
         guards.require_finite_weights(self.model.named_parameters())
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a stage or model directory.
-
-    For some model types `AutoTokenizer` puts a class of its own, with other tokens, in the place of a general one.
-    """
-    path = directory / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    general = config.get("tokenizer_class") in GENERAL_TOKENIZERS
-    kind: Any = PreTrainedTokenizerFast if general else AutoTokenizer
-    return kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 def load_model(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from data.tokenizer import load_tokenizer
 from pipeline.config import Lora
 from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError, ConfigError
@@ -194,9 +196,11 @@ class Roles:
 
 
 def open_base(artifact: Artifact, compute: Compute) -> Roles:
-    """The base under a model or adapter artefact, alone in memory and frozen."""
+    """The base under a model, adapter or reward artefact, alone in memory and frozen, with the artefact's tokenizer."""
     model, quantization = base_of(artifact)
-    return Roles(load_model(model, compute, quantization=quantization))
+    base = load_model(model, compute, quantization=quantization)
+    # The tokens are the base's; the chat template may be one that an adapter was given.
+    return Roles(replace(base, tokenizer=load_tokenizer(artifact.directory)))
 
 
 def open_role(artifact: Artifact, role: str, lora: Lora, compute: Compute) -> Roles:

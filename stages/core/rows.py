@@ -1,99 +1,291 @@
-"""Reading a stage's data and saying in its manifest what was read."""
+"""Reading a stage's data: rows in memory, or tokens in the cache; and what its manifest says was read.
+
+A data role is one source or a mixture of several, whose parts are the roles `ROLE.SOURCE`. Tokens are made once for
+each part and read from disk afterwards, so memory does not grow with the data.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
-from data.read import Loaded, load
-from data.schema import Row
-from data.tree import Tree, usable
+from transformers import PreTrainedTokenizerBase
+
+from data import cache, read
+from data.blocks import DocumentMixture
+from data.document_store import DocumentStore, DocumentWriter, encoded
+from data.findings import PROMPT_CUT
+from data.intake import Intake
+from data.mixture import Mixture, Passes, joined
+from data.schema import Row, Text
+from data.template import ChatTemplate, tokenizer_record
+from data.tree import Tree
+from data.tree_store import TreeStore, TreeWriter
 from pipeline.contract import Context
 from pipeline.errors import ArtifactError, DataError
 from pipeline.manifest import DataCard
+from stages.core.models import LanguageModel
 
 HELD_OUT, TRAIN = "held-out", "train"
 Item = TypeVar("Item", bound=Row)
+TreeOf = Callable[[ChatTemplate, Item, int, int], Tree | str]
+"""Makes a tree of a template, a row, its number and the longest length, or names the reason why it cannot."""
 
 
 @dataclass(frozen=True)
 class Rows(Generic[Item]):
-    """The rows of a data role, split by prompt, and how they were read."""
+    """The rows of one source in memory, split by prompt."""
 
     train: Sequence[Item]
     held_out: Sequence[Item]
-    loaded: Loaded
-
-
-def read(context: Context, role: str, kind: type[Item]) -> Rows[Item]:
-    """The rows of a data role, which are of the kind its stage asks for."""
-    loaded = load(context.data[role], context.settings.DATA[role])
-    for reason, count in sorted(loaded.dropped.items()):
-        context.say(f"{count} rows of {context.data[role].source} dropped: {reason}")
-    return Rows(_all(kind, loaded.train), _all(kind, loaded.held_out), loaded)
-
-
-def card(
-    context: Context,
-    role: str,
-    rows: Rows[Item],
-    used: int,
-    split: str = TRAIN,
-    dropped: Mapping[str, int] | None = None,
-) -> DataCard:
-    """The record of what was used from a data role; reasons to drop rows add up from reading and tokenising."""
-    reasons = Counter(rows.loaded.dropped) + Counter(dropped or {})
-    return DataCard(
-        role=role,
-        source=context.data[role].source,
-        digest=rows.loaded.digest,
-        format=rows.loaded.format,
-        rows=used,
-        split=split,
-        dropped=dict(sorted(reasons.items())),
-    )
-
-
-def _all(kind: type[Item], found: Sequence[Row]) -> list[Item]:
-    kept: list[Item] = [row for row in found if isinstance(row, kind)]
-    assert len(kept) == len(found)
-    return kept
+    record: Mapping[str, Any]
+    """How they were read, as `DataCard` has it."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """The usable rows of a data role as trees, and their record for the manifest."""
+    """A data role's rows as trees."""
 
-    train: list[Tree]
-    held_out: list[Tree]
-    card: DataCard
+    passes: Passes[Tree]
+    """What each pass over the training rows takes."""
+    held_out: Sequence[Tree]
+    cards: list[DataCard]
+
+    @property
+    def train(self) -> Sequence[Tree]:
+        """The first pass."""
+        return self.passes.pass_(0)
 
 
-def examples(context: Context, role: str, kind: type[Item], tree_of: Callable[[Item, int], Tree | str]) -> Examples:
-    """Read a data role and turn its rows into trees.
+def parts(context: Context, role: str) -> list[str]:
+    """The roles of a data role's sources: itself, or `ROLE.SOURCE` for each source of several."""
+    return [each for each in context.data if each.partition(".")[0] == role]
+
+
+def mixed(context: Context, role: str, sources: Mapping[str, Sequence[Any]]) -> Mixture[Any]:
+    """The parts of a data role in the shares that the stage asks for."""
+    return Mixture(sources, context.settings.shares(role), context.seed)
+
+
+def read_rows(context: Context, role: str, kind: type[Item]) -> Rows[Item]:
+    """All rows of one source, which are of the kind its stage asks for."""
+    intake = open_source(context, role)
+    train: list[Item] = []
+    held_out: list[Item] = []
+    for placed in intake:
+        assert isinstance(placed.row, kind)
+        (held_out if placed.held_out else train).append(placed.row)
+    record = _record(intake)
+    _tell(context, role, record)
+    return Rows(train, held_out, record)
+
+
+class Texts:
+    """The training texts of a data role's sources, one by one; iterated once, to the end.
+
+    Attributes:
+        sample: The first held-out texts, or training texts where none is held out.
+        cards: What was read.
+    """
+
+    def __init__(self, context: Context, role: str, sampled: int) -> None:
+        self._context, self._role, self._sampled = context, role, sampled
+        self.sample: list[str] = []
+        self.cards: list[DataCard] = []
+
+    def __iter__(self) -> Iterator[str]:
+        held_out: list[str] = []
+        for part in parts(self._context, self._role):
+            intake = open_source(self._context, part)
+            used = 0
+            for placed in intake:
+                assert isinstance(placed.row, Text)
+                text = placed.row.text
+                kept = held_out if placed.held_out else self.sample
+                if len(kept) < self._sampled:
+                    kept.append(text)
+                if not placed.held_out:
+                    used += 1
+                    yield text
+            record = _record(intake)
+            _tell(self._context, part, record)
+            self.cards.append(card(self._context, part, record, used))
+        self.sample = held_out or self.sample
+
+
+def open_source(context: Context, role: str) -> Intake:
+    """A source on its way into the stage."""
+    kinds = context.settings.DATA[role.partition(".")[0]]
+    return Intake(context.data[role], kinds, context.sources, context.evaluated)
+
+
+def card(context: Context, role: str, record: Mapping[str, Any], used: int, split: str = TRAIN) -> DataCard:
+    """The record of what was used from a source."""
+    return DataCard(role=role, source=context.data[role].name, rows=used, split=split, **record)
+
+
+def examples(
+    context: Context, role: str, kind: type[Item], tree_of: TreeOf[Item], language_model: LanguageModel
+) -> Examples:
+    """The trees of a data role.
 
     Args:
         context: The stage's.
         role: The data role.
         kind: The kind of row.
-        tree_of: Makes a tree of a row and its number, or names the reason why it cannot be used.
+        tree_of: How a row becomes a tree.
+        language_model: Whose tokenizer, template and positions hold.
 
     Raises:
         DataError: There is nothing to train on.
     """
-    found = read(context, role, kind)
-    train, dropped = usable(_placed(tree_of, row, number) for number, row in enumerate(found.train))
-    held_out, _ = usable(_placed(tree_of, row, number) for number, row in enumerate(found.held_out))
-    if not train:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.items()) or "every row is held out"
-        raise DataError(
-            f"no usable rows for `{role}`: {reasons}",
-            where=context.data[role].source,
-            hint=f"raise stages.{context.name}.max_length, lower the source's held_out, or check the data",
-        )
-    return Examples(train, held_out, card(context, role, found, len(train), dropped=dropped))
+    max_length = language_model.longest(context.settings.max_length)
+    template, tokenizer = language_model.template, tokenizer_record(language_model.tokenizer)
+    options = {"tree": tree_of.__name__, "max_length": max_length}
+    train: dict[str, TreeStore] = {}
+    held_out: dict[str, TreeStore] = {}
+    cards: list[DataCard] = []
+    for part in parts(context, role):
+
+        def make(directory: Path, part: str = part) -> dict[str, Any]:
+            return _write_trees(context, part, directory, kind, lambda row, n: tree_of(template, row, n, max_length))
+
+        entry = _cached(context, part, tokenizer, options, make)
+        # Numbers tell trees apart, also those of different sources.
+        train[part] = TreeStore(entry.directory / TRAIN, sum(map(len, train.values())))
+        held_out[part] = TreeStore(entry.directory / HELD_OUT, sum(map(len, held_out.values())))
+        _require_some(context, part, train[part], entry.record)
+        _tell(context, part, entry.record)
+        cards.append(card(context, part, entry.record, len(train[part])))
+    return Examples(mixed(context, role, train), joined(held_out.values()), cards)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """A data role's text as tokens."""
+
+    train: DocumentMixture
+    held_out: DocumentMixture
+    cards: list[DataCard]
+
+
+def documents(context: Context, role: str, tokenizer: PreTrainedTokenizerBase) -> Documents:
+    """The tokens of a data role's text, document by document."""
+    train: dict[str, DocumentStore] = {}
+    held_out: dict[str, DocumentStore] = {}
+    cards: list[DataCard] = []
+    record = tokenizer_record(tokenizer) | {"chat_template": ""}
+    for part in parts(context, role):
+
+        def make(directory: Path, part: str = part) -> dict[str, Any]:
+            return _write_documents(context, part, directory, tokenizer)
+
+        entry = _cached(context, part, record, {"tree": "document"}, make)
+        train[part], held_out[part] = (DocumentStore(entry.directory / side) for side in (TRAIN, HELD_OUT))
+        _tell(context, part, entry.record)
+        cards.append(card(context, part, entry.record, len(train[part])))
+    shares = context.settings.shares(role)
+    return Documents(
+        DocumentMixture(train, shares, context.seed), DocumentMixture(held_out, None, context.seed), cards
+    )
+
+
+def _cached(
+    context: Context,
+    role: str,
+    tokenizer: Mapping[str, Any],
+    options: Mapping[str, Any],
+    make: Callable[[Path], Mapping[str, Any]],
+) -> cache.Entry:
+    source = context.data[role]
+    against = {name: read.fingerprint(context.sources[name], context.sources) for name in context.evaluated}
+    key = cache.key(
+        data=read.fingerprint(source, context.sources),
+        settings=source.model_dump(mode="json"),
+        tokenizer=tokenizer["digest"],
+        template=tokenizer["chat_template"],
+        options={**options, "kinds": context.settings.DATA[role.partition(".")[0]], "evaluated": against},
+    )
+    return cache.cached(key, make, context.say)
+
+
+def _write_trees(
+    context: Context, role: str, directory: Path, kind: type[Item], tree_of: Callable[[Item, int], Tree | str]
+) -> dict[str, Any]:
+    """Fill a cache entry; what cannot be used of the training rows is counted."""
+    intake = open_source(context, role)
+    dropped: Counter[str] = Counter()
+    cut = 0
+    with TreeWriter(directory / TRAIN) as train, TreeWriter(directory / HELD_OUT) as held_out:
+        written = {True: 0, False: 0}
+        for placed in intake:
+            assert isinstance(placed.row, kind)
+            tree = _placed(tree_of, placed.row, written[placed.held_out])
+            if isinstance(tree, Tree):
+                (held_out if placed.held_out else train).append(tree)
+                written[placed.held_out] += 1
+                cut += bool(tree.cut) and not placed.held_out
+            elif not placed.held_out:
+                dropped[tree] += 1
+    return _record(intake, dropped, cut)
+
+
+def _write_documents(
+    context: Context, role: str, directory: Path, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Fill a cache entry; encoding goes batch by batch, and every document to its side."""
+    intake = open_source(context, role)
+    sides: list[bool] = []
+
+    def noting_sides() -> Iterator[str]:
+        for placed in intake:
+            assert isinstance(placed.row, Text)
+            sides.append(placed.held_out)
+            yield placed.row.text
+
+    end = tokenizer.eos_token_id
+    with DocumentWriter(directory / TRAIN, end) as train, DocumentWriter(directory / HELD_OUT, end) as held_out:
+        for number, ids in enumerate(encoded(tokenizer, noting_sides())):
+            (held_out if sides[number] else train).extend([ids])
+    return _record(intake)
+
+
+def _record(intake: Intake, dropped: Mapping[str, int] | None = None, cut: int = 0) -> dict[str, Any]:
+    """What a finished reading says in a data card; reasons from reading and from tokenising add up."""
+    return {
+        "digest": intake.digest,
+        "format": intake.format,
+        "dropped": dict(sorted((intake.dropped + Counter(dropped or {})).items())),
+        "cut": cut,
+        "prepared": intake.prepared,
+        "diagnosis": intake.record,
+    }
+
+
+def _tell(context: Context, role: str, record: Mapping[str, Any]) -> None:
+    """What a user should know of a source before training goes on."""
+    name = context.data[role].name
+    for reason, count in record["dropped"].items():
+        context.say(f"{count} rows of {name} dropped: {reason}")
+    if record["cut"]:
+        context.say(f"{record['cut']} rows of {name} used, but: {PROMPT_CUT.name}")
+    for kind, finding in record["diagnosis"]["findings"].items():
+        if finding["severity"] == "warning":
+            context.say(f"{name}: {kind}, {finding['count']} times; see `baton doctor`")
+
+
+def _require_some(context: Context, role: str, train: Sequence[Tree], record: Mapping[str, Any]) -> None:
+    if train:
+        return
+    reasons = ", ".join(f"{count} x {reason}" for reason, count in record["dropped"].items()) or "every row is held out"
+    raise DataError(
+        f"no usable rows for `{role}`: {reasons}",
+        where=context.data[role].name,
+        hint=f"raise stages.{context.name}.max_length, lower the source's held_out, or check the data",
+    )
 
 
 def _placed(tree_of: Callable[[Item, int], Tree | str], row: Item, number: int) -> Tree | str:
@@ -102,3 +294,20 @@ def _placed(tree_of: Callable[[Item, int], Tree | str], row: Item, number: int) 
         return tree_of(row, number)
     except ArtifactError as error:
         raise DataError(error.what, where=row.origin, hint=error.hint) from error
+
+
+__all__ = [
+    "HELD_OUT",
+    "TRAIN",
+    "Documents",
+    "Examples",
+    "Rows",
+    "Texts",
+    "card",
+    "documents",
+    "examples",
+    "mixed",
+    "open_source",
+    "parts",
+    "read_rows",
+]

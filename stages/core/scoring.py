@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.tree import Layout, Tree, TreeBatch, batches
+from data.batch import Layout, TreeBatch, batches
+from data.tree import Tree
 from pipeline.contract import Artifact
 from pipeline.manifest import Metric
 from reward.intervals import ratio_interval

@@ -1,0 +1,92 @@
+"""Time and memory of a function in a process of its own, and the machine that it ran on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One process."""
+
+    seconds: float
+    """Wall time from its start to its end, imports included."""
+    processor_seconds: float
+    """Time that processors spent on it, which other work on the machine changes little."""
+    peak_mib: float
+    """Most memory it had resident."""
+    said: dict[str, Any]
+    """What it reported itself."""
+
+
+def run(module: str, *arguments: str | Path, **environment: str) -> Measured:
+    """Run `python -m MODULE ARGUMENTS`, which ends with `report`."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    began = time.perf_counter()
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True
+    )
+    seconds = time.perf_counter() - began
+    said = json.loads(done.stdout.splitlines()[-1])
+    return Measured(seconds, said.pop("processor_seconds"), said.pop("peak_mib"), said)
+
+
+def report(**figures: Any) -> None:
+    """Print what the calling process has found, and what it took until now."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    taken = {"processor_seconds": usage.ru_utime + usage.ru_stime, "peak_mib": usage.ru_maxrss / 1024}
+    sys.stdout.write(json.dumps({**figures, **taken}) + "\n")
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """What figures depend on: processor, cores, memory, and the versions of packages."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+    }
+
+
+def spread(values: Sequence[float], decimals: int = 1) -> str:
+    """The median and the range of repeated measurements."""
+    low, middle, high = (f"{value:,.{decimals}f}" for value in (min(values), median(values), max(values)))
+    return f"{middle} [{low}, {high}]"
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def save(name: str, record: dict[str, Any], text: str) -> None:
+    """Write `results/NAME.json` and `results/NAME.md`."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()

@@ -1,0 +1,137 @@
+"""Documents laid end to end and cut into blocks of equal length: the examples of pretraining.
+
+The documents that a pass takes from all sources are laid in one shuffled order. Where every source is taken whole,
+or a whole number of times, the blocks of all passes are the same.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.document_store import DocumentStore
+from data.mixture import draws, epochs, shuffled
+from data.tree import Branch, Tree
+from pipeline.config import Share
+
+
+class DocumentMixture:
+    """The documents of several sources, of each of which a pass takes its share.
+
+    Args:
+        stores: Name -> documents.
+        shares: Name -> share; weights are shares of the tokens. None takes every source whole, also an empty one.
+        seed: What the order of documents depends on.
+
+    Raises:
+        DataError: A source that has a share is empty.
+    """
+
+    def __init__(self, stores: Mapping[str, DocumentStore], shares: Mapping[str, Share] | None, seed: int) -> None:
+        self.epochs = epochs({name: store.tokens for name, store in stores.items()}, shares)
+        self._counts = {name: len(stores[name]) for name in self.epochs}
+        self._documents = _Documents(stores[name] for name in self.epochs)
+        self._seed = seed
+
+    def blocks(self, length: int) -> BlockPasses:
+        """The mixture's passes in blocks of `length` tokens."""
+        return BlockPasses(self, length)
+
+    def pass_(self, number: int, length: int) -> Blocks:
+        """A pass in blocks of `length` tokens, from which shuffling may choose."""
+        taken = self._taken(number)
+        laid = taken[shuffled(len(taken), f"{self._seed} documents")]
+        return Blocks(self._documents, laid, length)
+
+    def _taken(self, number: int) -> NDArray[np.int64]:
+        """Numbers of the documents that a pass takes, counted over all sources."""
+        first = 0
+        taken = [np.empty(0, np.int64)]
+        for name, count in self._counts.items():
+            rows = draws(count, self.epochs[name], number, self._seed, name) if count else ()
+            taken.append(first + np.asarray(rows, np.int64))
+            first += count
+        return np.concatenate(taken)
+
+
+class BlockPasses:
+    """Passes over blocks; of these the one last asked for is kept."""
+
+    def __init__(self, documents: DocumentMixture, length: int) -> None:
+        self._documents = documents
+        self._length = length
+        self._last: tuple[int, Blocks] | None = None
+
+    def __len__(self) -> int:
+        return len(self.pass_(0))
+
+    def pass_(self, number: int) -> Blocks:
+        """The blocks of a pass in the order in which they are laid."""
+        if self._last is None or self._last[0] != number:
+            self._last = number, self._documents.pass_(number, self._length)
+        return self._last[1]
+
+
+class Blocks(Sequence[Tree]):
+    """Blocks as trees, each cut when it is asked for: the first token is the prompt, the rest is read.
+
+    The last block is left out when it is incomplete. No token is padding.
+
+    Args:
+        documents: The documents of all sources.
+        order: Numbers of documents in the order they are laid; one may come several times, or not at all.
+        length: Tokens of a block, at least 2.
+    """
+
+    def __init__(self, documents: _Documents, order: NDArray[np.int64], length: int) -> None:
+        self._documents = documents
+        self._order = order
+        self._ends = np.cumsum(documents.lengths[order])
+        self._length = length
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) // self._length if len(self._ends) else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Tree: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tree]: ...
+    def __getitem__(self, index: int | slice) -> Tree | list[Tree]:
+        place = range(len(self))[index]
+        return self._block(place) if isinstance(place, int) else [self._block(each) for each in place]
+
+    def _block(self, place: int) -> Tree:
+        prompt, *rest = self._tokens(place * self._length)
+        return Tree((prompt,), (Branch.of(rest),), place)
+
+    def _tokens(self, start: int) -> Iterator[int]:
+        """The tokens of the block that begins at `start`, from as many documents as it takes."""
+        stop = start + self._length
+        place = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            document = self._documents[int(self._order[place])]
+            end = int(self._ends[place])
+            skipped = len(document) - (end - start)
+            yield from document[skipped : skipped + stop - start].tolist()
+            start, place = end, place + 1
+
+
+class _Documents:
+    """The documents of several stores, numbered on from one store to the next."""
+
+    def __init__(self, stores: Iterable[DocumentStore]) -> None:
+        self._stores = list(stores)
+        self._ends = list(accumulate(map(len, self._stores)))
+        self.lengths = np.concatenate([store.lengths for store in self._stores])
+
+    def __getitem__(self, number: int) -> NDArray[Any]:
+        which = bisect_right(self._ends, number)
+        return self._stores[which][number - self._ends[which] + len(self._stores[which])]
+
+
+__all__ = ["BlockPasses", "Blocks", "DocumentMixture"]

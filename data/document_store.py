@@ -1,0 +1,116 @@
+"""The tokens of documents on disk, each document closed by the end token, with the places where they end.
+
+tokens.u4   the documents, end to end
+ends.i8     where each document ends in `tokens.u4`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.arrays import PLACE, TOKEN, ArrayWriter, mapped
+from data.content import ContentEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENS, ENDS = "tokens.u4", "ends.i8"
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 1000, 1_000_000
+"""A batch ends with the document that reaches either: enough for every core, and little beside the tokenizer."""
+
+
+class DocumentWriter:
+    """Writes a `DocumentStore` into a directory, which it creates; a context manager that closes the files.
+
+    Args:
+        directory: Where to write.
+        end: Id of the end token, which closes every document.
+    """
+
+    def __init__(self, directory: Path, end: int) -> None:
+        directory.mkdir(parents=True)
+        self._end = end
+        self._files = ExitStack()
+        self._tokens = self._files.enter_context(ArrayWriter(directory / TOKENS, TOKEN))
+        self._ends = self._files.enter_context(ArrayWriter(directory / ENDS, PLACE))
+        self.tokens = 0
+        """Tokens written, end tokens included."""
+
+    def extend(self, documents: Iterable[Sequence[int]]) -> None:
+        """Write documents, given as token ids without the end token."""
+        for ids in documents:
+            self._tokens.append([*ids, self._end])
+            self.tokens += len(ids) + 1
+            self._ends.append(self.tokens)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.close()
+
+
+class DocumentStore:
+    """The documents in a directory; tokens are read from disk when they are asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self._tokens = mapped(directory / TOKENS, TOKEN)
+        self._ends = mapped(directory / ENDS, PLACE)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, document: int) -> NDArray[Any]:
+        """The tokens of a document, its end token included."""
+        stop = int(self._ends[document])
+        return self._tokens[stop - int(self.lengths[document]) : stop]
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document, end token included."""
+        return np.diff(self._ends, prepend=0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents, end tokens included."""
+        return len(self._tokens)
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[Sequence[int]]:
+    """The token ids of each text, in order and without an end token; control tokens written in a text stay text.
+
+    Only one batch of texts is held at a time.
+
+    Raises:
+        ArtifactError: The tokenizer has no serialised state, or takes plain text for control tokens.
+    """
+    encoder = ContentEncoder(tokenizer, opening=True)
+    for batch in batched(texts):
+        yield from encoder.encode_batch(batch)
+
+
+def batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in batches that keep all cores busy and are small in memory."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+__all__ = ["DocumentStore", "DocumentWriter", "batched", "encoded"]

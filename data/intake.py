@@ -1,0 +1,185 @@
+"""What a stage takes in from a data source: examined, prepared, converted, and split into the sides of training.
+
+Rows flow one by one, so memory does not grow with the source. Malformed rows are read to the end before they stop
+a stage, so that one error names them all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from data.doctor import Examination
+from data.findings import BadRow, Findings
+from data.ngrams import NgramSet
+from data.preparation import Preparer
+from data.read import Reading, convert, fingerprint, scan, target
+from data.schema import Conversation, Preference, Rated, Row, RowKind, Text
+from data.split import is_held_out
+from pipeline.config import DataSource
+from pipeline.errors import DataError
+
+REFUSALS_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A usable row and the side it falls on."""
+
+    row: Row
+    held_out: bool
+
+
+class Intake:
+    """The rows of one data source for one stage; iterated once, to the end.
+
+    Args:
+        source: The data source.
+        kinds: Kinds of rows the stage takes, in order of preference.
+        known: The run's data sources by name.
+        evaluated: Names of those whose held-out rows the run's models are evaluated on.
+
+    Attributes:
+        digest: What stands for the content, taken before the first row was read.
+        format: The format that was recognised or named; `world` for the embedded world. Set by the first row.
+        dropped: Reason -> rows that were left out, skipped ones included.
+        prepared: What preparation did -> documents.
+        record: The doctor's findings, as JSON; complete at the end.
+
+    Raises:
+        DataError: malformed rows, no usable row, rows of another kind, or a source that changed while it was read.
+    """
+
+    def __init__(
+        self,
+        source: DataSource,
+        kinds: tuple[str, ...],
+        known: Mapping[str, DataSource] | None = None,
+        evaluated: Collection[str] = (),
+    ) -> None:
+        self._source, self._kinds, self._known = source, kinds, known or {}
+        self._evaluated = [self._known[name] for name in evaluated if self._known[name] != source]
+        self.digest = fingerprint(source, self._known)
+        self.format = ""
+        self.dropped: Counter[str] = Counter()
+        self.prepared: dict[str, int] = {}
+        self.record: dict[str, Any] = {}
+
+    def __iter__(self) -> Iterator[Placed]:
+        refused = _Refusals()
+        kind: RowKind | None = None
+        preparer = self._preparer()
+        for reading in self._examined():
+            refused.rows += 1
+            try:
+                kind = kind or self._kind(reading)
+                row = self._taken(reading, kind, preparer)
+            except BadRow as problem:
+                self.dropped[problem.kind.name] += 1
+                refused.add(problem)
+            else:
+                yield Placed(row, self._is_held_out(reading))
+        self.prepared = dict(preparer.steps) if preparer else {}
+        self._finish(refused, kind)
+
+    def _examined(self) -> Iterator[Reading]:
+        examination = Examination(self._source.name, held_out=self._source.held_out)
+        for reading in scan(self._source, examination.findings):
+            examination.see(reading)
+            yield reading
+        for other in self._evaluated:
+            examination.against(scan(other, Findings()), other.name, held_out=other.held_out)
+        self.record = examination.diagnose().record()
+
+    def _kind(self, reading: Reading) -> RowKind | None:
+        if reading.row is None:
+            return None
+        self.format = reading.layout
+        return target(reading, self._kinds)
+
+    def _taken(self, reading: Reading, kind: RowKind | None, preparer: Preparer | None) -> Row:
+        if reading.problem:
+            raise reading.problem
+        assert reading.row is not None
+        assert kind is not None
+        row = convert(reading.row, kind, reading.layout)
+        return preparer.prepare(row) if preparer and isinstance(row, Text) else row
+
+    def _is_held_out(self, reading: Reading) -> bool:
+        # The side is the prompt's, decided before a conversion can hide it in a text.
+        assert reading.row is not None
+        return is_held_out(reading.row, self._source.held_out)
+
+    def _preparer(self) -> Preparer | None:
+        settings = self._source.prepare
+        if settings is None:
+            return None
+        if self._kinds != ("text",):
+            raise DataError(
+                "`prepare` is for text, and this stage reads other rows",
+                where=self._source.name,
+                hint="leave `prepare` out, or name the source twice",
+            )
+        return Preparer(settings, _contamination(self._known[name] for name in settings.decontaminate))
+
+    def _finish(self, refused: _Refusals, kind: RowKind | None) -> None:
+        if self._source.on_bad_row == "stop":
+            refused.stop()
+        if kind is None:
+            reasons = "".join(f"; {count} x {reason}" for reason, count in sorted(self.dropped.items()))
+            raise DataError(f"no usable row{reasons}", where=self._source.name, hint="give a file that holds data")
+        if fingerprint(self._source, self._known) != self.digest:
+            hint = "run again when nothing writes to it"
+            raise DataError("changed while it was read", where=self._source.name, hint=hint)
+
+
+class _Refusals:
+    """Malformed rows, the first of them word for word."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._count = 0
+        self._first: list[BadRow] = []
+
+    def add(self, problem: BadRow) -> None:
+        """Note the problem if it is one that stops a stage."""
+        if problem.kind.severity != "error":
+            return
+        self._count += 1
+        if len(self._first) < REFUSALS_SHOWN:
+            self._first.append(problem)
+
+    def stop(self) -> None:
+        """Raise one error for all of them."""
+        if not self._count:
+            return
+        first, *others = self._first
+        lines = [first.what, *(f"  {each.where}: {each.what}" for each in others)]
+        rejected = f"{self._count:,} of {self.rows:,} rows rejected"
+        what = f"{first.what}; {rejected}" if not others else "\n".join([*lines, f"  {rejected}"])
+        hint = f"{first.hint}; `baton doctor` lists all, `on_bad_row: skip` leaves such rows out and counts them"
+        raise DataError(what, where=first.where, hint=hint)
+
+
+def _contamination(sources: Iterable[DataSource]) -> NgramSet:
+    """What the held-out rows of other sources say."""
+    found = NgramSet()
+    for source in sources:
+        for reading in scan(source, Findings()):
+            if reading.row and is_held_out(reading.row, source.held_out):
+                for text in _texts(reading.row):
+                    found.add(text)
+    return found
+
+
+def _texts(row: Row) -> list[str]:
+    if isinstance(row, Text):
+        return [row.text]
+    turns = row.messages if isinstance(row, Conversation) else row.prompt
+    # A system prompt is the same everywhere, and says nothing about the row.
+    said = [message.content for message in turns if message.role != "system"]
+    if isinstance(row, Preference):
+        return [*said, *row.responses]
+    return [*said, row.response] if isinstance(row, Rated) else said

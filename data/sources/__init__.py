@@ -1,0 +1,103 @@
+"""Records from files, directories of `datasets` and the Hub, each with its place.
+
+Nothing here knows formats: a record is what a file holds, strictly read. Whatever the kind of file, memory does not
+grow with its size, and what is wrong is named with file and line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+from data.findings import BadRow, Findings
+from data.sources import arrow, columns, delimited, hub, json_array, jsonl, parquet, paths
+from data.sources.digest import fingerprint, world_part
+from data.sources.files import regular
+from data.sources.record import Located, Record, Records, place
+from pipeline.config import DataSource
+from pipeline.errors import DataError
+
+__all__ = ["Located", "Record", "fingerprint", "records", "world_part"]
+
+READERS = {
+    ".jsonl": jsonl.read,
+    ".json": json_array.read,
+    ".csv": delimited.read,
+    ".tsv": delimited.read,
+    ".parquet": parquet.read,
+}
+COMPRESSED = (".gz", ".zst")
+UNCOMPRESSED_KINDS = (".parquet", ".arrow")
+LOOKED_AT = 16
+
+
+def records(source: DataSource, findings: Findings) -> Iterator[Located | BadRow]:
+    """The records of a data source in its order, at most `source.rows`, with the columns that `source.columns` names.
+
+    Args:
+        source: Files, a directory of `datasets` or a `hub:` data set.
+        findings: Takes notes on the files.
+
+    Returns:
+        Located records; what is wrong with a row that cannot be read takes the row's place.
+
+    Raises:
+        DataError: a source is unreadable, damaged or holds no row, or its files do not fit together.
+    """
+    return islice(_renamed(source, findings), source.rows)
+
+
+def _renamed(source: DataSource, findings: Findings) -> Records:
+    if source.scheme == "hub":
+        parts = [_with_first(source.name, hub.read(source))]
+    else:
+        files = paths.files(source)
+        if len(files) > 1:
+            columns.refuse_mixture([first for path in files for first in _firsts(path, source)])
+        parts = [_with_first(path, _of_file(path, source, findings)) for path in files]
+    for part in parts:
+        yield from _with_names(part, source.columns)
+
+
+def _with_names(found: Iterable[Located | BadRow], names: dict[str, str]) -> Records:
+    if not names:
+        yield from found
+        return
+    is_first = True
+    for each in found:
+        if isinstance(each, BadRow):
+            yield each
+            continue
+        if is_first:
+            columns.refuse_wrong_names(each, names)
+            is_first = False
+        yield columns.renamed(each, names)
+
+
+def _with_first(name: str, found: Records) -> Records:
+    """All records of a file, once there is one."""
+    first = next(found, None)
+    if first is None:
+        raise DataError("holds no row", where=place(name), hint="give a file that holds data")
+    yield from chain([first], found)
+
+
+def _firsts(path: str, source: DataSource) -> list[Located]:
+    """The first record of a file that can be read, if it is among the first few."""
+    few = islice(_of_file(path, source, Findings()), LOOKED_AT)
+    return [each for each in few if isinstance(each, Located)][:1]
+
+
+def _of_file(path: str, source: DataSource, findings: Findings) -> Records:
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    kind = suffixes[-1] if suffixes else ""
+    if kind in COMPRESSED and len(suffixes) > 1 and suffixes[-2] not in UNCOMPRESSED_KINDS:
+        kind = suffixes[-2]
+    if kind == ".arrow":
+        return arrow.read(path, source.max_chars)
+    if kind not in READERS:
+        regular(path)
+        hint = "give .jsonl, .json, .csv, .tsv (also .gz, .zst), .parquet, a directory of `datasets`, or hub:, world:"
+        raise DataError("not a kind of file that is read", where=place(path), hint=hint)
+    return READERS[kind](path, source.max_chars, findings)

@@ -1,0 +1,108 @@
+"""Records from Arrow batches, as Parquet files, directories of `datasets` and the Hub yield them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from data.findings import HUGE_NUMBER, NOT_FINITE, NOT_UTF8, WRONG_TYPE, BadRow, cut, shown
+from data.sources.lines import too_large
+from data.sources.record import Located, Records
+from data.sources.strict_json import EXACT, undecodable
+from pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+BATCH_ROWS = 1024
+
+
+def located(batches: Iterator[pyarrow.RecordBatch], name: str, max_chars: int) -> Records:
+    """The records of all batches, numbered from 1.
+
+    Args:
+        batches: Batches of one table.
+        name: What the table is called in origins.
+        max_chars: The longest record.
+
+    Raises:
+        DataError: a batch is damaged.
+    """
+    number = 0
+    for batch in batches:
+        for found in _rows(batch):
+            number += 1
+            yield _checked(found, f"{name}:row {number}", max_chars)
+
+
+def refuse_columns(names: Sequence[str], where: str) -> None:
+    """See that no column has the name of another, which a record could not hold.
+
+    Raises:
+        DataError: one has.
+    """
+    twice = {column for column in names if names.count(column) > 1}
+    if twice:
+        raise DataError(f"two columns are called {shown(min(twice))}", where=where, hint="rename one of them")
+
+
+def _rows(batch: pyarrow.RecordBatch) -> list[dict[str, Any] | pyarrow.RecordBatch]:
+    """Every row; those that cannot be read as batches of one row."""
+    import pyarrow
+
+    try:
+        batch.validate(full=True)
+        return list(batch.to_pylist())
+    except (pyarrow.ArrowException, ValueError, OverflowError):
+        if batch.num_rows == 1:
+            return [batch]
+        half = batch.num_rows // 2
+        return _rows(batch.slice(0, half)) + _rows(batch.slice(half))
+
+
+def _checked(row: dict[str, Any] | pyarrow.RecordBatch, origin: str, max_chars: int) -> Located | BadRow:
+    if not isinstance(row, dict):
+        return _unreadable(row, origin)
+    try:
+        length = sum(_length(value, column, origin) for column, value in row.items())
+    except BadRow as problem:
+        return problem
+    if length > max_chars:
+        return too_large(length, max_chars, origin)
+    return Located(origin, row)
+
+
+def _unreadable(row: pyarrow.RecordBatch, origin: str) -> BadRow:
+    """Which column of a row cannot be read, and why."""
+    import pyarrow
+
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            column.validate(full=True)
+        except pyarrow.ArrowInvalid as error:
+            if "UTF8" not in str(error):  # memory that is not the column's would be read
+                hint = "write or download the file again"
+                raise DataError(f"{cut(name)}: damaged: {cut(str(error))}", where=origin, hint=hint) from error
+        try:
+            column.to_pylist()
+        except UnicodeDecodeError as error:
+            return BadRow(NOT_UTF8, f"{cut(name)}: {undecodable(error)}", where=origin)
+        except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+            return BadRow(WRONG_TYPE, f"{cut(name)}: {cut(str(error))}", where=origin)
+    raise RuntimeError(row.schema.names, [c.to_pylist() for c in row.columns],row.validate(full=True), row.to_pylist())
+
+
+def _length(value: object, path: str, origin: str) -> int:
+    """The number of characters in a value; `path` is its place in the row."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRow(NOT_FINITE, f"{cut(path)}: {value} is not a number that can be used", where=origin)
+    if isinstance(value, int) and abs(value) > EXACT:
+        raise BadRow(HUGE_NUMBER, f"{cut(path)}: {value} is outside +-2**53", where=origin)
+    if isinstance(value, dict):
+        return sum(_length(inner, f"{path}.{key}", origin) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return sum(_length(inner, f"{path}[{index}]", origin) for index, inner in enumerate(value))
+    return 0

@@ -1,0 +1,65 @@
+"""What stands for the content of a source without its rows being read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from data.findings import shown
+from data.sources import hub, paths
+from data.sources.files import regular, unreadable
+from pipeline.config import DataSource
+from pipeline.errors import DataError
+
+
+def fingerprint(source: DataSource) -> str:
+    """The sha256 that stands for a data source's content.
+
+    Of a file, its bytes; of several, their digests in order; of a part of the embedded world, the generator's code
+    and arguments; of a Hub data set, the reference and the split.
+
+    Raises:
+        DataError: a file is missing, unreadable or not a regular file; the reference is malformed.
+    """
+    if source.scheme == "world":
+        return _of_world(source)
+    if source.scheme == "hub":
+        return _of(*hub.reference(source), source.split)
+    digests = [_of_file(path) for path in paths.files(source)]
+    return digests[0] if len(digests) == 1 else _of(*digests)
+
+
+def world_part(source: DataSource) -> str:
+    """The part of the embedded world that a source names.
+
+    Raises:
+        DataError: there is no such part.
+    """
+    from data import world
+
+    part = source.name.removeprefix("world:")
+    if part not in world.PARTS:
+        known = ", ".join(world.PARTS)
+        raise DataError(f"no part {shown(part)} of the embedded world", where=source.name, hint=f"one of {known}")
+    return part
+
+
+def _of_world(source: DataSource) -> str:
+    from data import world
+
+    part = world_part(source)
+    code = Path(world.__file__).read_text(encoding="utf-8")
+    return _of(code, part, source.rows or world.DEFAULT_ROWS[part], source.seed)
+
+
+def _of_file(path: str) -> str:
+    try:
+        with regular(path).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def _of(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

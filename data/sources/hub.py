@@ -1,0 +1,66 @@
+"""Data sets of the Hugging Face Hub, at the revision that was asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data.findings import cut, shown
+from data.sources.batches import BATCH_ROWS, located
+from data.sources.record import Records, place
+from pipeline.config import DataSource
+from pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+REFERENCE = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)(:(?P<config>[\w.-]+))?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def reference(source: DataSource) -> tuple[str, str, str | None]:
+    """Name, revision and configuration of a data set; None is its only or default configuration.
+
+    Raises:
+        DataError: the reference is malformed.
+    """
+    match = REFERENCE.fullmatch(source.name)
+    if match is None:
+        hint = "write hub:owner/name@revision[:config]; only a full commit is a revision that cannot change"
+        raise DataError(f"malformed reference {shown(source.name)}", hint=hint)
+    return match["name"], match["revision"], match["config"]
+
+
+def read(source: DataSource) -> Records:
+    """The records of a data set's split.
+
+    Raises:
+        DataError: it cannot be loaded, or only at another revision.
+    """
+    import datasets
+
+    name, revision, config = reference(source)
+    try:
+        table = datasets.load_dataset(name, config, revision=revision, split=source.split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        hint = "check owner, name, revision, configuration and split, and whether the network may be used"
+        raise DataError(f"cannot be loaded: {cut(str(error))}", where=source.name, hint=hint) from error
+    _refuse_other_commit(table, revision, source.name)
+    yield from located(_batches(table), place(source.name), source.max_chars)
+
+
+def _batches(table: Any) -> Iterator[pyarrow.RecordBatch]:
+    for part in table.with_format("arrow").iter(BATCH_ROWS):
+        yield from part.to_batches()
+
+
+def _refuse_other_commit(table: Any, revision: str, where: str) -> None:
+    """Without a network, `datasets` takes the newest copy in its cache, whatever the revision asked for."""
+    if not COMMIT.fullmatch(revision):
+        return
+    for each in table.cache_files:
+        commit = Path(each["filename"]).parent.name
+        if COMMIT.fullmatch(commit) and commit != revision:
+            raise DataError(f"the cache holds revision {commit}", where=where, hint="load it once with a network")

@@ -1,0 +1,78 @@
+"""Parquet files, their page checksums verified."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, BinaryIO
+
+from data.findings import NO_CHECKSUMS, Findings, cut
+from data.sources.batches import BATCH_ROWS, located, refuse_columns
+from data.sources.files import regular, unreadable
+from data.sources.record import Records, place
+from pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
+    import pyarrow.parquet
+
+BATCH_BYTES = 1 << 24
+CONTINUES = 0x80
+I32_FIELD_AFTER_PREVIOUS = 0x15
+"""Thrift's compact protocol: the field numbered one higher than the last, of type i32."""
+
+
+def read(path: str, max_chars: int, findings: Findings) -> Records:
+    """The records of a `.parquet` file.
+
+    Raises:
+        DataError: the file cannot be read or is damaged, or two columns have one name.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    name = place(path)
+    try:
+        with (
+            regular(path).open("rb") as stream,
+            pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True) as file,
+        ):
+            refuse_columns(file.schema_arrow.names, name)
+            if not _has_checksums(stream, file.metadata):
+                findings.add(NO_CHECKSUMS, name)
+            yield from located(_batches(file), name, max_chars)
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(path, error) from error
+        what = f"not an intact Parquet file: {cut(str(error))}"
+        raise DataError(what, where=name, hint="write or download the file again") from error
+
+
+def _batches(file: pyarrow.parquet.ParquetFile) -> Iterator[pyarrow.RecordBatch]:
+    """Batches that hold about as many bytes whatever the size of the rows."""
+    for group in range(file.num_row_groups):
+        metadata = file.metadata.row_group(group)
+        rows = BATCH_BYTES * metadata.num_rows // max(metadata.total_byte_size, 1)
+        yield from file.iter_batches(batch_size=min(max(rows, 1), BATCH_ROWS), row_groups=[group])
+
+
+def _has_checksums(stream: BinaryIO, metadata: pyarrow.parquet.FileMetaData) -> bool:
+    """Whether the first page of every column has a checksum."""
+    for group in range(metadata.num_row_groups):
+        for index in range(metadata.num_columns):
+            column = metadata.row_group(group).column(index)
+            stream.seek(column.dictionary_page_offset or column.data_page_offset)
+            if not _has_checksum(stream.read(32)):
+                return False
+    return True
+
+
+def _has_checksum(header: bytes) -> bool:
+    """Whether a page header has its optional fourth field, which follows three that every header has: its type and
+    two sizes, i32 like the checksum (parquet.thrift, `PageHeader`)."""
+    at = 0
+    for _ in range(3):
+        at += 1
+        while header[at] & CONTINUES:
+            at += 1
+        at += 1
+    return header[at] == I32_FIELD_AFTER_PREVIOUS

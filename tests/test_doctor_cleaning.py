@@ -1,0 +1,145 @@
+"""What `write_cleaned` leaves out, and that nothing is left to leave out after it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_doctor import examined, on_side, pair, pairs, write
+
+from data.doctor import Cleaned, Diagnosis, write_cleaned
+from data.findings import (
+    CONTRADICTION,
+    CYCLE,
+    DUPLICATE_ROW,
+    EMPTY_RESPONSE,
+    EQUAL_RESPONSES,
+    LEAK_EXACT,
+    LEAK_NORMALISED,
+    WRONG_TYPE,
+    Findings,
+)
+from data.read import scan
+from pipeline.config import DataSource
+from pipeline.errors import DataError, StorageError
+
+SHARE = 0.3
+EVALUATED = on_side(False, SHARE, (f"question {n} of the suite" for n in range(99)))
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Path:
+    """One row or more of every kind that is left out, among sound ones."""
+    spellings = ["What is it?", "what is it", "What is it!", "WHAT IS IT...", "what, is it"]
+    leaking = [on_side(False, SHARE, spellings), on_side(True, SHARE, spellings)]
+    rows = [
+        *pairs(6),
+        pair("bad", None, "b"),
+        pair("equal", "b", "b"),
+        pair("empty", "b", " "),
+        {**pairs(1)[0], "id": "again"},
+        pair("both", "A", "B"),
+        pair("both", "B", "A"),
+        *[pair("round", *each) for each in ("AB", "BC", "CA")],
+        *[pair(prompt, "a", "b") for prompt in leaking],
+        pair(EVALUATED, "a", "b"),
+    ]
+    path = write(tmp_path / "faulty.jsonl", rows)
+    path.write_bytes(path.read_bytes() + b"{broken\n")
+    return path
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    return write(tmp_path / "suite.jsonl", [{"prompt": EVALUATED.replace(" ", "  ")}])
+
+
+def cleaned(path: Path, diagnosis: Diagnosis, destination: Path) -> Cleaned:
+    readings = scan(DataSource(source=str(path)), Findings())
+    return write_cleaned(readings, diagnosis.drops, destination)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_cleaned_file_has_none_of_the_kinds_that_were_left_out(faulty: Path, suite: Path, tmp_path: Path) -> None:
+    before = examined(faulty, suite, held_out=SHARE)
+    kinds = (WRONG_TYPE, EQUAL_RESPONSES, EMPTY_RESPONSE, DUPLICATE_ROW, CONTRADICTION, CYCLE)
+    leaks = (LEAK_EXACT, LEAK_NORMALISED)
+    assert all(before.findings[kind].count for kind in (*kinds, *leaks))
+    written = cleaned(faulty, before, tmp_path / "clean.jsonl")
+    after = examined(written.path, suite, held_out=SHARE)
+    assert not after.findings.counts()
+    assert not after.drops
+    assert after.rows == after.usable == written.kept
+    assert written.kept + written.dropped == before.rows
+
+
+def test_every_row_that_is_left_out_is_listed_with_its_place_and_reason(faulty: Path, tmp_path: Path) -> None:
+    diagnosis = examined(faulty)
+    written = cleaned(faulty, diagnosis, tmp_path / "clean.jsonl")
+    listed = {entry["where"]: entry for entry in lines(written.dropped_path)}
+    assert len(listed) == written.dropped
+    assert listed[f"{faulty}:7"] == {
+        "where": f"{faulty}:7",
+        "reason": WRONG_TYPE.name,
+        "what": "chosen: null (expected text or messages)",
+    }
+    assert listed[f"{faulty}:10"] == {"where": f"{faulty}:10", "reason": DUPLICATE_ROW.name, "what": f"{faulty}:1"}
+    assert [listed[f"{faulty}:{line}"]["reason"] for line in (11, 12)] == [CONTRADICTION.name] * 2
+    assert [listed[f"{faulty}:{line}"]["reason"] for line in (13, 14, 15)] == [CYCLE.name] * 3
+    assert f"{faulty}:19" in listed
+
+
+def test_rows_that_stay_keep_their_columns_and_their_order(tmp_path: Path) -> None:
+    rows = [pair(f"q {n} \u00e9\u4f60", "a", f"b{n}", id=n, nested={"x": [1, None]}) for n in range(5)]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert lines(cleaned(path, examined(path), tmp_path / "b.jsonl").path) == rows
+
+
+def test_half_a_character_in_an_unused_column_stays_an_escape(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(r'{"prompt": "q", "chosen": "a", "rejected": "b", "note": "\ud800"}' + "\n")
+    diagnosis = examined(path)
+    written = cleaned(path, diagnosis, tmp_path / "b.jsonl")
+    assert written.kept == diagnosis.usable
+    assert examined(written.path).usable == diagnosis.usable
+
+
+@pytest.mark.parametrize("name", ["clean.jsonl", "clean.jsonl.dropped.jsonl"])
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("nowhere")], ids=["file", "dangling link"])
+def test_nothing_that_exists_is_overwritten(name: str, make: Callable[[Path], None], tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", pairs(2))
+    make(tmp_path / name)
+    with pytest.raises(StorageError, match="exists already"):
+        cleaned(path, examined(path), tmp_path / "clean.jsonl")
+    assert {each.name for each in tmp_path.iterdir()} == {"a.jsonl", name}
+
+
+def test_an_error_halfway_leaves_no_file_behind(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", pairs(2))
+    readings = list(scan(DataSource(source=str(path)), Findings()))
+
+    def failing() -> Any:
+        yield from readings
+        raise DataError("cut short", where="a.jsonl:3")
+
+    with pytest.raises(DataError, match="cut short"):
+        write_cleaned(failing(), {}, tmp_path / "clean.jsonl")
+    assert [each.name for each in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", pairs(2))
+    with pytest.raises(StorageError, match="cannot be written: No such file or directory"):
+        cleaned(path, examined(path), tmp_path / "missing" / "clean.jsonl")
+
+
+def test_generated_rows_need_no_cleaning(tmp_path: Path) -> None:
+    readings = scan(DataSource(source="world:prompts", rows=2), Findings())
+    with pytest.raises(DataError, match="generated rows need no cleaning"):
+        write_cleaned(readings, {}, tmp_path / "clean.jsonl")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.doctor import Examination
-from data.findings import BadRow, Findings
+from data.findings import LEAK_EXACT, BadRow, Finding, Findings
 from data.ngrams import NgramSet
 from data.preparation import Preparer
 from data.read import Reading, convert, fingerprint, scan, target
@@ -49,7 +49,8 @@ class Intake:
         record: The doctor's findings, as JSON; complete at the end.
 
     Raises:
-        DataError: malformed rows, no usable row, rows of another kind, or a source that changed while it was read.
+        DataError: malformed rows, no usable row, rows of another kind, prompts to train on that are evaluated on, or a
+            source that changed while it was read.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Intake:
         for other in self._evaluated:
             examination.against(scan(other, Findings()), other.name, held_out=other.held_out)
         self.record = examination.diagnose().record()
+        _refuse_leaks(examination.findings[LEAK_EXACT])
 
     def _kind(self, reading: Reading) -> RowKind | None:
         if reading.row is None:
@@ -161,6 +163,15 @@ class _Refusals:
         what = f"{first.what}; {rejected}" if not others else "\n".join([*lines, f"  {rejected}"])
         hint = f"{first.hint}; `baton doctor` lists all, `on_bad_row: skip` leaves such rows out and counts them"
         raise DataError(what, where=first.where, hint=hint)
+
+
+def _refuse_leaks(found: Finding) -> None:
+    """Whoever trains on the questions of the evaluation learns nothing from it."""
+    if not found.count:
+        return
+    (where, what), *_ = found.examples
+    example = f": {what}" if what else ""
+    raise DataError(f"{found.kind.name}, {found.count:,} times{example}", where=where, hint=found.kind.fix)
 
 
 def _contamination(sources: Iterable[DataSource]) -> NgramSet:

@@ -17,7 +17,8 @@ def printable(text: str, limit: int | None = 80) -> str:
         text: Anything, also from files nobody checked.
         limit: Cut to this many characters, the last three being dots; None keeps all.
     """
-    shown = "".join(_shown(character) for character in text)
+    # No character is shown by fewer than one.
+    shown = "".join(map(_shown, text if limit is None else text[: limit + 1]))
     if limit is not None and len(shown) > limit:
         return shown[: limit - 3] + "..."
     return shown

@@ -17,6 +17,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 Baton = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.fixture(autouse=True)
+def token_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left in the user's cache, and tests share what they make."""
+    monkeypatch.setenv("BATON_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """The configuration of a five-stage run, with its data."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from data import world
-from data.read import load
+from data.intake import Intake
 from data.schema import Conversation, Preference, Prompt, Row, Text
 from data.world import DEFAULT_ROWS, PARTS, STYLES, TASKS, Gold, generate, gold_reward, people
 from pipeline.config import DataSource
@@ -218,16 +218,17 @@ def words(row: Row) -> str:
 
 
 def test_no_prompt_that_is_held_out_anywhere_is_trained_on_anywhere() -> None:
-    loaded = [
-        load(DataSource(source=f"world:{part}", rows=1500, held_out=0.2), kinds)
+    placed = [
+        each
         for part, kinds in (
             ("demonstrations", ("conversation",)),
             ("preferences", ("preference",)),
             ("prompts", ("prompt",)),
         )
+        for each in Intake(DataSource(source=f"world:{part}", rows=1500, held_out=0.2), kinds)
     ]
-    held_out = {words(row) for each in loaded for row in each.held_out}
-    train = {words(row) for each in loaded for row in each.train}
+    held_out = {words(each.row) for each in placed if each.held_out}
+    train = {words(each.row) for each in placed if not each.held_out}
     assert len(held_out) > 100
     assert not held_out & train
 

@@ -66,7 +66,7 @@ def read(path: str, max_chars: int) -> Records:
         with pyarrow.memory_map(path) as mapped, pyarrow.ipc.open_stream(mapped) as stream:
             refuse_columns(stream.schema.names, name)
             yield from located(_batches(stream), name, max_chars)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
         what = f"not an intact Arrow file: {cut(str(error))}"
         raise DataError(what, where=name, hint="write or download the directory again") from error
 

@@ -81,16 +81,33 @@ def _unreadable(row: pyarrow.RecordBatch, origin: str) -> BadRow:
         try:
             column.validate(full=True)
         except pyarrow.ArrowInvalid as error:
-            if "UTF8" not in str(error):  # memory that is not the column's would be read
-                hint = "write or download the file again"
-                raise DataError(f"{cut(name)}: damaged: {cut(str(error))}", where=origin, hint=hint) from error
+            if "UTF8" not in str(error):
+                raise _damaged(f"{cut(name)}: {cut(str(error))}", origin) from error
+            return BadRow(NOT_UTF8, f"{cut(name)}: {_wrong_byte(column)}", where=origin)
         try:
             column.to_pylist()
-        except UnicodeDecodeError as error:
-            return BadRow(NOT_UTF8, f"{cut(name)}: {undecodable(error)}", where=origin)
         except (pyarrow.ArrowException, ValueError, OverflowError) as error:
             return BadRow(WRONG_TYPE, f"{cut(name)}: {cut(str(error))}", where=origin)
-    raise RuntimeError(row.schema.names, [c.to_pylist() for c in row.columns],row.validate(full=True), row.to_pylist())
+    raise _damaged("its columns do not fit together", origin)
+
+
+def _wrong_byte(column: pyarrow.Array) -> str:
+    """What is not UTF-8 in a column. Text inside other values is not looked at: after one fault is found in a nested
+    column, its other parts have not been checked, and could point outside the memory that is theirs."""
+    import pyarrow
+
+    if column.type == pyarrow.string():
+        content = column.view(pyarrow.binary())
+        content.validate(full=True)
+        try:
+            content[0].as_py().decode("utf-8")
+        except UnicodeDecodeError as error:
+            return undecodable(error)
+    return "not UTF-8"
+
+
+def _damaged(what: str, origin: str) -> DataError:
+    return DataError(f"damaged: {what}", where=origin, hint="write or download the file again")
 
 
 def _length(value: object, path: str, origin: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 BATCH_BYTES = 1 << 24
-CONTINUES = 0x80
-I32_FIELD_AFTER_PREVIOUS = 0x15
-"""Thrift's compact protocol: the field numbered one higher than the last, of type i32."""
+CHECKSUM = re.compile(rb"(\x15[\x80-\xff]*[\x00-\x7f]){4}")
+"""The start of a page header with a checksum: its first four fields, each an i32 one number higher than the last, in
+Thrift's compact protocol (`PageHeader` in parquet.thrift); only the fourth may be absent."""
 
 
 def read(path: str, max_chars: int, findings: Findings) -> Records:
@@ -40,7 +41,7 @@ def read(path: str, max_chars: int, findings: Findings) -> Records:
             if not _has_checksums(stream, file.metadata):
                 findings.add(NO_CHECKSUMS, name)
             yield from located(_batches(file), name, max_chars)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise unreadable(path, error) from error
         what = f"not an intact Parquet file: {cut(str(error))}"
@@ -60,19 +61,7 @@ def _has_checksums(stream: BinaryIO, metadata: pyarrow.parquet.FileMetaData) -> 
     for group in range(metadata.num_row_groups):
         for index in range(metadata.num_columns):
             column = metadata.row_group(group).column(index)
-            stream.seek(column.dictionary_page_offset or column.data_page_offset)
-            if not _has_checksum(stream.read(32)):
+            stream.seek(max(column.dictionary_page_offset or column.data_page_offset, 0))
+            if not CHECKSUM.match(stream.read(32)):
                 return False
     return True
-
-
-def _has_checksum(header: bytes) -> bool:
-    """Whether a page header has its optional fourth field, which follows three that every header has: its type and
-    two sizes, i32 like the checksum (parquet.thrift, `PageHeader`)."""
-    at = 0
-    for _ in range(3):
-        at += 1
-        while header[at] & CONTINUES:
-            at += 1
-        at += 1
-    return header[at] == I32_FIELD_AFTER_PREVIOUS

@@ -73,8 +73,9 @@ class Findings:
             found.examples.append((where, what))
 
     def add_row(self, problem: BadRow) -> None:
-        """Count a row that cannot be used."""
-        self.add(problem.kind, problem.where, problem.what)
+        """Count a row that cannot be used; a remedy of its own is kept with the place."""
+        remedy = "" if problem.hint == problem.kind.fix else f"; {problem.hint}"
+        self.add(problem.kind, problem.where, problem.what + remedy)
 
     def __iter__(self) -> Iterator[Finding]:
         return iter(sorted(self._found.values(), key=lambda found: SEVERITIES.index(found.kind.severity)))

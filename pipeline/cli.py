@@ -249,7 +249,7 @@ def tokens(
         for drawing in [showing.legend(), *map(showing.drawn, views)]:
             console.print(drawing)
     if refused:
-        raise DataError("\n".join(each.render() for each in refused), hint="a stage refuses or drops such rows")
+        raise DataError("\n".join(each.render() for each in refused))
 
 
 @app.command()

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from data.view import View, Viewer
 
 DEFAULT_LENGTH = 1024
+KINDS = ("preference", "conversation", "prompt", "text")
+"""Kinds that stages read, the richest first."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +132,8 @@ def _of_stage(settings: RunSettings, stage: StageSettings) -> Subject:
 
 
 def _kinds(kind: str | None) -> tuple[str, ...]:
-    from data.read import SIMPLER
-
-    shown = tuple(each for each in SIMPLER if each != "rated")
     if kind is None:
-        return shown
-    if kind not in shown:
-        raise ConfigError(f"no kind of rows `{printable(kind)}` to show{suggest(kind, shown)}")
+        return KINDS
+    if kind not in KINDS:
+        raise ConfigError(f"no kind of rows `{printable(kind)}` to show{suggest(kind, KINDS)}")
     return (kind,)

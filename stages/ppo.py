@@ -103,7 +103,7 @@ def open_roles(policy: Artifact, reward: Artifact, settings: PpoSettings, comput
     """All four roles on one base, each checked against its probes.
 
     Raises:
-        ArtifactError: The reward model sits on another base than the policy.
+        ArtifactError: The reward model sits on another base than the policy, or reads another chat template.
     """
     base, reward_base = base_of(policy)[0], base_of(reward)[0]
     if base_of(policy)[1] != base_of(reward)[1] or base.digest != reward_base.digest:
@@ -114,12 +114,25 @@ def open_roles(policy: Artifact, reward: Artifact, settings: PpoSettings, comput
             hint="train the reward stage on the same `policy` as the ppo stage",
         )
     roles = open_role(policy, POLICY, settings.lora, compute)
+    _require_same_template(roles, reward)
     roles.load(REWARD, reward.directory)
     roles.copy(REWARD, VALUE)
     with roles.use(REFERENCE):
         replay_probes(policy, roles.base)
     probes.replay(reward.directory, lambda trees: reward_scores(roles, REWARD, trees), compute)
     return roles
+
+
+def _require_same_template(roles: Roles, reward: Artifact) -> None:
+    """The reward model scores the policy's own tokens, so both must have learnt the same structure."""
+    expected = reward.manifest.tokenizer["chat_template"] if reward.manifest else None
+    found = roles.base.template.digest
+    if found != expected:
+        raise ArtifactError(
+            f"the reward model reads the chat template {str(expected)[:12]}, the policy writes {found[:12]}",
+            where=reward.directory,
+            hint="train the reward stage on the same `policy` as the ppo stage",
+        )
 
 
 def rounds(

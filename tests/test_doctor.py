@@ -173,12 +173,12 @@ def test_numbers_written_as_text_are_found_but_in_csv_everything_is_text(tmp_pat
 
 def test_a_preference_without_a_prompt_is_a_warning(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [pair("", "b", "c")])
-    assert places(examined(path), NO_PROMPT) == [f"{path}:1"]
+    assert places(examined(path), NO_PROMPT) == [f"{path}:1: prompt: '' (empty)"]
 
 
 def test_responses_that_differ_only_in_case_are_found(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [*pairs(1), pair("a", "Yes", "yes ")])
-    assert places(examined(path), EQUAL_BUT_FOR_CASE) == [f"{path}:2: Yes / yes "]
+    assert places(examined(path), EQUAL_BUT_FOR_CASE) == [f"{path}:2: chosen and rejected: Yes / yes "]
 
 
 def test_duplicate_ids_are_named_with_both_lines(tmp_path: Path) -> None:

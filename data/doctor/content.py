@@ -16,6 +16,7 @@ from data.findings import (
     TEMPLATE_SYNTAX,
     Kind,
     cut,
+    shown,
 )
 from data.schema import Conversation, Preference, Prompt, Row, Text
 
@@ -135,8 +136,12 @@ def _null_word(named: list[Field]) -> Iterator[tuple[Kind, str]]:
 
 def odd_preference(row: Preference) -> Iterator[tuple[Kind, str]]:
     """What is odd about a preference as a whole."""
-    if not any(message.content.strip() for message in row.prompt if message.role != "system"):
-        yield NO_PROMPT, ""
-    folded = {response.strip().casefold() for response in row.responses}
-    if len(folded) < len(row.responses):
-        yield EQUAL_BUT_FOR_CASE, cut(" / ".join(row.responses))
+    asked = [message.content for message in row.prompt if message.role != "system"]
+    if not any(content.strip() for content in asked):
+        yield NO_PROMPT, f"prompt: {shown(asked[-1])} (empty)" if asked else "no turn before the responses"
+    folded: dict[str, Field] = {}
+    for name, response in fields(row)[-len(row.responses) :]:
+        first, other = folded.setdefault(response.strip().casefold(), (name, response))
+        if first != name:
+            yield EQUAL_BUT_FOR_CASE, f"{first} and {name}: {cut(f'{other} / {response}')}"
+            return

@@ -8,7 +8,7 @@ from typing import get_args
 
 from data.findings import cut, shown
 from data.formats.layout import Format, Record
-from data.formats.preferences import PREFERENCES
+from data.formats.preferences import PAIR, PREFERENCES
 from data.formats.singles import SINGLES
 from data.schema import RowKind
 from pipeline.errors import DataError
@@ -38,9 +38,19 @@ def detect(record: Record, wanted: str, origin: str) -> Format:
         return fitting[0].like(record)
     if fitting:
         raise _several(record, fitting, origin)
+    if any(PAIR <= each.columns for each in allowed):
+        _refuse_half_a_pair(record, origin)
     if complete:
         raise _other_content(record, complete, origin)
     raise _other_columns(record, wanted, origin)
+
+
+def _refuse_half_a_pair(record: Record, origin: str) -> None:
+    """The format of a pair whose other half is missing is no other format, whatever its columns."""
+    there, absent = (sorted(part) for part in (PAIR & record.keys(), PAIR - record.keys()))
+    if there and absent:
+        what = f"no column `{absent[0]}` beside `{there[0]}` among the columns {_columns(record)}"
+        raise DataError(what, where=origin, hint="give both, or rename a column with `columns: {ours: yours}`")
 
 
 def _several(record: Record, fitting: Sequence[Format], origin: str) -> DataError:

@@ -100,7 +100,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for worded in (wording.duration, wording.size, wording.label, wording.brief, wording.excerpt):
+    for worded in (wording.duration, wording.size, wording.label, wording.brief, wording.excerpt, wording.remarks):
         environment.filters[worded.__name__] = worded
     return environment
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.manifest import Metric
+from data.findings import PROMPT_CUT
+from pipeline.manifest import DataCard, Metric
 
 LONGEST = 2_000
 _SHARES = frozenset({"win_rate", "accuracy", "pair_accuracy"})
@@ -51,6 +52,14 @@ def with_interval(metric: str, measured: Metric, *, signed: bool = False) -> str
     """The value, followed by its interval when there is one."""
     value = number(metric, measured.value, signed=signed)
     return f"{value} {interval(metric, measured, signed=signed)}".strip()
+
+
+def remarks(card: DataCard) -> list[str]:
+    """What the doctor warned of in a data source, and what cutting and preparation did to it."""
+    findings = card.diagnosis.get("findings", {})
+    warned = [(kind, found["count"]) for kind, found in findings.items() if found["severity"] == "warning"]
+    cut = [(PROMPT_CUT.name, card.cut)] if card.cut else []
+    return [f"{count:,} {what}" for what, count in [*warned, *cut, *card.prepared.items()]]
 
 
 def duration(seconds: float) -> str:

@@ -268,13 +268,14 @@ def _record(intake: Intake, dropped: Mapping[str, int] | None = None, cut: int =
 def _tell(context: Context, role: str, record: Mapping[str, Any]) -> None:
     """What a user should know of a source before training goes on."""
     name = context.data[role].name
+    context.say(f"{name}: read as `{record['format']}`")
     for reason, count in record["dropped"].items():
-        context.say(f"{count} rows of {name} dropped: {reason}")
+        context.say(f"{name}: {count:,} rows dropped: {reason}")
     if record["cut"]:
-        context.say(f"{record['cut']} rows of {name} used, but: {PROMPT_CUT.name}")
+        context.say(f"{name}: {record['cut']:,} rows trained on with a {PROMPT_CUT.name}")
     for kind, finding in record["diagnosis"]["findings"].items():
         if finding["severity"] == "warning":
-            context.say(f"{name}: {kind}, {finding['count']} times; see `baton doctor`")
+            context.say(f"{name}: warning: {kind}: {finding['count']:,}")
 
 
 def _require_some(context: Context, role: str, train: Sequence[Tree], record: Mapping[str, Any]) -> None:

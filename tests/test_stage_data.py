@@ -1,0 +1,245 @@
+"""Users' own data in whole stages: mixtures, bad rows, templates, adapters, and what the manifests say of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from data import cache
+from pipeline import cli
+from pipeline import manifest as manifests
+from pipeline.manifest import DataCard, Manifest
+
+pytestmark = pytest.mark.chain
+
+OWN = """\
+output: {root}/run
+device: cpu
+dtype: float32
+data:
+  chats: {{source: {root}/chats.jsonl, held_out: 0.2}}
+  pairs: {{source: {root}/pairs.jsonl, held_out: 0.2}}
+  notes: {{source: {root}/notes.jsonl, held_out: 0.2, prepare: {{min_words: 3, decontaminate: [chats]}}}}
+stages:
+  longer: {{kind: pretrain, policy: {root}/model, data: notes, max_length: 16, steps: 2, examples_per_step: 2}}
+  sft: {{kind: sft, policy: {root}/model, data: chats, steps: 2, examples_per_step: 4, max_length: 256}}
+  dpo: {{kind: dpo, policy: sft, data: pairs, steps: 2, examples_per_step: 4, max_length: 256}}
+  evaluate: {{kind: evaluate, models: [sft, dpo], prompts: chats, pairs: pairs, rows: 4, max_new_tokens: 4}}
+"""
+HOUSE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + ':' + message['content'] + '<|im_end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
+)
+
+
+def baton(*arguments: str | Path) -> int:
+    """The exit code of the command line, run in this process."""
+    return cli.execute(cli.app, list(map(str, arguments)))
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def chats(count: int, what: str = "Question") -> list[dict[str, str]]:
+    return [{"prompt": f"{what} {number}?", "completion": f"Answer {number}."} for number in range(count)]
+
+
+def pairs(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"Question {each}?", "chosen": f"Answer {each}.", "rejected": "Why?"} for each in range(count)]
+
+
+@pytest.fixture
+def own(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration of a run on data of the user's own, from a small foreign model."""
+    foreign = tmp_path_factory.getbasetemp() / "foreign"
+    if not foreign.exists():
+        tiny.save_model(foreign, "qwen2", ["Question 12? Answer 34. Why?"] * 3)
+    shutil.copytree(foreign, tmp_path / "model")
+    write(tmp_path / "chats.jsonl", chats(40))
+    write(tmp_path / "pairs.jsonl", pairs(40))
+    write(
+        tmp_path / "notes.jsonl",
+        [{"text": f"Note {number} says what happened on day {number}."} for number in range(40)],
+    )
+    config = tmp_path / "own.yaml"
+    config.write_text(OWN.format(root=tmp_path))
+    return config
+
+
+def manifest(config: Path, stage: str) -> Manifest:
+    return manifests.load(config.parent / "run" / "stages" / stage)
+
+
+def card(config: Path, stage: str) -> DataCard:
+    (found,) = manifest(config, stage).data
+    return found
+
+
+def test_the_doctor_s_findings_stand_in_the_manifest(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = pairs(40)
+    write(own.parent / "pairs.jsonl", [*rows, rows[0], {**rows[1], "rejected": rows[1]["chosen"]}])
+    assert baton("run", own, "--until", "dpo") == 0
+    found = card(own, "dpo")
+    assert found.dropped == {"equal responses": 1}
+    assert found.diagnosis["rows"] == 42
+    assert found.diagnosis["usable"] == 41
+    assert found.diagnosis["findings"]["duplicate row"]["count"] == 1
+    assert found.diagnosis["findings"]["equal responses"]["examples"][0]["where"].endswith("pairs.jsonl:42")
+    assert found.diagnosis["figures"]["longer_wins"] == 1.0
+    said = capsys.readouterr().out
+    assert "pairs.jsonl: read as `explicit`" in said
+    assert "pairs.jsonl: 1 rows dropped: equal responses" in said
+    assert "pairs.jsonl: warning: length bias" in said
+
+
+def test_a_malformed_row_stops_a_stage_with_its_place_unless_told_to_skip(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[dict[str, Any]] = [*pairs(40), {"prompt": "A?", "chosen": None, "rejected": "Why?"}]
+    write(own.parent / "pairs.jsonl", rows)
+    assert baton("run", own, "--until", "dpo") == 3
+    said = capsys.readouterr().err
+    assert f"{own.parent}/pairs.jsonl:41: chosen: null (expected text or messages); 1 of 41 rows rejected" in said
+    assert not (own.parent / "run" / "stages" / "dpo").exists()
+    assert baton("run", own, "data.pairs.on_bad_row=skip", "--until", "dpo") == 0
+    assert card(own, "dpo").dropped == {"wrong type": 1}
+
+
+def test_a_mixture_takes_each_source_in_its_share_and_has_a_card_for_each(own: Path) -> None:
+    write(own.parent / "more.jsonl", chats(12, "Riddle"))
+    own.write_text(
+        own.read_text().replace(
+            "  pairs: {", f"  more: {{source: {own.parent}/more.jsonl, held_out: 0.2}}\n  pairs: {{"
+        )
+    )
+    mixture = "stages.sft.data={chats: {epochs: 1}, more: {epochs: 2.5}}"
+    assert baton("run", own, mixture, "stages.sft.steps=null", "stages.sft.examples_per_step=1", "--until", "sft") == 0
+    cards = {each.role: each for each in manifest(own, "sft").data}
+    assert sorted(cards) == ["data.chats", "data.more"]
+    log = (own.parent / "run" / "stages" / "sft" / "metrics.jsonl").read_text().splitlines()
+    rows = {role: each.rows for role, each in cards.items()}
+    assert len(log) == rows["data.chats"] + round(2.5 * rows["data.more"])
+    held_out = {role: each.diagnosis["held_out"] for role, each in cards.items()}
+    assert sum(rows.values()) + sum(held_out.values()) == 52
+    assert manifest(own, "sft").data_settings["data.more"]["share"] == {"epochs": 2.5, "weight": None}
+
+
+def test_tokens_are_made_once_and_not_for_another_template(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    publish = cache._publish
+    monkeypatch.setattr(
+        cache, "_publish", lambda work, place, say: made.append(place.name) or publish(work, place, say)
+    )
+    monkeypatch.setenv("BATON_CACHE", str(own.parent / "cache"))
+    assert baton("run", own, "--until", "sft") == 0
+    assert len(made) == 1
+    assert baton("run", own, "stages.sft.optimizer.learning_rate=0.001", "--until", "sft") == 0
+    assert len(made) == 1
+    (own.parent / "house.jinja").write_text(HOUSE)
+    assert baton("run", own, f"stages.sft.chat_template={own.parent}/house.jinja", "--until", "sft") == 0
+    assert baton("run", own, "stages.sft.max_length=200", "--until", "sft") == 0
+    write(own.parent / "chats.jsonl", chats(41))
+    assert baton("run", own, "--until", "sft") == 0
+    assert len(made) == len(set(made)) == 4
+
+
+def test_a_given_template_goes_from_sft_to_every_later_stage(own: Path) -> None:
+    template = own.parent / "house.jinja"
+    template.write_text(HOUSE)
+    assert baton("run", own, f"stages.sft.chat_template={template}") == 0
+    digests = {name: manifest(own, name).tokenizer["chat_template"] for name in ("longer", "sft", "dpo")}
+    assert digests["sft"] == digests["dpo"] != digests["longer"]
+    assert (own.parent / "run/stages/dpo/chat_template.jinja").read_text() == HOUSE
+    assert baton("tokens", own, f"stages.sft.chat_template={template}", "--stage", "dpo") == 0
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ strftime_now('%d') }}" + HOUSE, "date"),
+        ("{% for message in messages %}{{ message['content'] }}{% endfor %}", "not with a control token"),
+        ("{{ messages[", "template"),
+    ],
+)
+def test_a_template_that_cannot_be_trained_with_is_refused_with_its_file(
+    own: Path, capsys: pytest.CaptureFixture[str], template: str, said: str
+) -> None:
+    path = own.parent / "house.jinja"
+    path.write_text(template)
+    assert baton("run", own, f"stages.sft.chat_template={path}", "--until", "sft") == 2
+    message = capsys.readouterr().err
+    assert f"error: {path}: " in message
+    assert said in message
+
+
+def test_text_is_prepared_on_its_way_into_pretraining(own: Path) -> None:
+    notes = [{"text": f"Note {number} says what happened on day {number}."} for number in range(40)]
+    write(own.parent / "notes.jsonl", [*notes, notes[0], {"text": "Too short."}])
+    assert baton("run", own, "--until", "longer") == 0
+    found = card(own, "longer")
+    assert found.prepared["documents"] == 42
+    assert found.prepared["kept"] == 40
+    assert sum(found.dropped.values()) == 2
+
+
+def test_an_adapter_runs_only_when_it_is_named(
+    own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (own.parent / "house_rows.py").write_text(
+        "def votes(row):\n    return {'prompt': row['q'], 'chosen': row['good'], 'rejected': row['bad']}\n"
+    )
+    monkeypatch.syspath_prepend(own.parent)
+    rows = [{"q": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in pairs(40)]
+    write(own.parent / "pairs.jsonl", rows)
+    command = ["run", own, "data.pairs.format=house_rows:votes", "--until", "dpo"]
+    assert baton(*command) == 2
+    assert "--adapter house_rows:votes" in capsys.readouterr().err
+    assert baton(*command, "--adapter", "house_rows:votes") == 0
+    assert card(own, "dpo").format.startswith("house_rows:votes")
+    assert "--adapter house_rows:votes" in manifest(own, "dpo").command
+
+
+def test_a_configuration_s_sources_are_examined_with_what_they_are_evaluated_on(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(own.parent / "chats.jsonl", [*chats(40), {"prompt": "question 7", "completion": "Answer 7."}])
+    assert baton("doctor", own, "--json") == 0
+    found = {Path(each["source"]).name: each for each in json.loads(capsys.readouterr().out)}
+    assert sorted(found) == ["chats.jsonl", "notes.jsonl", "pairs.jsonl"]
+    assert found["chats.jsonl"]["rows"] == 41
+
+
+def test_the_doctor_writes_what_can_stay(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[dict[str, Any]] = [*pairs(10), {"prompt": "A?", "chosen": None, "rejected": "B"}, pairs(1)[0]]
+    path, clean = own.parent / "pairs.jsonl", own.parent / "clean.jsonl"
+    write(path, rows)
+    assert baton("doctor", path, "--fix", clean) == 3
+    assert [json.loads(line) for line in clean.read_text().splitlines()] == pairs(10)
+    left_out = [json.loads(line) for line in Path(f"{clean}.dropped.jsonl").read_text().splitlines()]
+    assert [(each["where"], each["reason"]) for each in left_out] == [
+        (f"{path}:11", "wrong type"),
+        (f"{path}:12", "duplicate row"),
+    ]
+    capsys.readouterr()
+    assert baton("doctor", clean) == 0
+    assert baton("doctor", path, "--fix", clean) == 6
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_rows_without_a_trained_token_are_refused_by_the_view(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = own.parent / "pairs.jsonl"
+    write(path, [*pairs(1), {"prompt": "A?", "chosen": "B" * 2000, "rejected": "C"}])
+    assert baton("tokens", path, "--tokenizer", own.parent / "model", "--max-length", "64") == 3
+    printed = capsys.readouterr()
+    assert f"{path}:1: " in printed.out
+    assert f"error: {path}:2: trained part longer than max_length" in printed.err
+    assert baton("tokens", path) == 2
+    assert "add `--tokenizer`" in capsys.readouterr().err

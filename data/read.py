@@ -154,7 +154,9 @@ def convert(row: Row, kind: RowKind, layout: str = "") -> Row:
     """
     if kind == kind_of(row):
         return row
-    if isinstance(row, Rated) and kind != "prompt" and not row.good:
+    if isinstance(row, Rated) and not row.good:
+        if kind == "prompt":
+            return Prompt(row.prompt, origin=row.origin)
         raise BadRow(THUMBS_DOWN, where=row.origin)
     if not isinstance(row, Conversation):
         row = _spoken(row)

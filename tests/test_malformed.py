@@ -17,7 +17,7 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ import pyarrow.parquet
 import pytest
 import tiny
 from conftest import REPOSITORY
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from data import world
 from data.sources import files as opening
@@ -70,6 +71,8 @@ class Case:
     code: int = ERRORS
     suffixes: tuple[str, ...] = ALL
     arguments: tuple[str, ...] = ("doctor", "{file}")
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
+    """What surrounds the command."""
 
 
 def pair(prompt: Any, chosen: Any, rejected: Any, **others: Any) -> Record:
@@ -117,6 +120,18 @@ def sharegpt(count: int = 20) -> list[Record]:
         {"conversations": [{"from": "human", "value": f"question {n}"}, {"from": "gpt", "value": f"answer {n}"}]}
         for n in range(count)
     ]
+
+
+def identified() -> list[Record]:
+    return [{**each, "id": number} for number, each in enumerate(pairs(), start=1)]
+
+
+def priced() -> list[Record]:
+    return [{**each, "margin": number} for number, each in enumerate(pairs(), start=1)]
+
+
+def fractional() -> list[Record]:
+    return [{**each, "margin": number / 2} for number, each in enumerate(pairs(), start=1)]
 
 
 def encoded(suffix: str, records: list[Record]) -> bytes:
@@ -186,12 +201,12 @@ def seventh(sound: Callable[[], list[Record]] = pairs, *, without: str = "", **c
     return write
 
 
-def marked(instead: bytes) -> Write:
-    """Twenty pairs; where the seventh has its chosen text, quotes included, there are these bytes."""
+def marked(instead: bytes, sound: Callable[[], list[Record]] = pairs, field: str = "chosen") -> Write:
+    """Twenty sound rows; where the seventh has a field's value, there are these bytes."""
 
     def write(suffix: str) -> None:
-        records = pairs()
-        records[6]["chosen"] = MARK
+        records = sound()
+        records[6][field] = MARK
         kind, _, coding = suffix[1:].partition(".")
         content = encoded(f".{kind}", records)
         old = MARK.encode() if kind == "csv" else f'"{MARK}"'.encode()
@@ -216,6 +231,80 @@ def content(data: bytes) -> Write:
     return lambda suffix: save("data", suffix, data)
 
 
+def instead_of_row_7(line: bytes) -> Write:
+    """Twenty pairs, in the place of whose seventh stands something else."""
+
+    def write(suffix: str) -> None:
+        kind, _, coding = suffix[1:].partition(".")
+        lines = encoded(f".{kind}", pairs()).split(b"\n")
+        index = 6 if kind == "jsonl" else 7
+        lines[index] = line + (b"," if kind == "json" else b"")
+        save("data", suffix, compressed(b"\n".join(lines), coding))
+
+    return write
+
+
+def twins(suffix: str) -> None:
+    """Parquet whose columns `prompt` are two."""
+    save_table(suffix, pyarrow.table([["a"], ["b"], ["c"]], names=["prompt", "prompt", "rejected"]))
+
+
+def no_rows(suffix: str) -> None:
+    save_table(suffix, pyarrow.Table.from_pylist(pairs()).slice(0, 0))
+
+
+def save_table(suffix: str, table: pyarrow.Table) -> None:
+    pyarrow.parquet.write_table(table, f"data{suffix}", write_page_checksum=True)
+
+
+def flipped(*, checksums: bool) -> Write:
+    """Parquet in whose first row a bit of `yes 1` is another."""
+
+    def write(suffix: str) -> None:
+        data = parquet(
+            pairs(), compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=checksums
+        )
+        assert data.count(b"yes 1") == 1 + 10
+        save("data", suffix, data.replace(b"yes 1", b"xes 1", 1))
+
+    return write
+
+
+def cut_off(suffix: str) -> None:
+    """A compressed file without its last bytes."""
+    save("data", suffix, encoded(suffix, pairs())[:-9])
+
+
+def bomb(suffix: str) -> None:
+    """A compressed file whose content is larger than a thousand million bytes."""
+    piece = compressed(b"0" * (1 << 24), suffix.rpartition(".")[2])
+    save("data", suffix, piece * 63)
+
+
+def secret(suffix: str) -> None:
+    """A file that its owner may not read."""
+    save("data", suffix, b"")
+    Path(f"data{suffix}").chmod(0)
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Without the right of root to read everything."""
+    # They may not be readable then.
+    import data.doctor
+    import data.read
+    import pipeline.doctor  # noqa: F401
+
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
 def place(suffix: str, row: int, file: str = "data") -> str:
     """Where a row is, when each has a line of its own."""
     if suffix == ".parquet":
@@ -226,6 +315,11 @@ def place(suffix: str, row: int, file: str = "data") -> str:
 FIT = "fit for training"
 ONE_WARNING = "fit for training, with 1 warning"
 TWO_WARNINGS = "fit for training, with 2 warnings"
+TWO_REJECTED = (
+    "21 rows, 19 usable…",
+    "not fit for training: 2 errors, 0 warnings",
+    "error: {file}: errors in the data",
+)
 UNFIT = "not fit for training: 1 error, 0 warnings"
 FAILED = "error: {file}: errors in the data"
 REJECTED = ("20 rows, 19 usable…", UNFIT, FAILED)
@@ -341,7 +435,13 @@ ENCODING = (
         5,
         "list cut after a row",
         altered(lambda data: data[:-3]),
-        ("error: cut short: 1", "data.json:21 (row 21): the file ends inside the list", "21 rows, 20 usable…", UNFIT, FAILED),
+        (
+            "error: cut short: 1",
+            "data.json:21 (row 21): the file ends inside the list",
+            "21 rows, 20 usable…",
+            UNFIT,
+            FAILED,
+        ),
         suffixes=(".json",),
     ),
     Case(
@@ -571,6 +671,7 @@ DIALOGUES = (
             "turns out of order",
             "chosen[1]: `user` among the turns user, user (expected `assistant` as the last turn)",
         ),
+        suffixes=NESTED,
     ),
     Case(
         19,
@@ -611,7 +712,20 @@ DIALOGUES = (
             "turns out of order",
             "chosen[2]: `user` among the turns user, assistant, user (expected `assistant` as the last turn)",
         ),
-        suffixes=ALL,
+        suffixes=NESTED,
+    ),
+    Case(
+        20,
+        "last turn is the human's",
+        seventh(dialogues, chosen="\n\nHuman: a\n\nAssistant: b\n\nHuman: c"),
+        at_line(
+            56,
+            rejected(
+                "turns out of order",
+                "chosen[2]: `user` among the turns user, assistant, user (expected `assistant` as the last turn)",
+            ),
+        ),
+        suffixes=CSV,
     ),
     Case(
         21,
@@ -632,13 +746,506 @@ DIALOGUES = (
             chosen="\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
             rejected="\n\nHuman: a\n\nAssistant: B\n\nHuman: c\n\nAssistant: e",
         ),
-        dropped(
-            "dialogues differ before the last turn", "chosen[1]: assistant 'b', but rejected[1]: assistant 'B'"
+        dropped("dialogues differ before the last turn", "chosen[1]: assistant 'b', but rejected[1]: assistant 'B'"),
+        SOUND,
+        NESTED,
+    ),
+    Case(
+        21,
+        "different prompts",
+        seventh(dialogues, rejected="\n\nHuman: other\n\nAssistant: yes"),
+        at_line(
+            56,
+            dropped(
+                "dialogues differ before the last turn",
+                "chosen[0]: user 'question 7', but rejected[0]: user 'other'",
+            ),
+        ),
+        SOUND,
+        CSV,
+    ),
+)
+CHARACTERS = (
+    Case(
+        22,
+        "ten million characters",
+        seventh(chosen="x" * 10_000_000),
+        ("error: row too large: 1", "{7}: 10,000,0…", *REJECTED),
+        suffixes=(*ALL, ".jsonl.gz", ".csv.zst"),
+    ),
+    Case(
+        22,
+        "longer than max_chars",
+        seventh(chosen="x" * 500),
+        ("error: row too large: 1", "{7}: 5…", *REJECTED),
+        arguments=("doctor", "{file}", "max_chars=500"),
+    ),
+    Case(
+        23,
+        "lone surrogate",
+        marked(rb'"a\ud800b"'),
+        rejected("lone surrogate", r"chosen: 'a\ud800b' (lone surrogate U+D800 at character 2)"),
+        suffixes=JSON,
+    ),
+    Case(
+        23,
+        "lone surrogate",
+        seventh(chosen="a\udced\udca0\udc80b"),
+        rejected("not UTF-8", "byte 13: not UTF-8 (0xed)"),
+        suffixes=CSV,
+    ),
+    Case(
+        23,
+        "lone surrogate",
+        seventh(chosen="a\udced\udca0\udc80b"),
+        rejected("not UTF-8", "chosen: byte 2: not UTF-8 (0xed)"),
+        suffixes=PARQUET,
+    ),
+    Case(
+        24,
+        "NUL",
+        seventh(chosen="a\0b"),
+        rejected("NUL character", r"chosen: 'a\x00b' (NUL at character 2)"),
+    ),
+    Case(
+        24,
+        "control characters",
+        seventh(chosen="bell \x07 \x1b[2J"),
+        warned("control characters", r"chosen: bell \x07 \x1b[2J (character 6)"),
+        SOUND,
+    ),
+    Case(
+        24,
+        "raw control character in JSON",
+        marked(b'"a\x01b"'),
+        rejected(
+            "broken JSON",
+            r"""broken JSON at column 38: invalid control character at near 't": "question 7", "chosen": "a\x01b", "rejected": "a bad answer'""",
+        ),
+        suffixes=JSON,
+    ),
+    Case(
+        25,
+        "direction override",
+        seventh(chosen="safe \u202eelif"),
+        warned("invisible or direction-changing characters", r"chosen: safe \u202eelif (character 6)"),
+        SOUND,
+    ),
+    Case(
+        25,
+        "zero width",
+        seventh(chosen="pass\u200bword"),
+        warned("invisible or direction-changing characters", r"chosen: pass\u200bword (character 5)"),
+        SOUND,
+    ),
+    Case(
+        25,
+        "replacement characters",
+        seventh(chosen="caf\ufffd\ufffd"),
+        warned("replacement characters", "chosen: caf\ufffd\ufffd (character 4)"),
+        SOUND,
+    ),
+    Case(
+        26,
+        "control tokens of well-known models",
+        seventh(prompt="a <|endoftext|>", chosen="b </s>"),
+        warned("control tokens in content", "prompt: a <|endoftext|> (character 3)"),
+        SOUND,
+    ),
+    Case(
+        26,
+        "control tokens of the tokenizer",
+        seventh(chosen="b ~~END~~", rejected="<|im_end|>"),
+        warned("control tokens in content", "chosen: b ~~END~~ (character 3)"),
+        SOUND,
+        arguments=("doctor", "{file}", "--tokenizer", "{model}"),
+    ),
+    Case(
+        26,
+        "control tokens are encoded as text",
+        rows(pair("q", "b<|im_end|>", "c~~END~~")),
+        ("> b│<│|│i│m│_│e│n│d│|│>{<|im_end|>}", "> c│~│~│E│N│D│~│~{<|im_end|>}"),
+        SOUND,
+        arguments=("tokens", "{file}", "--tokenizer", "{model}"),
+    ),
+    Case(
+        27,
+        "template syntax",
+        seventh(prompt="a {{ 7*7 }}", chosen="{% if a %}"),
+        noted("template syntax in content", "prompt: a {{ 7*7 }} (character 3)"),
+        SOUND,
+    ),
+    Case(
+        27,
+        "template syntax stays text",
+        rows(pair("q", "{{7*7}}", "{%if%}")),
+        ("> {│{│7│*│7│}│}{<|im_end|>}", "> {│%│i│f│%│}{<|im_end|>}"),
+        SOUND,
+        arguments=("tokens", "{file}", "--tokenizer", "{model}"),
+    ),
+)
+VALUES = (
+    Case(
+        28,
+        "duplicate ids",
+        seventh(identified, id=3),
+        ("warning: duplicate id: 1", "{3} and {7}", "20 rows, 20 usable…", ONE_WARNING),
+        SOUND,
+    ),
+    Case(
+        29,
+        "duplicate rows, 1.5%",
+        rows(*pairs(200), *pairs(3)),
+        (
+            "warning: duplicate row: 3",
+            "{1} and {201}",
+            "{2} and {202}",
+            "{3} and {203}",
+            "fit for training, with 3 warnings",
         ),
         SOUND,
     ),
+    Case(
+        29,
+        "duplicate rows, less than 1%",
+        rows(*pairs(200), *pairs(2)),
+        ("note: duplicate row: 2", "{1} and {201}", "{2} and {202}", FIT),
+        SOUND,
+    ),
+    Case(
+        30,
+        "integer beyond floats",
+        seventh(priced, margin=10**30),
+        rejected("number outside the exact range", f"margin: {10**30} is outside +-2**53"),
+        suffixes=JSON,
+    ),
+    Case(
+        30,
+        "integer beyond floats, deep in a row",
+        seventh(facts=[{"a": 1}, {"b": [0, 10**100]}]),
+        rejected("number outside the exact range", f"facts[1].b[1]: {str(10**100)[:77]}... is outside +-2**53"),
+        suffixes=JSON,
+    ),
+    Case(
+        30,
+        "integer beyond floats",
+        seventh(priced, margin=10**30),
+        rejected("number outside the exact range", f"margin: '{10**30}' (expected a number within 2**53)"),
+        suffixes=CSV,
+    ),
+    Case(
+        30,
+        "integer beyond floats",
+        seventh(priced, margin=2**60),
+        rejected("number outside the exact range", f"margin: {2**60} is outside +-2**53"),
+        suffixes=PARQUET,
+    ),
+    Case(
+        31,
+        "NaN",
+        seventh(priced, margin=float("nan")),
+        rejected("number that is not finite", "margin: NaN is not a JSON number"),
+        suffixes=JSON,
+    ),
+    Case(
+        31,
+        "infinity",
+        seventh(priced, margin=float("-inf")),
+        rejected("number that is not finite", "margin: -Infinity is not a JSON number"),
+        suffixes=JSON,
+    ),
+    Case(
+        31,
+        "larger than any float",
+        marked(b"1e999", priced, "margin"),
+        rejected("number that is not finite", "margin: 1e999 is larger than any float"),
+        suffixes=JSON,
+    ),
+    Case(
+        31,
+        "NaN",
+        seventh(priced, margin=float("nan")),
+        rejected("number that is not finite", "margin: 'nan' (expected a finite number)"),
+        suffixes=CSV,
+    ),
+    Case(
+        31,
+        "infinity",
+        seventh(priced, margin=float("inf")),
+        rejected("number that is not finite", "margin: 'inf' (expected a finite number)"),
+        suffixes=CSV,
+    ),
+    Case(
+        31,
+        "NaN",
+        seventh(fractional, margin=float("nan")),
+        rejected("number that is not finite", "margin: nan is not a number that can be used"),
+        suffixes=PARQUET,
+    ),
+    Case(
+        31,
+        "infinity",
+        seventh(fractional, margin=float("inf")),
+        rejected("number that is not finite", "margin: inf is not a number that can be used"),
+        suffixes=PARQUET,
+    ),
+    Case(
+        32,
+        "duplicate key",
+        marked(b'"a", "chosen": "b"'),
+        rejected("duplicate key", "duplicate key 'chosen'"),
+        suffixes=JSON,
+    ),
+    Case(
+        32,
+        "duplicate key inside a message",
+        marked(b'[{"role": "user", "content": "a", "content": "b"}]', chats, "messages"),
+        rejected("duplicate key", "messages[0]: duplicate key 'content'"),
+        suffixes=JSON,
+    ),
+    Case(
+        32,
+        "two columns of one name",
+        altered(lambda data: data.replace(b",chosen,", b",prompt,")),
+        fatal("the header names 'prompt' twice", "{file}:1"),
+        suffixes=CSV,
+    ),
+    Case(32, "two columns of one name", twins, fatal("two columns are called 'prompt'"), suffixes=PARQUET),
+    Case(
+        33,
+        "object instead of text",
+        seventh(chosen={"text": "a"}),
+        rejected("wrong type", "chosen: {'text': 'a'} (expected text or messages)"),
+        suffixes=JSON,
+    ),
+    Case(
+        33,
+        "object instead of a content",
+        seventh(chats, messages=[*turns("user"), {"role": "assistant", "content": {"text": ["a"]}}]),
+        rejected("wrong type", "messages[1].content: {'text': ['a']} (expected text)"),
+        suffixes=JSON,
+    ),
+    Case(
+        33,
+        "object of a thousand characters, with control characters",
+        seventh(chosen={"\x1b[2J\u202e": "x" * 1000}),
+        rejected("wrong type", r"chosen: {'\x1b[2J\u202e': '" + 55 * "x" + "... (expected text or messages)"),
+        suffixes=JSON,
+    ),
+    Case(
+        33,
+        "object instead of text",
+        rows(*(pair(f"question {n}", {"text": "a"}, "b") for n in range(1, 21))),
+        ("error: wrong type: 20", "{7}…", "20 rows, 0 usable…", FAILED),
+        suffixes=PARQUET,
+    ),
 )
-CASES = (*ENCODING, *FIELDS, *DIALOGUES)
+SHAPES = (
+    Case(
+        34,
+        "list in a .jsonl file",
+        lambda suffix: save("data", suffix, compressed(encoded(".json", pairs()), suffix.partition(".jsonl.")[2])),
+        fatal("begins with a list: this is a JSON array, not JSONL"),
+        suffixes=(".jsonl", ".jsonl.gz", ".jsonl.zst"),
+    ),
+    Case(
+        34,
+        "lines in a .json file",
+        lambda suffix: save("data", suffix, compressed(encoded(".jsonl", pairs()), suffix.partition(".json.")[2])),
+        fatal("holds one object after the other: this is JSONL"),
+        suffixes=(".json", ".json.gz"),
+    ),
+    *(
+        Case(
+            35,
+            f"{what} instead of an object",
+            instead_of_row_7(json.dumps(value).encode()),
+            rejected("not an object", f"{what}, {value!r} (expected an object)".replace("None", "null")),
+            suffixes=JSON,
+        )
+        for what, value in (("a list", ["a", 1]), ("a string", "text"), ("a number", 5), ("null", None))
+    ),
+    Case(
+        36,
+        "blank lines",
+        instead_of_row_7(b'\n  \n\r\n{"prompt": "q", "chosen": 5, "rejected": "c"}'),
+        ("error: wrong type: 1", "{10}: chosen: 5 (expected text or messages)", *REJECTED),
+        suffixes=(*JSON, ".jsonl.gz"),
+    ),
+    Case(
+        36,
+        "blank lines",
+        altered(lambda data: data.replace(b"question 7,yes 7", b"\n\r\n\nquestion 7")),
+        ("error: ragged row: 1", r"{10}: 2 fields, the header has 3: question 7,a bad answer 7\n", *REJECTED),
+        suffixes=CSV,
+    ),
+    Case(37, "empty file", altered(lambda data: b""), fatal("holds no row"), suffixes=(*TEXT, *COMPRESSED)),
+    Case(37, "blank lines only", altered(lambda data: b"\n\n"), fatal("holds no row"), suffixes=TEXT),
+    Case(37, "empty list", altered(lambda data: b"[]"), fatal("holds no row"), suffixes=(".json",)),
+    Case(37, "header only", altered(lambda data: data[: data.index(b"\n")]), fatal("holds no row"), suffixes=CSV),
+    Case(37, "table without rows", no_rows, fatal("holds no row"), suffixes=PARQUET),
+    Case(37, "no byte", content(b""), ("error: {file}: not an intact Parquet file: …",), suffixes=PARQUET),
+)
+FILES = (
+    Case(38, "directory", lambda suffix: Path(f"data{suffix}").mkdir(), fatal("is a directory"), suffixes=EVERY),
+    Case(38, "missing file", lambda suffix: None, fatal("no such file"), suffixes=EVERY),
+    Case(
+        38,
+        "link that leads nowhere",
+        lambda suffix: Path(f"data{suffix}").symlink_to("nowhere"),
+        fatal("no such file: the link leads nowhere"),
+        suffixes=EVERY,
+    ),
+    Case(
+        38,
+        "pipe",
+        lambda suffix: os.mkfifo(f"data{suffix}"),
+        fatal("is not a regular file"),
+        suffixes=EVERY,
+    ),
+    Case(
+        38,
+        "no permission",
+        secret,
+        fatal("cannot be read: Permission denied"),
+        suffixes=EVERY,
+        within=unprivileged,
+    ),
+    Case(
+        39,
+        "cut gzip",
+        cut_off,
+        ("error: {file}: not intact .gz: Compressed file ended before the end-of-stream marker was reached…",),
+        suffixes=(".jsonl.gz", ".json.gz", ".csv.gz"),
+    ),
+    Case(39, "cut zstd", cut_off, ("error: {file}: not intact .zst: …",), suffixes=(".jsonl.zst", ".csv.zst")),
+    Case(
+        39,
+        "not gzip",
+        lambda suffix: save("data", suffix, encoded(suffix.removesuffix(".gz"), pairs())),
+        ("error: {file}: not intact .gz: Not a gzipped file…",),
+        suffixes=(".jsonl.gz", ".json.gz", ".csv.gz"),
+    ),
+    Case(
+        39,
+        "not zstd",
+        lambda suffix: save("data", suffix, encoded(suffix.removesuffix(".zst"), pairs())),
+        ("error: {file}: not intact .zst: …",),
+        suffixes=(".jsonl.zst", ".csv.zst"),
+    ),
+    Case(
+        39,
+        "gzip under another name",
+        lambda suffix: save("data", suffix, encoded(f"{suffix}.gz", pairs())),
+        (*fatal("holds gzip, not text"), "fix: it is gzip; end its name in .gz"),
+        suffixes=TEXT,
+    ),
+    Case(
+        39,
+        "more than a thousand million bytes out of a few",
+        bomb,
+        fatal("expands to more than 100 times its size and 1,000,000,000 bytes"),
+        suffixes=(".jsonl.gz", ".jsonl.zst", ".csv.zst"),
+    ),
+    Case(
+        40,
+        "Parquet without the end of its footer",
+        altered(lambda data: data[:-4]),
+        ("error: {file}: not an intact Parquet file: Parquet magic bytes not found in footer…",),
+        suffixes=PARQUET,
+    ),
+    Case(
+        40,
+        "Parquet cut in the middle",
+        altered(lambda data: data[: len(data) // 2]),
+        ("error: {file}: not an intact Parquet file: Parquet magic bytes not found in footer…",),
+        suffixes=PARQUET,
+    ),
+    Case(
+        40,
+        "Parquet with a flipped bit",
+        flipped(checksums=True),
+        ("error: {file}: not an intact Parquet file: …",),
+        suffixes=PARQUET,
+    ),
+    Case(
+        40,
+        "Parquet with a flipped bit, without checksums",
+        flipped(checksums=False),
+        ("note: no page checksums: 1", "{file}", "chosen    xes 1", FIT),
+        SOUND,
+        suffixes=PARQUET,
+    ),
+    Case(
+        40,
+        "Parquet with bytes for text",
+        rows(*(pair(f"question {n}", b"a", "b") for n in range(20))),
+        ("error: wrong type: 20", "{7}: chosen: b'a' (expected text or messages)", "20 rows, 0 usable…", FAILED),
+        suffixes=PARQUET,
+    ),
+    Case(
+        40,
+        "Parquet with lists of lists for text",
+        rows(*(pair(f"question {n}", [["a"], ["b"]], "b") for n in range(20))),
+        (
+            "error: wrong type: 20",
+            "{7}: chosen[0]: ['a'] (expected an object with `role` and `content`)",
+            "20 rows, 0 usable…",
+            FAILED,
+        ),
+        suffixes=PARQUET,
+    ),
+    Case(
+        41,
+        "row with too many fields",
+        altered(lambda data: data.replace(b"yes 7", b"yes, 7")),
+        rejected("ragged row", r"4 fields, the header has 3: question 7,yes, 7,a bad answer 7\n"),
+        suffixes=(".csv", ".csv.gz", ".csv.zst"),
+    ),
+    Case(
+        41,
+        "unclosed quote",
+        altered(lambda data: data.replace(b"yes 7", b'"yes 7')),
+        rejected("unclosed quote", "field 2: the quote is not closed before the file ends"),
+        suffixes=(".csv", ".csv.gz", ".csv.zst"),
+    ),
+    Case(
+        41,
+        "line break in quotes",
+        altered(lambda data: data.replace(b"yes 3", b'"yes\n3"').replace(b"yes 7", b'yes,"\n7')),
+        (
+            "error: unclosed quote: 1",
+            "data.csv:9: field 3: …",
+            "error: ragged row: 1",
+            "data.csv:10: 2…",
+            *TWO_REJECTED,
+        ),
+        suffixes=CSV,
+    ),
+    Case(
+        41,
+        "semicolons",
+        altered(lambda data: data.replace(b",", b";")),
+        ("note: other separator: 1", "data.csv:1: ';'", "20 rows, 20 usable…", FIT),
+        SOUND,
+        CSV,
+    ),
+    Case(
+        41,
+        "no header",
+        altered(lambda data: data[data.index(b"\n") + 1 :]),
+        ("error: data.csv:2: no format has the columns 'a bad answer 1', 'question 1', 'yes 1'",),
+        suffixes=CSV,
+    ),
+    Case(
+        41,
+        "text instead of a header",
+        altered(lambda data: f"q,{SHARED * 2},b\n".encode() + data),
+        (f"error: data.csv:1: no header: the first line holds '{(SHARED * 2)[:76]}...",),
+        suffixes=CSV,
+    ),
+)
+CASES = (*ENCODING, *FIELDS, *DIALOGUES, *CHARACTERS, *VALUES, *SHAPES, *FILES)
 
 
 def parameters() -> list[Any]:
@@ -656,8 +1263,16 @@ def filled(line: str, suffix: str, folder: Path) -> str:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose template writes `<|im_start|>` and `<|im_end|>` around turns."""
-    return tiny.save_model(tmp_path_factory.mktemp("models") / "chatml", "qwen2", ["question and answer"])
+    """A model whose template writes `<|im_start|>` and `<|im_end|>` around turns; its tokenizer also has `~~END~~`."""
+    return save_model(tmp_path_factory.mktemp("models") / "chatml")
+
+
+def save_model(directory: Path) -> Path:
+    tiny.save_model(directory, "qwen2", ["question and answer"])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    tokenizer.add_tokens([AddedToken("~~END~~", special=True)], special_tokens=True)
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
 @pytest.mark.parametrize(("case", "suffix"), parameters())
@@ -671,7 +1286,8 @@ def test_it_is_named_with_its_place(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     case.write(suffix)
-    code = cli.execute(cli.app, [filled(each, suffix, model) for each in case.arguments])
+    with case.within():
+        code = cli.execute(cli.app, [filled(each, suffix, model) for each in case.arguments])
     printed = "".join(capsys.readouterr())
     check(case, suffix, model, printed)
     assert code == case.code

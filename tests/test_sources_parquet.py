@@ -141,18 +141,20 @@ def test_flipped_bits_of_a_parquet_page_never_change_a_row(tmp_path: Path) -> No
     assert refused > 200
 
 
-def test_flipped_bits_of_a_parquet_footer_never_crash_the_reader(tmp_path: Path) -> None:
+def test_flipped_bits_of_a_parquet_footer_never_lose_a_row(tmp_path: Path) -> None:
     intact = write_parquet(tmp_path / "a.parquet").read_bytes()
     path = tmp_path / "flipped.parquet"
     random_ = random.Random(0)
-    for _ in range(300):
+    refused = 0
+    for _ in range(600):
         flipped = bytearray(intact)
         flipped[-random_.randrange(1, int.from_bytes(intact[-8:-4], "little") + 8)] ^= 1 << random_.randrange(8)
         path.write_bytes(flipped)
         try:
-            assert all(isinstance(row, dict) for row in rows(read(path)))
-        except DataError as error:
-            assert error.where.startswith(str(path))  # noqa: PT017
+            assert len(read(path)) == len(ROWS)
+        except DataError:
+            refused += 1
+    assert refused > 100
 
 
 def test_parquet_without_checksums_is_read_and_noted(tmp_path: Path) -> None:

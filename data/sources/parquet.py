@@ -52,10 +52,15 @@ def read(path: str, max_chars: int, findings: Findings) -> Records:
 
 def _batches(file: pyarrow.parquet.ParquetFile) -> Iterator[pyarrow.RecordBatch]:
     """Batches that hold about as many bytes whatever the size of the rows."""
+    found = 0
     for group in range(file.num_row_groups):
         metadata = file.metadata.row_group(group)
         rows = BATCH_BYTES * metadata.num_rows // max(metadata.total_byte_size, 1)
-        yield from file.iter_batches(batch_size=min(max(rows, 1), BATCH_ROWS), row_groups=[group])
+        for batch in file.iter_batches(batch_size=min(max(rows, 1), BATCH_ROWS), row_groups=[group]):
+            found += batch.num_rows
+            yield batch
+    if found != file.metadata.num_rows:
+        raise OSError(f"it should have {file.metadata.num_rows:,} rows, and {found:,} are there")
 
 
 def _has_checksums(stream: BinaryIO) -> bool:

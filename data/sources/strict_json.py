@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from data.findings import (
@@ -61,9 +62,7 @@ def parse_object(content: bytes, origin: str, *, last: bool = False) -> Record:
 def _value(content: bytes, origin: str, last: bool) -> Any:
     text = _decoded(content, origin, last)
     try:
-        value = _DECODER.decode(text)
-        if text.count("[") + text.count("{") > DEEPEST:
-            _refuse_depth(value)
+        value = _parsed(text)
     except _Refused as error:
         raise BadRow(error.kind, str(error), where=origin) from error
     except json.JSONDecodeError as error:
@@ -71,6 +70,29 @@ def _value(content: bytes, origin: str, last: bool) -> Any:
     except RecursionError as error:
         raise BadRow(BROKEN_JSON, f"nested more than {DEEPEST} levels deep", where=origin) from error
     return value
+
+
+def _parsed(text: str) -> Any:
+    try:
+        value = _DECODER.decode(text)
+    except _Refused:
+        # Only a second reading, which goes on, knows in which field it is.
+        raise next(_refusals(_FORGIVING.decode(text), "")) from None
+    if text.count("[") + text.count("{") > DEEPEST:
+        _refuse_depth(value)
+    return value
+
+
+def _refusals(value: Any, path: str) -> Iterator[_Refused]:
+    """What is not taken of a value of `_FORGIVING`, with its place in the row."""
+    if isinstance(value, _Refused):
+        yield _Refused(value.kind, f"{cut(path)}: {value}" if path else str(value))
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _refusals(inner, f"{path}.{name}" if path else name)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _refusals(inner, f"{path}[{index}]")
 
 
 def _decoded(content: bytes, origin: str, last: bool) -> str:
@@ -139,6 +161,24 @@ def _float(digits: str) -> float:
     return value
 
 
+def _kept(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The same, but what it refuses stands in the value."""
+
+    def reading(found: Any) -> Any:
+        try:
+            return read(found)
+        except _Refused as refused:
+            return refused
+
+    return reading
+
+
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer, parse_float=_float
+)
+_FORGIVING = json.JSONDecoder(
+    object_pairs_hook=_kept(_unique),
+    parse_constant=_kept(_no_constant),
+    parse_int=_kept(_integer),
+    parse_float=_kept(_float),
 )

@@ -7,14 +7,15 @@ or a whole number of times, the blocks of all passes are the same.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.document_store import DocumentStore
+from data.lazy import LazySequence
 from data.mixture import draws, epochs, shuffled
 from data.tree import Branch, Tree
 from pipeline.config import Share
@@ -77,7 +78,7 @@ class BlockPasses:
         return self._last[1]
 
 
-class Blocks(Sequence[Tree]):
+class Blocks(LazySequence[Tree]):
     """Blocks as trees, each cut when it is asked for: the first token is the prompt, the rest is read.
 
     The last block is left out when it is incomplete. No token is padding.
@@ -97,15 +98,7 @@ class Blocks(Sequence[Tree]):
     def __len__(self) -> int:
         return int(self._ends[-1]) // self._length if len(self._ends) else 0
 
-    @overload
-    def __getitem__(self, index: int) -> Tree: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tree]: ...
-    def __getitem__(self, index: int | slice) -> Tree | list[Tree]:
-        place = range(len(self))[index]
-        return self._block(place) if isinstance(place, int) else [self._block(each) for each in place]
-
-    def _block(self, place: int) -> Tree:
+    def item(self, place: int) -> Tree:
         prompt, *rest = self._tokens(place * self._length)
         return Tree((prompt,), (Branch.of(rest),), place)
 

@@ -139,7 +139,7 @@ def _publish(work: Path, place: Path, say: Callable[[str], None]) -> Entry:
         if found is not None:
             return found
         work.rename(place)
-        _sync(place.parent)
+        store.sync(place.parent)
     return _opened(place)
 
 
@@ -190,11 +190,11 @@ def _index(place: Path) -> dict[str, Any]:
 def _seal(work: Path, key: str, record: Mapping[str, Any]) -> None:
     """Make a filled directory durable and write its index."""
     for path in manifest.walk(work):
-        _sync(path)
+        store.sync(path)
     index = {"key": key, "files": _files(work), "record": dict(record)}
     store.write_text(work / INDEX, json.dumps({**index, "sha256": fingerprint.digest(index)}, indent=2) + "\n")
     for folder in (path for path in work.rglob("*") if path.is_dir()):
-        _sync(folder)
+        store.sync(folder)
 
 
 def _files(directory: Path) -> dict[str, dict[str, Any]]:
@@ -246,14 +246,6 @@ def _flock(path: Path, options: int = 0) -> Iterator[None]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | options)
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

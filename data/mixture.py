@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, partial
 from itertools import accumulate
-from typing import Generic, Protocol, TypeVar, overload
+from typing import Generic, Protocol, TypeVar
 
+from data.lazy import LazySequence
 from pipeline.config import Share
 from pipeline.errors import DataError
 
@@ -163,7 +164,7 @@ class _Part(Generic[Item]):
         return self.draw()
 
 
-class _Joined(Sequence[Item]):
+class _Joined(LazySequence[Item]):
     """Parts one after the other."""
 
     def __init__(self, parts: Sequence[_Part[Item]]) -> None:
@@ -173,15 +174,7 @@ class _Joined(Sequence[Item]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Item]: ...
-    def __getitem__(self, index: int | slice) -> Item | list[Item]:
-        place = range(len(self))[index]
-        return self._item(place) if isinstance(place, int) else [self._item(each) for each in place]
-
-    def _item(self, place: int) -> Item:
+    def item(self, place: int) -> Item:
         number = bisect_right(self._ends, place)
         part = self._parts[number]
         return part.source[part.indices[place - self._ends[number] + part.count]]

@@ -24,7 +24,5 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     general = config.get("tokenizer_class") in GENERAL_TOKENIZERS
     kind: Any = PreTrainedTokenizerFast if general else AutoTokenizer
-    tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(
-        directory, local_files_only=True, trust_remote_code=False
-    )
+    tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     return tokenizer

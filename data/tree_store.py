@@ -8,17 +8,18 @@ origins.utf8   the origins, end to end
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.arrays import PLACE, TOKEN, ArrayWriter, mapped
+from data.lazy import LazySequence
 from data.tree import Branch, Tree
 
 TOKENS, SEGMENTS, TREES, ORIGINS = "tokens.u4", "segments.i8", "trees.bin", "origins.utf8"
@@ -81,7 +82,7 @@ class TreeWriter:
         self._files.close()
 
 
-class TreeStore(Sequence[Tree]):
+class TreeStore(LazySequence[Tree]):
     """The trees in a directory, equal to those that were written, but for their numbers if `first` says so.
 
     Args:
@@ -99,15 +100,7 @@ class TreeStore(Sequence[Tree]):
     def __len__(self) -> int:
         return len(self._trees)
 
-    @overload
-    def __getitem__(self, index: int) -> Tree: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tree]: ...
-    def __getitem__(self, index: int | slice) -> Tree | list[Tree]:
-        place = range(len(self))[index]
-        return self._tree(place) if isinstance(place, int) else [self._tree(each) for each in place]
-
-    def _tree(self, place: int) -> Tree:
+    def item(self, place: int) -> Tree:
         start, text = self._trees[place - 1][["segments", "origin"]].item() if place else (0, 0)
         stop, text_end, number, cut, margin = self._trees[place].item()
         prompt, *branches = self._read(start, stop)

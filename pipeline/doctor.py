@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import inputs, loader
 from pipeline.config import DataSource, RunSettings, evaluated
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.store import RunDirectory
 from pipeline.terminal import printable
 
 if TYPE_CHECKING:
     from data.doctor import Cleaned, Diagnosis
+    from data.findings import Findings
+    from data.read import Reading
     from data.template import ChatTemplate
 
 CONFIGURATIONS = (".yaml", ".yml")
@@ -79,11 +81,10 @@ def diagnose(patient: Patient, tokens: Tokens | None, against: Sequence[str]) ->
         against: Other data of which no row may be in the source.
 
     Raises:
-        DataError: A source is unreadable or broken.
+        DataError: A source is unreadable or broken, or changed while it was read.
     """
     from data.doctor import Examination
     from data.findings import Findings
-    from data.read import scan
 
     source = patient.source
     examination = Examination(
@@ -93,12 +94,12 @@ def diagnose(patient: Patient, tokens: Tokens | None, against: Sequence[str]) ->
         max_length=(tokens.max_length or patient.max_length) if tokens else None,
         control_tokens=list(tokens.template.control.values()) if tokens else (),
     )
-    for reading in scan(source, examination.findings):
+    for reading in _readings(source, examination.findings):
         examination.see(reading)
     for other in patient.against:
-        examination.against(scan(other, Findings()), other.name, held_out=other.held_out)
+        examination.against(_readings(other, Findings()), other.name, held_out=other.held_out)
     for name in against:
-        examination.against(scan(loader.data_source(name), Findings()), name)
+        examination.against(_readings(loader.data_source(name), Findings()), name)
     return examination.diagnose()
 
 
@@ -114,12 +115,12 @@ def clean(patient: Patient, diagnosis: Diagnosis, destination: Path) -> Cleaned:
 
     Raises:
         StorageError: The file exists already, or cannot be written.
+        DataError: The source changed while it was read.
     """
     from data.doctor import write_cleaned
     from data.findings import Findings
-    from data.read import scan
 
-    return write_cleaned(scan(patient.source, Findings()), diagnosis.drops, destination)
+    return write_cleaned(_readings(patient.source, Findings()), diagnosis.drops, destination)
 
 
 def only(found: Sequence[Patient]) -> Patient:
@@ -132,6 +133,18 @@ def only(found: Sequence[Patient]) -> Patient:
         names = ", ".join(printable(each.source.name) for each in found)
         raise ConfigError(f"`--fix` writes one source, and there are {len(found)}: {names}", hint="name one of them")
     return found[0]
+
+
+def _readings(source: DataSource, findings: Findings) -> Iterator[Reading]:
+    """The rows of a source, whose files must be the same at the end."""
+    from data.read import scan
+    from data.sources import stamps
+
+    before = stamps(source)
+    yield from scan(source, findings)
+    if stamps(source) != before:
+        hint = "run again when nothing writes to it"
+        raise DataError("changed while it was read", where=printable(source.name), hint=hint)
 
 
 def _patient(settings: RunSettings, name: str) -> Patient:

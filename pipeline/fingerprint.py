@@ -71,7 +71,7 @@ def _modules(kind: str) -> Iterator[Path]:
     if stage.is_file():
         yield stage
     for package in ("stages/core", "data", "reward"):
-        yield from (ROOT / package).glob("*.py")
+        yield from (ROOT / package).rglob("*.py")
 
 
 def _version(library: str) -> str | None:

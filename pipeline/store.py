@@ -136,7 +136,7 @@ def inventory(directory: Path) -> list[OutputRecord]:
             raise ArtifactError("a stage may only leave regular files", where=path)
         # safetensors writes 0600, which would keep colleagues from reading the hand-over
         path.chmod(0o666 & ~_umask())
-        _sync(path)
+        sync(path)
         outputs.append(
             OutputRecord(
                 path=path.relative_to(directory).as_posix(),
@@ -158,8 +158,8 @@ def publish(work: Path, run: RunDirectory, name: str, manifest: Manifest) -> Pat
     """
     write_text(work / manifests.FILE_NAME, manifest.model_dump_json(indent=2) + "\n")
     for folder in sorted((path for path in work.rglob("*") if path.is_dir()), reverse=True):
-        _sync(folder)
-    _sync(work)
+        sync(folder)
+    sync(work)
     manifests.verify(work)
     target = run.stage(name)
     target.parent.mkdir(exist_ok=True)
@@ -168,7 +168,7 @@ def publish(work: Path, run: RunDirectory, name: str, manifest: Manifest) -> Pat
     else:
         _rename_new(work, target)
     for folder in (run.stages, run.work, run.root):
-        _sync(folder)
+        sync(folder)
     shutil.rmtree(run.failed(name), ignore_errors=True)
     return target
 
@@ -202,7 +202,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def check_space(directory: Path, largest_input: int) -> None:
@@ -293,8 +293,8 @@ def _set_aside(directory: Path, shelf: Path, name: str) -> Path:
     if target.exists():
         target = shelf / f"{name}-{label}-{uuid.uuid4().hex[:8]}"
     directory.rename(target)
-    _sync(shelf)
-    _sync(directory.parent)
+    sync(shelf)
+    sync(directory.parent)
     return target
 
 
@@ -324,7 +324,8 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
     raise OSError(code, os.strerror(code), str(target))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file or directory on the disk before going on."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -31,7 +31,9 @@ from conftest import REPOSITORY
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from data import world
-from data.sources import files as opening
+from data.doctor.wording import LONGEST
+from data.schema import Message, Prompt
+from data.split import bucket
 from pipeline import cli
 
 Record = dict[str, Any]
@@ -54,6 +56,23 @@ EVERY = (*ALL, *COMPRESSED)
 FINDING = re.compile(r"(error|dropped|warning|note): [^:]+: [\d,]+")
 UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")
 MARK = "MARK"
+LONGEST_PATH = 4095
+LONG = "/".join(letter * 99 for letter in "abc")
+RUN = """\
+output: run
+data:
+  train: {source: dataSUFFIX}
+  suite: {source: otherSUFFIX}
+stages:
+  dpo: {kind: dpo, policy: "hub:example/model@main", data: train, steps: 1}
+  evaluate: {kind: evaluate, models: [dpo], prompts: suite}
+"""
+GROW = """\
+def adapt(row):
+    with open("dataSUFFIX", "ab") as stream:
+        stream.write(b"\\n")
+    return row
+"""
 SHARED = "which of the two long answers to this question was the better one of them in the end"
 """More than 13 words."""
 
@@ -71,6 +90,8 @@ class Case:
     code: int = ERRORS
     suffixes: tuple[str, ...] = ALL
     arguments: tuple[str, ...] = ("doctor", "{file}")
+    file: str = "data"
+    """The file's name without the ending, as it is printed."""
     within: Callable[[], AbstractContextManager[None]] = nullcontext
     """What surrounds the command."""
 
@@ -264,7 +285,7 @@ def flipped(*, checksums: bool) -> Write:
         data = parquet(
             pairs(), compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=checksums
         )
-        assert data.count(b"yes 1") == 1 + 10
+        assert b"yes 1" in data
         save("data", suffix, data.replace(b"yes 1", b"xes 1", 1))
 
     return write
@@ -305,6 +326,68 @@ def unprivileged() -> Iterator[None]:
         os.seteuid(0)
 
 
+def both(ours: list[Record], theirs: list[Record]) -> Write:
+    """Two files."""
+
+    def write(suffix: str) -> None:
+        save("data", suffix, encoded(suffix, ours))
+        save("other", suffix, encoded(suffix, theirs))
+
+    return write
+
+
+def suite(suffix: str) -> None:
+    """Twenty pairs, of which the seventh has a prompt that the embedded world evaluates with."""
+    (first,) = world.generate("prompts", 1, 0)
+    assert isinstance(first, Prompt)
+    seventh(prompt=first.prompt[0].content)(suffix)
+
+
+def configuration(suffix: str) -> None:
+    """A run that trains on a prompt that it is evaluated on, too, where it is written in other case."""
+    said = next(f"word {n}" for n in range(1000) if is_kept(f"word {n}") and not is_kept(f"WORD {n}"))
+    seventh(prompt=said.upper())(suffix)
+    save("other", suffix, encoded(suffix, [{"prompt": said}]))
+    Path("run.yaml").write_text(RUN.replace("SUFFIX", suffix))
+
+
+def is_kept(prompt: str) -> bool:
+    """Whether a prompt is kept from training."""
+    return bucket([Message("user", prompt)]) < 0.1
+
+
+def endless(suffix: str) -> None:
+    """Pairs, and a model whose template ends the assistant's turn with a line break alone."""
+    save("data", suffix, encoded(suffix, pairs()))
+    tiny.save_model(Path("endless"), "qwen2", ["question and answer"])
+    template = Path("endless", "chat_template.jinja")
+    assert "<|im_end|>" in template.read_text()
+    template.write_text(template.read_text().replace("<|im_end|>", ""))
+
+
+def growing(suffix: str) -> None:
+    """Pairs, and a function that reads them and writes to their file."""
+    save("data", suffix, encoded(suffix, pairs()))
+    Path(f"grow_{suffix[1:]}.py").write_text(GROW.replace("SUFFIX", suffix))
+
+
+def named(name: str) -> Write:
+    """Twenty pairs, of which the seventh cannot be used, in a file with a name of its own."""
+
+    def write(suffix: str) -> None:
+        seventh(chosen="a\0b")(suffix)
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(f"data{suffix}").rename(name + suffix)
+
+    return write
+
+
+def longest(suffix: str) -> str:
+    """The longest name that a file with this ending can have."""
+    room = LONGEST_PATH - len(suffix)
+    return ("d" * 100 + "/") * (room // 101) + "d" * (room % 101)
+
+
 def place(suffix: str, row: int, file: str = "data") -> str:
     """Where a row is, when each has a line of its own."""
     if suffix == ".parquet":
@@ -321,6 +404,7 @@ TWO_REJECTED = (
     "error: {file}: errors in the data",
 )
 UNFIT = "not fit for training: 1 error, 0 warnings"
+FAILED_BOTH = "error: *{suffix}: errors in the data"
 FAILED = "error: {file}: errors in the data"
 REJECTED = ("20 rows, 19 usable…", UNFIT, FAILED)
 LEFT_OUT = ("20 rows, 19 usable…", FIT)
@@ -407,7 +491,7 @@ ENCODING = (
         4,
         "CRLF in a text is kept",
         rows(pair("q", "one\r\ntwo\rthree", "the other one")),
-        (r"chosen    one\r\ntwo\rthree", "1 rows, 1 usable…", FIT),
+        (r"chosen    one\r\ntwo\rthree", "1 row, 1 usable…", FIT),
         SOUND,
     ),
     Case(
@@ -1029,14 +1113,19 @@ VALUES = (
         33,
         "object of a thousand characters, with control characters",
         seventh(chosen={"\x1b[2J\u202e": "x" * 1000}),
-        rejected("wrong type", r"chosen: {'\x1b[2J\u202e': '" + 55 * "x" + "... (expected text or messages)"),
+        rejected("wrong type", r"chosen: {'\x1b[2J\u202e': '" + 58 * "x" + "... (expected text or messages)"),
         suffixes=JSON,
     ),
     Case(
         33,
         "object instead of text",
         rows(*(pair(f"question {n}", {"text": "a"}, "b") for n in range(1, 21))),
-        ("error: wrong type: 20", "{7}…", "20 rows, 0 usable…", FAILED),
+        (
+            "error: wrong type: 20",
+            "{5}: chosen: {'text': 'a'} (expected text or messages)",
+            "20 rows, 0 usable…",
+            FAILED,
+        ),
         suffixes=PARQUET,
     ),
 )
@@ -1180,7 +1269,7 @@ FILES = (
         40,
         "Parquet with bytes for text",
         rows(*(pair(f"question {n}", b"a", "b") for n in range(20))),
-        ("error: wrong type: 20", "{7}: chosen: b'a' (expected text or messages)", "20 rows, 0 usable…", FAILED),
+        ("error: wrong type: 20", "{5}: chosen: b'a' (expected text or messages)", "20 rows, 0 usable…", FAILED),
         suffixes=PARQUET,
     ),
     Case(
@@ -1189,7 +1278,7 @@ FILES = (
         rows(*(pair(f"question {n}", [["a"], ["b"]], "b") for n in range(20))),
         (
             "error: wrong type: 20",
-            "{7}: chosen[0]: ['a'] (expected an object with `role` and `content`)",
+            "{5}: chosen[0]: ['a'] (expected an object with `role` and `content`)",
             "20 rows, 0 usable…",
             FAILED,
         ),
@@ -1245,7 +1334,225 @@ FILES = (
         suffixes=CSV,
     ),
 )
-CASES = (*ENCODING, *FIELDS, *DIALOGUES, *CHARACTERS, *VALUES, *SHAPES, *FILES)
+SEVERAL = (
+    Case(
+        42,
+        "files with other columns",
+        both(pairs(3), completions(3)),
+        (
+            "error: {other 1}: the columns differ from those of {1}: `chosen`, `completion`, `rejected` "
+            "only in one of them",
+        ),
+        suffixes=EVERY,
+        arguments=("doctor", "*{suffix}"),
+    ),
+    Case(
+        42,
+        "files with other types",
+        both(pairs(3), [pair(turns("user"), turns("assistant"), turns("assistant", text="b"))]),
+        ("error: mixed layouts: 1", "{other 1}: chosen: [{'…", "4 rows, 3 usable…", UNFIT, FAILED_BOTH),
+        suffixes=NESTED,
+        arguments=("doctor", "*{suffix}"),
+    ),
+    Case(
+        43,
+        "prompt of a test set",
+        both(pairs(), [{"prompt": "question 7"}]),
+        ("error: prompt on both sides: 1", "{7} and {other 1}: in other{suffix}", UNFIT, FAILED),
+        suffixes=EVERY,
+        arguments=("doctor", "{file}", "--against", "other{suffix}"),
+    ),
+    Case(
+        43,
+        "prompt of a test set in other case",
+        both(pairs(), [{"prompt": "Question  7?"}]),
+        (
+            "warning: prompt on both sides but for case and punctuation: 1",
+            "{7} and {other 1}: in other{suffix}",
+            ONE_WARNING,
+        ),
+        SOUND,
+        EVERY,
+        arguments=("doctor", "{file}", "--against", "other{suffix}"),
+    ),
+    Case(
+        43,
+        "thirteen words of a test set",
+        both([*pairs(6), pair(f"Tell me {SHARED}.", "a", "b")], [{"prompt": f"Say, {SHARED}?"}]),
+        ("warning: 13 words in a row on both sides: 1", "{7} and {other 1}: in other{suffix}", ONE_WARNING),
+        SOUND,
+        arguments=("doctor", "{file}", "--against", "other{suffix}"),
+    ),
+    Case(
+        44,
+        "prompt of the evaluation suite",
+        suite,
+        ("error: prompt on both sides: 1", "{7} and world:prompts:1: in world:prompts", UNFIT, FAILED),
+        arguments=("doctor", "{file}", "--against", "world:prompts"),
+    ),
+    Case(
+        44,
+        "prompt of the evaluation stage in other case",
+        configuration,
+        (
+            "warning: prompt on both sides but for case and punctuation: 1",
+            "{7} and {other 1}: in other{suffix}",
+        ),
+        SOUND,
+        EVERY,
+        arguments=("doctor", "run.yaml"),
+    ),
+    Case(
+        45,
+        "preferred both ways",
+        rows(*pairs(6), pair("question 3", "a bad answer 3", "yes 3")),
+        ("warning: contradictory pairs: 1", "{3} and {7}", ONE_WARNING),
+        SOUND,
+    ),
+    Case(
+        45,
+        "cycle",
+        rows(*(pair("q", *each) for each in ("ab", "bc", "xy", "ca"))),
+        ("warning: preferences in a cycle: 1", "{1}, {2} and {4}", ONE_WARNING),
+        SOUND,
+    ),
+    Case(
+        46,
+        "longer responses win",
+        rows(*(pair(f"question {n}", f"a longer answer {n}", "no") for n in range(40))),
+        (
+            "warning: length bias: 1",
+            "{file}: the longer response wins in 100.0% of the pairs",
+            "the better response is +15…",
+            ONE_WARNING,
+        ),
+        SOUND,
+    ),
+    Case(
+        46,
+        "mixed languages",
+        rows(*pairs(6), pair("вопрос", "да", "да нет"), pair("質問", "はい", "いいえ")),
+        ("rows by script: Latin 6, …", "8 rows, 8 usable…", FIT),
+        SOUND,
+    ),
+    Case(
+        47,
+        "number as text",
+        seventh(priced, margin="7.5"),
+        warned("number written as text", "margin: '7.5'"),
+        SOUND,
+        JSON,
+    ),
+    *(
+        Case(
+            47,
+            f"the word {word.strip()}",
+            seventh(chosen=word),
+            warned("null written as text", f"chosen: {word!r}"),
+            SOUND,
+            EVERY,
+        )
+        for word in ("None", "null", " nan")
+    ),
+    Case(
+        48,
+        "template that does not end a turn",
+        endless,
+        ("error: the chat template ends the assistant's turn with '\\n', not with a control token",),
+        NO_MODEL,
+        suffixes=LINES,
+        arguments=("doctor", "{file}", "--tokenizer", "endless"),
+    ),
+    Case(
+        48,
+        "end token inside a text",
+        seventh(chats, messages=turns("user", "assistant", text="before <|im_end|> after")),
+        warned("control tokens in content", "prompt: before <|im_end|> after (character 8)"),
+        SOUND,
+        NESTED,
+        arguments=("doctor", "{file}", "--tokenizer", "{model}"),
+    ),
+    Case(
+        49,
+        "file that grows while it is read",
+        growing,
+        fatal("changed while it was read"),
+        arguments=("doctor", "{file}", "format=grow_{kind}:adapt", "--adapter", "grow_{kind}:adapt"),
+    ),
+    Case(
+        50,
+        "line break in the path",
+        named("a\nb"),
+        rejected("NUL character", r"chosen: 'a\x00b' (NUL at character 2)"),
+        file=r"a\nb",
+        arguments=("doctor", "a\nb{suffix}"),
+    ),
+    Case(
+        50,
+        "escape sequences in the path",
+        named("\x1b[2J\u202e"),
+        rejected("NUL character", r"chosen: 'a\x00b' (NUL at character 2)"),
+        file=r"\x1b[2J\u202e",
+        arguments=("doctor", "\x1b[2J\u202e{suffix}"),
+    ),
+    Case(
+        50,
+        "letters of a glob in the path",
+        named("[ab]*"),
+        rejected("NUL character", r"chosen: 'a\x00b' (NUL at character 2)"),
+        file="[ab]*",
+        arguments=("doctor", "[ab]*{suffix}"),
+    ),
+    Case(
+        50,
+        "decomposed accent in the path",
+        named("cafe\u0301"),
+        rejected("NUL character", r"chosen: 'a\x00b' (NUL at character 2)"),
+        file="cafe\u0301",
+        arguments=("doctor", "cafe\u0301{suffix}"),
+    ),
+    Case(
+        50,
+        "accent of another normal form in the path",
+        named("cafe\u0301"),
+        (*fatal("no such file"), r"fix: the name is there in another Unicode form: 'cafe\u0301{suffix}'"),
+        file="caf\u00e9",
+        arguments=("doctor", "caf\u00e9{suffix}"),
+    ),
+    Case(
+        50,
+        "NUL in the path",
+        seventh(),
+        fatal("cannot be read: embedded null byte"),
+        file=r"a\x00b",
+        arguments=("doctor", "a\0b{suffix}"),
+    ),
+    Case(
+        50,
+        "path of 300 bytes",
+        named(LONG),
+        (f"...{{tail}}: chosen: 'a\\x00b' (NUL at character 2)", "error: NUL character: 1", *REJECTED[:2]),
+        file=LONG,
+        arguments=("doctor", f"{LONG}{{suffix}}"),
+    ),
+    Case(
+        50,
+        "path of 4,095 bytes",
+        named(longest(".jsonl")),
+        ("error: NUL character: 1", *REJECTED[:2]),
+        suffixes=LINES,
+        arguments=("doctor", longest(".jsonl") + ".jsonl"),
+    ),
+    Case(
+        50,
+        "path of 4,096 bytes",
+        seventh(),
+        ("error: dddddddddd…", "fix: check the name and the permissions"),
+        suffixes=LINES,
+        arguments=("doctor", "d" + longest(".jsonl") + ".jsonl"),
+    ),
+)
+CASES = (*ENCODING, *FIELDS, *DIALOGUES, *CHARACTERS, *VALUES, *SHAPES, *FILES, *SEVERAL)
 
 
 def parameters() -> list[Any]:
@@ -1256,9 +1563,16 @@ def parameters() -> list[Any]:
     ]
 
 
-def filled(line: str, suffix: str, folder: Path) -> str:
-    line = re.sub(r"\{(\d+)\}", lambda match: place(suffix, int(match[1])), line)
-    return line.replace("{file}", f"data{suffix}").replace("{model}", str(folder))
+def filled(line: str, case: Case, suffix: str, model: Path) -> str:
+    """A line or an argument with its names and places."""
+
+    def at(match: re.Match[str]) -> str:
+        return place(suffix, int(match[2]), match[1] or case.file)
+
+    line = line.replace("{tail}", place(suffix, 7, case.file)[3 - LONGEST :])
+    line = re.sub(r"\{(?:(\w+) )?(\d+)\}", at, line)
+    names = {"file": case.file + suffix, "suffix": suffix, "kind": suffix[1:], "model": str(model)}
+    return re.sub(r"\{(file|suffix|kind|model)\}", lambda match: names[match[1]], line)
 
 
 @pytest.fixture(scope="session")
@@ -1285,9 +1599,10 @@ def test_it_is_named_with_its_place(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     case.write(suffix)
     with case.within():
-        code = cli.execute(cli.app, [filled(each, suffix, model) for each in case.arguments])
+        code = cli.execute(cli.app, [filled(each, case, suffix, model) for each in case.arguments])
     printed = "".join(capsys.readouterr())
     check(case, suffix, model, printed)
     assert code == case.code
@@ -1296,7 +1611,7 @@ def test_it_is_named_with_its_place(
 def check(case: Case, suffix: str, model: Path, printed: str) -> None:
     """See that all that shall be said is printed, no other finding, and nothing that a terminal would interpret."""
     lines = [line.strip() for line in printed.splitlines()]
-    expected = [filled(line, suffix, model) for line in case.says]
+    expected = [filled(line, case, suffix, model) for line in case.says]
     for line in expected:
         beginning = line.removesuffix("…")
         assert any(each.startswith(beginning) if line != beginning else each == line for each in lines), printed

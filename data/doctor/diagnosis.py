@@ -47,8 +47,8 @@ class Diagnosis:
 
     @property
     def failed(self) -> bool:
-        """Whether there is an error."""
-        return bool(self.findings.counts("error"))
+        """Whether there is an error, or no row to train on."""
+        return not self.usable or bool(self.findings.counts("error"))
 
     def record(self) -> dict[str, Any]:
         """As JSON."""

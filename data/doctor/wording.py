@@ -36,13 +36,13 @@ def _example(diagnosis: Diagnosis) -> str:
     named = fields(diagnosis.example)
     width = max(len(name) for name, _ in named)
     lines = (f"  {name:<{width}}  {printable(text, LONGEST)}" for name, text in named)
-    return "\n".join([f"first row, {printable(diagnosis.example.origin, LONGEST)}", *lines])
+    return "\n".join([f"first row, {_place(diagnosis.example.origin)}", *lines])
 
 
 def _counts(diagnosis: Diagnosis) -> str:
     training = diagnosis.usable - diagnosis.held_out
     lines = [
-        f"{diagnosis.rows:,} rows, {diagnosis.usable:,} usable: "
+        f"{_counted(diagnosis.rows, 'row')}, {diagnosis.usable:,} usable: "
         f"{training:,} to train on, {diagnosis.held_out:,} held out"
     ]
     if diagnosis.scripts:
@@ -55,8 +55,14 @@ def _finding(found: Finding) -> Iterator[str]:
     yield f"{found.kind.severity}: {found.kind.name}: {found.count:,}"
     for where, what in found.examples:
         particulars = f": {printable(what, LONGEST)}" if what else ""
-        yield f"  {printable(where, LONGEST)}{particulars}"
+        yield f"  {_place(where)}{particulars}"
     yield f"  fix: {found.kind.fix}"
+
+
+def _place(where: str) -> str:
+    """A place cut at its beginning, because the line is at its end."""
+    shown = printable(where, None)
+    return shown if len(shown) <= LONGEST else f"...{shown[3 - LONGEST :]}"
 
 
 def _figures(figures: Mapping[str, float]) -> str:
@@ -84,7 +90,7 @@ def _lengths(lengths: Mapping[str, Mapping[str, int]]) -> str:
 
 def _verdict(diagnosis: Diagnosis) -> str:
     errors, warnings = (sum(diagnosis.findings.counts(severity).values()) for severity in _COUNTED)
-    if diagnosis.failed:
+    if errors:
         return f"not fit for training: {_counted(errors, 'error')}, {_counted(warnings, 'warning')}"
     if not diagnosis.usable:
         return "not fit for training: no usable row"

@@ -38,7 +38,7 @@ def detect(record: Record, wanted: str, origin: str) -> Format:
         return fitting[0].like(record)
     if fitting:
         raise _several(record, fitting, origin)
-    if any(PAIR <= each.columns for each in allowed):
+    if any(each.columns >= PAIR for each in allowed):
         _refuse_half_a_pair(record, origin)
     if complete:
         raise _other_content(record, complete, origin)

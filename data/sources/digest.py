@@ -30,6 +30,19 @@ def fingerprint(source: DataSource) -> str:
     return digests[0] if len(digests) == 1 else _of(*digests)
 
 
+def stamps(source: DataSource) -> list[tuple[str, int, int, int]]:
+    """Path, inode, size and time of change of each file of a source, to see whether one changes; none for `hub:` and
+    `world:` sources.
+
+    Raises:
+        DataError: a file is missing or not a regular file.
+    """
+    if source.scheme:
+        return []
+    found = [(path, regular(path).stat()) for path in paths.files(source)]
+    return [(path, each.st_ino, each.st_size, each.st_mtime_ns) for path, each in found]
+
+
 def world_part(source: DataSource) -> str:
     """The part of the embedded world that a source names.
 

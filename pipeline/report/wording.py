@@ -59,7 +59,7 @@ def remarks(card: DataCard) -> list[str]:
     findings = card.diagnosis.get("findings", {})
     warned = [(kind, found["count"]) for kind, found in findings.items() if found["severity"] == "warning"]
     cut = [(PROMPT_CUT.name, card.cut)] if card.cut else []
-    return [f"{count:,} {what}" for what, count in [*warned, *cut, *card.prepared.items()]]
+    return [f"{what}: {count:,}" for what, count in [*warned, *cut, *card.prepared.items()]]
 
 
 def duration(seconds: float) -> str:

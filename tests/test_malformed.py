@@ -15,11 +15,9 @@ import os
 import re
 import subprocess
 import sys
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +71,14 @@ def adapt(row):
         stream.write(b"\\n")
     return row
 """
+COMMAND = "from pipeline.cli import main; main()"
+IN_A_PROCESS = (
+    "02 byte order mark [csv]",
+    "09 null chosen [parquet]",
+    "38 pipe [jsonl.gz]",
+    "41 unclosed quote [csv]",
+    "50 line break in the path [json]",
+)
 SHARED = "which of the two long answers to this question was the better one of them in the end"
 """More than 13 words."""
 
@@ -313,7 +319,7 @@ def unprivileged() -> Iterator[None]:
     """Without the right of root to read everything."""
     # They may not be readable then.
     import data.doctor
-    import data.read
+    import data.read  # noqa: F401
     import pipeline.doctor  # noqa: F401
 
     if os.geteuid() != 0:
@@ -404,6 +410,7 @@ TWO_REJECTED = (
     "error: {file}: errors in the data",
 )
 UNFIT = "not fit for training: 1 error, 0 warnings"
+NO_ROW = "not fit for training: no usable row"
 FAILED_BOTH = "error: *{suffix}: errors in the data"
 FAILED = "error: {file}: errors in the data"
 REJECTED = ("20 rows, 19 usable…", UNFIT, FAILED)
@@ -618,10 +625,10 @@ FIELDS = (
     Case(
         11,
         "messages among texts",
-        seventh(prompt=turns("user"), chosen=turns("assistant"), rejected=turns("assistant", text="other")),
+        seventh(prompt=turns("user"), chosen=turns("assistant", text="a"), rejected=turns("assistant", text="b")),
         (
             "error: mixed layouts: 1",
-            "{7}: chosen: [{'role': 'assistant', 'content': 'words of the assistant'}] (a list; text in the rows before)",
+            "{7}: chosen: [{'role': 'assistant', 'content': 'a'}] (a list; text in the rows before)",
             *REJECTED,
         ),
         suffixes=JSON,
@@ -665,6 +672,12 @@ FIELDS = (
     ),
     Case(14, "empty chosen", seventh(chosen=""), dropped("empty response", "chosen: '' (empty)"), SOUND),
     Case(14, "empty rejected", seventh(rejected=""), dropped("empty response", "rejected: '' (empty)"), SOUND),
+    Case(
+        14,
+        "nothing but empty responses",
+        rows(pair("q", "", "a"), pair("q", "b", "")),
+        ("dropped: empty response: 2", "{2}: rejected: '' (empty)", NO_ROW, FAILED),
+    ),
     Case(14, "both empty", seventh(chosen="", rejected=""), dropped("empty response", "chosen: '' (empty)"), SOUND),
     Case(
         15,
@@ -769,7 +782,7 @@ DIALOGUES = (
     ),
     Case(
         19,
-        "unknown role",
+        "unknown role of ShareGPT",
         seventh(sharegpt, conversations=[{"from": "human", "value": "a"}, {"from": "model", "value": "b"}]),
         rejected(
             "unknown role",
@@ -824,7 +837,7 @@ DIALOGUES = (
     ),
     Case(
         21,
-        "different prompts",
+        "different prompts of dialogues in one text",
         seventh(
             dialogues,
             chosen="\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
@@ -836,7 +849,7 @@ DIALOGUES = (
     ),
     Case(
         21,
-        "different prompts",
+        "different prompts of dialogues in one text",
         seventh(dialogues, rejected="\n\nHuman: other\n\nAssistant: yes"),
         at_line(
             56,
@@ -904,7 +917,8 @@ CHARACTERS = (
         marked(b'"a\x01b"'),
         rejected(
             "broken JSON",
-            r"""broken JSON at column 38: invalid control character at near 't": "question 7", "chosen": "a\x01b", "rejected": "a bad answer'""",
+            "broken JSON at column 38: invalid control character at near "
+            r"""'t": "question 7", "chosen": "a\x01b", "rejected": "a bad answer'""",
         ),
         suffixes=JSON,
     ),
@@ -1443,6 +1457,27 @@ SEVERAL = (
         SOUND,
         JSON,
     ),
+    Case(
+        47,
+        "numbers as text",
+        rows(*({**each, "margin": "7.5"} for each in pairs())),
+        (
+            "warning: number written as text: 20",
+            "{1}: margin: '7.5'",
+            "20 rows, 20 usable…",
+            "fit for training, with 20 warnings",
+        ),
+        SOUND,
+        PARQUET,
+    ),
+    Case(
+        47,
+        "numbers in a file that has only text",
+        seventh(priced, margin="7.5"),
+        ("20 rows, 20 usable…", FIT),
+        SOUND,
+        CSV,
+    ),
     *(
         Case(
             47,
@@ -1531,7 +1566,7 @@ SEVERAL = (
         50,
         "path of 300 bytes",
         named(LONG),
-        (f"...{{tail}}: chosen: 'a\\x00b' (NUL at character 2)", "error: NUL character: 1", *REJECTED[:2]),
+        ("...{tail}: chosen: 'a\\x00b' (NUL at character 2)", "error: NUL character: 1", *REJECTED[:2]),
         file=LONG,
         arguments=("doctor", f"{LONG}{{suffix}}"),
     ),
@@ -1601,6 +1636,7 @@ def test_it_is_named_with_its_place(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     case.write(suffix)
+    capsys.readouterr()
     with case.within():
         code = cli.execute(cli.app, [filled(each, case, suffix, model) for each in case.arguments])
     printed = "".join(capsys.readouterr())
@@ -1619,5 +1655,29 @@ def check(case: Case, suffix: str, model: Path, printed: str) -> None:
     assert not UNPRINTABLE.search(printed)
 
 
+@pytest.mark.parametrize(
+    ("case", "suffix"),
+    [each for each in parameters() if each.id in IN_A_PROCESS],
+)
+def test_it_is_named_in_a_process_of_its_own(
+    case: Case, suffix: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    case.write(suffix)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", COMMAND, *(filled(each, case, suffix, model) for each in case.arguments)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    check(case, suffix, model, done.stdout + done.stderr)
+    assert done.returncode == case.code
+
+
 def test_the_list_is_complete() -> None:
     assert sorted({case.number for case in CASES}) == list(range(1, 51))
+    names = [each.id for each in parameters()]
+    assert len(set(names)) == len(names)
+    assert set(IN_A_PROCESS) <= set(names)

@@ -101,7 +101,7 @@ class Comparisons:
             pairs = self._places_of_pairs(indices)
             broken = [[pairs[pair] for pair in cycle] for cycle in _cycles(pairs)]
             if broken:
-                examples.append([min(places) for places in broken[0]])
+                examples.append(_from_first([min(places) for places in broken[0]]))
                 rows.update(place for cycle in broken for places in cycle for place in places)
         return Cycles(sorted(examples, key=min), rows)
 
@@ -159,6 +159,12 @@ def _cycle(pairs: Sequence[Pair]) -> list[Pair]:
     except CycleError as error:
         return list(pairwise(error.args[1]))
     return []
+
+
+def _from_first(places: list[int]) -> list[int]:
+    """The places of a cycle, beginning with the first of the file."""
+    start = places.index(min(places))
+    return places[start:] + places[:start]
 
 
 def _groups(rows: Keys) -> Indices:

@@ -112,7 +112,7 @@ BROKEN_JSON = Kind("broken JSON", "error", "correct this line")
 NOT_AN_OBJECT = Kind("not an object", "error", "write one JSON object per row")
 DUPLICATE_KEY = Kind("duplicate key", "error", "keep one of the two")
 NOT_FINITE = Kind("number that is not finite", "error", "write a number, or leave the field out")
-HUGE_NUMBER = Kind("number outside the exact range", "error", "write it as text, or within 2**53")
+HUGE_NUMBER = Kind("number too large", "error", "write it as text, or as a smaller number")
 RAGGED = Kind(
     "ragged row", "error", "give every row as many fields as the header, and quote fields that hold separators"
 )

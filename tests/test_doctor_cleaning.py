@@ -143,3 +143,15 @@ def test_generated_rows_need_no_cleaning(tmp_path: Path) -> None:
     readings = scan(DataSource(source="world:prompts", rows=2), Findings())
     with pytest.raises(DataError, match="generated rows need no cleaning"):
         write_cleaned(readings, {}, tmp_path / "clean.jsonl")
+
+
+def test_numbers_that_are_missing_in_a_column_that_nothing_reads_are_written_as_null(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"prompt": f"Q{each}", "chosen": "a", "rejected": "b", "votes": float("nan")} for each in range(3)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    source = DataSource(source=str(tmp_path / "a.parquet"))
+    cleaned = write_cleaned(scan(source, Findings()), {}, tmp_path / "out.jsonl")
+    assert (cleaned.kept, cleaned.dropped) == (3, 0)
+    assert [json.loads(line)["votes"] for line in cleaned.path.read_text().splitlines()] == [None] * 3

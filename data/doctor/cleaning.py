@@ -8,6 +8,7 @@ a person can tell copies from a common pattern.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.doctor.diagnosis import Drop
-from data.findings import NOT_FINITE, WRONG_TYPE, BadRow
+from data.findings import WRONG_TYPE, BadRow
 from data.read import Reading
 from pipeline.errors import DataError, StorageError
 
@@ -80,8 +81,6 @@ def _written(reading: Reading, write: Write) -> dict[str, str] | None:
         raise DataError("holds no records", where=reading.origin, hint="generated rows need no cleaning")
     try:
         write(reading.record)
-    except ValueError as error:
-        return {"reason": NOT_FINITE.name, "what": str(error)}
     except BadRow as error:
         return {"reason": error.kind.name, "what": error.what}
     return None
@@ -111,13 +110,25 @@ def _refuse_existing(path: Path) -> None:
 
 
 def _write_line(stream: IO[str], value: Mapping[str, Any]) -> None:
-    line = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
+    try:
+        line = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
+    except ValueError:
+        line = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=_plain)
     try:
         line.encode("utf-8")
     except UnicodeEncodeError:
         # Half a character in a column that nothing reads: kept as the escape that it was.
-        line = json.dumps(value, allow_nan=False, default=_plain)
+        line = json.dumps(json.loads(line))
     stream.write(line + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for what is not a number: data frames write so what is missing."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _plain(value: object) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from data.findings import HUGE_NUMBER, NOT_FINITE, NOT_UTF8, WRONG_TYPE, BadRow, cut, shown
+from data.findings import NOT_UTF8, WRONG_TYPE, BadRow, cut, shown
 from data.sources.lines import too_large
 from data.sources.record import Located, Records
-from data.sources.strict_json import EXACT, undecodable
+from data.sources.strict_json import undecodable
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:
@@ -64,10 +63,7 @@ def _rows(batch: pyarrow.RecordBatch) -> list[dict[str, Any] | pyarrow.RecordBat
 def _checked(row: dict[str, Any] | pyarrow.RecordBatch, origin: str, max_chars: int) -> Located | BadRow:
     if not isinstance(row, dict):
         return _unreadable(row, origin)
-    try:
-        length = sum(_length(value, column, origin) for column, value in row.items())
-    except BadRow as problem:
-        return problem
+    length = _length(row)
     if length > max_chars:
         return too_large(length, max_chars, origin)
     return Located(origin, row)
@@ -110,16 +106,12 @@ def _damaged(what: str, origin: str) -> DataError:
     return DataError(f"damaged: {what}", where=origin, hint="write or download the file again")
 
 
-def _length(value: object, path: str, origin: str) -> int:
-    """The number of characters in a value; `path` is its place in the row."""
+def _length(value: object) -> int:
+    """The number of characters in a value."""
     if isinstance(value, str | bytes):
         return len(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise BadRow(NOT_FINITE, f"{cut(path)}: {value} is not a number that can be used", where=origin)
-    if isinstance(value, int) and abs(value) > EXACT:
-        raise BadRow(HUGE_NUMBER, f"{cut(path)}: {value} is outside +-2**53", where=origin)
     if isinstance(value, dict):
-        return sum(_length(inner, f"{path}.{key}", origin) for key, inner in value.items())
+        return sum(map(_length, value.values()))
     if isinstance(value, list | tuple):
-        return sum(_length(inner, f"{path}[{index}]", origin) for index, inner in enumerate(value))
+        return sum(map(_length, value))
     return 0

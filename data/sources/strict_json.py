@@ -25,7 +25,7 @@ from data.findings import (
 )
 from data.sources.record import Record
 
-EXACT = 2**53
+LARGEST = 2**64 - 1
 """Integers up to this size are exact as floats."""
 DEEPEST = 64
 """Levels of nesting; no format has as many, and code that follows them need not fear for its stack."""
@@ -149,8 +149,8 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > len(str(-EXACT)) or abs(int(digits)) > EXACT:
-        raise _Refused(HUGE_NUMBER, f"{cut(digits)} is outside +-2**53")
+    if len(digits) > len(str(-LARGEST)) or abs(int(digits)) > LARGEST:
+        raise _Refused(HUGE_NUMBER, f"{cut(digits)} does not fit in 64 bits")
     return int(digits)
 
 

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from data.batch import Layout, TreeBatch
-from data.schema import Preference
 from data.tree import Tree, pair_tree
 from pipeline.config import DpoSettings
 from pipeline.contract import Context, Result
@@ -45,7 +44,7 @@ def run(context: Context) -> Result:
     roles = open_role(policy, POLICY, settings.lora, compute)
     with roles.use(REFERENCE):
         replay_probes(policy, roles.base)
-    examples = rows.examples(context, "data", Preference, pair_tree, roles.base)
+    examples = rows.examples(context, "data", pair_tree, roles.base)
     layout, warnings = choose_layout(roles.base.model, examples.train)
     tokens = loop.follow(context, examples.passes, objective(roles, settings, layout), roles.parameters(POLICY))
     metrics = _metrics(roles, examples.held_out, settings, layout)

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from data.batch import Layout
-from data.schema import Preference
 from data.tree import Branch, Tree, preference_tree
 from pipeline.config import RewardSettings
 from pipeline.contract import Context, Result
@@ -50,7 +49,7 @@ def run(context: Context) -> Result:
     roles.add_head(REWARD)
     with roles.use(REFERENCE):
         replay_probes(policy, roles.base)
-    examples = rows.examples(context, "data", Preference, preference_tree, roles.base)
+    examples = rows.examples(context, "data", preference_tree, roles.base)
     layout, warnings = choose_layout(roles.base.model, examples.train)
     with roles.use(REWARD):
         objective = _objective(roles, settings, layout)

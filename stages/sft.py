@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from data.schema import Conversation
 from data.template import set_template
 from data.tree import Tree, conversation_tree
 from pipeline.contract import Artifact, Context, Result
@@ -39,7 +38,7 @@ def run(context: Context) -> Result:
     loop.seed_everything(context.seed)
     policy = context.inputs["policy"]
     roles = _open(context, policy, compute)
-    examples = rows.examples(context, "data", Conversation, conversation_tree, roles.base)
+    examples = rows.examples(context, "data", conversation_tree, roles.base)
     layout, warnings = choose_layout(roles.base.model, examples.train)
     with roles.use(POLICY if settings.lora else REFERENCE):
         objective = negative_mean(roles.base, settings.tokens_per_batch, layout)

@@ -6,7 +6,6 @@ each part and read from disk afterwards, so memory does not grow with the data.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +13,22 @@ from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from data import cache, read
+from data import cache, encoding, read
 from data.blocks import DocumentMixture
-from data.document_store import DocumentStore, DocumentWriter, encoded
+from data.document_store import DocumentStore
+from data.encoding import HELD_OUT, TRAIN
 from data.findings import PROMPT_CUT
 from data.intake import Intake
 from data.mixture import Mixture, Passes, joined
 from data.schema import Row, Text
 from data.template import ChatTemplate, tokenizer_record
 from data.tree import Tree
-from data.tree_store import TreeStore, TreeWriter
+from data.tree_store import TreeStore
 from pipeline.contract import Context
-from pipeline.errors import ArtifactError, DataError
+from pipeline.errors import DataError
 from pipeline.manifest import DataCard
 from stages.core.models import LanguageModel
 
-HELD_OUT, TRAIN = "held-out", "train"
 Item = TypeVar("Item", bound=Row)
 TreeOf = Callable[[ChatTemplate, Item, int, int], Tree | str]
 """Makes a tree of a template, a row, its number and the longest length, or names the reason why it cannot."""
@@ -78,7 +77,7 @@ def read_rows(context: Context, role: str, kind: type[Item]) -> Rows[Item]:
     for placed in intake:
         assert isinstance(placed.row, kind)
         (held_out if placed.held_out else train).append(placed.row)
-    record = _record(intake)
+    record = encoding.record(intake)
     _tell(context, role, record)
     return Rows(train, held_out, record)
 
@@ -110,7 +109,7 @@ class Texts:
                 if not placed.held_out:
                     used += 1
                     yield text
-            record = _record(intake)
+            record = encoding.record(intake)
             _tell(self._context, part, record)
             self.cards.append(card(self._context, part, record, used))
         self.sample = held_out or self.sample
@@ -127,15 +126,12 @@ def card(context: Context, role: str, record: Mapping[str, Any], used: int, spli
     return DataCard(role=role, source=context.data[role].name, rows=used, split=split, **record)
 
 
-def examples(
-    context: Context, role: str, kind: type[Item], tree_of: TreeOf[Item], language_model: LanguageModel
-) -> Examples:
+def examples(context: Context, role: str, tree_of: TreeOf[Any], language_model: LanguageModel) -> Examples:
     """The trees of a data role.
 
     Args:
         context: The stage's.
         role: The data role.
-        kind: The kind of row.
         tree_of: How a row becomes a tree.
         language_model: Whose tokenizer, template and positions hold.
 
@@ -151,7 +147,10 @@ def examples(
     for part in parts(context, role):
 
         def make(directory: Path, part: str = part) -> dict[str, Any]:
-            return _write_trees(context, part, directory, kind, lambda row, n: tree_of(template, row, n, max_length))
+            intake = open_source(context, part)
+            return encoding.write_trees(
+                intake, directory, lambda row, number: tree_of(template, row, number, max_length)
+            )
 
         entry = _cached(context, part, tokenizer, options, make)
         # Numbers tell trees apart, also those of different sources.
@@ -181,16 +180,14 @@ def documents(context: Context, role: str, tokenizer: PreTrainedTokenizerBase) -
     for part in parts(context, role):
 
         def make(directory: Path, part: str = part) -> dict[str, Any]:
-            return _write_documents(context, part, directory, tokenizer)
+            return encoding.write_documents(open_source(context, part), directory, tokenizer)
 
         entry = _cached(context, part, record, {"tree": "document"}, make)
         train[part], held_out[part] = (DocumentStore(entry.directory / side) for side in (TRAIN, HELD_OUT))
         _tell(context, part, entry.record)
         cards.append(card(context, part, entry.record, len(train[part])))
     shares = context.settings.shares(role)
-    return Documents(
-        DocumentMixture(train, shares, context.seed), DocumentMixture(held_out, None, context.seed), cards
-    )
+    return Documents(DocumentMixture(train, shares, context.seed), DocumentMixture(held_out, None, context.seed), cards)
 
 
 def _cached(
@@ -210,59 +207,6 @@ def _cached(
         options={**options, "kinds": context.settings.DATA[role.partition(".")[0]], "evaluated": against},
     )
     return cache.cached(key, make, context.say)
-
-
-def _write_trees(
-    context: Context, role: str, directory: Path, kind: type[Item], tree_of: Callable[[Item, int], Tree | str]
-) -> dict[str, Any]:
-    """Fill a cache entry; what cannot be used of the training rows is counted."""
-    intake = open_source(context, role)
-    dropped: Counter[str] = Counter()
-    cut = 0
-    with TreeWriter(directory / TRAIN) as train, TreeWriter(directory / HELD_OUT) as held_out:
-        written = {True: 0, False: 0}
-        for placed in intake:
-            assert isinstance(placed.row, kind)
-            tree = _placed(tree_of, placed.row, written[placed.held_out])
-            if isinstance(tree, Tree):
-                (held_out if placed.held_out else train).append(tree)
-                written[placed.held_out] += 1
-                cut += bool(tree.cut) and not placed.held_out
-            elif not placed.held_out:
-                dropped[tree] += 1
-    return _record(intake, dropped, cut)
-
-
-def _write_documents(
-    context: Context, role: str, directory: Path, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
-    """Fill a cache entry; encoding goes batch by batch, and every document to its side."""
-    intake = open_source(context, role)
-    sides: list[bool] = []
-
-    def noting_sides() -> Iterator[str]:
-        for placed in intake:
-            assert isinstance(placed.row, Text)
-            sides.append(placed.held_out)
-            yield placed.row.text
-
-    end = tokenizer.eos_token_id
-    with DocumentWriter(directory / TRAIN, end) as train, DocumentWriter(directory / HELD_OUT, end) as held_out:
-        for number, ids in enumerate(encoded(tokenizer, noting_sides())):
-            (held_out if sides[number] else train).extend([ids])
-    return _record(intake)
-
-
-def _record(intake: Intake, dropped: Mapping[str, int] | None = None, cut: int = 0) -> dict[str, Any]:
-    """What a finished reading says in a data card; reasons from reading and from tokenising add up."""
-    return {
-        "digest": intake.digest,
-        "format": intake.format,
-        "dropped": dict(sorted((intake.dropped + Counter(dropped or {})).items())),
-        "cut": cut,
-        "prepared": intake.prepared,
-        "diagnosis": intake.record,
-    }
 
 
 def _tell(context: Context, role: str, record: Mapping[str, Any]) -> None:
@@ -287,14 +231,6 @@ def _require_some(context: Context, role: str, train: Sequence[Tree], record: Ma
         where=context.data[role].name,
         hint=f"raise stages.{context.name}.max_length, lower the source's held_out, or check the data",
     )
-
-
-def _placed(tree_of: Callable[[Item, int], Tree | str], row: Item, number: int) -> Tree | str:
-    """The row's tree; what a chat template refuses is the row's fault and says which."""
-    try:
-        return tree_of(row, number)
-    except ArtifactError as error:
-        raise DataError(error.what, where=row.origin, hint=error.hint) from error
 
 
 __all__ = [

@@ -61,28 +61,34 @@ class Entry:
 
 
 def root() -> Path:
-    """The cache directory."""
+    """The cache directory.
+
+    Raises:
+        StorageError: No variable names one, and the user has no home directory.
+    """
     named = os.environ.get("BATON_CACHE")
     if named:
         return Path(named).absolute()
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The standard says to ignore a relative path.
-    return (shared if shared.is_absolute() else Path("~/.cache").expanduser()) / "baton"
+    if shared.is_absolute():  # the standard says to ignore a relative path
+        return shared / "baton"
+    try:
+        return Path("~/.cache").expanduser() / "baton"
+    except RuntimeError as error:
+        raise StorageError("no home directory for the token cache", hint="set BATON_CACHE to a directory") from error
 
 
-def key(*, data: str, settings: Mapping[str, Any], tokenizer: str, template: str, options: Mapping[str, Any]) -> str:
+def key(*, data: str, tokenizer: str, template: str, options: Mapping[str, Any]) -> str:
     """The sha256 that stands for everything tokens are made of; any change of it gives another key.
 
     Args:
-        data: Digest of the data source's content.
-        settings: The data source's settings, and the digest of its adapter if it has one.
+        data: Digest of the data source's content, settings and adapter.
         tokenizer: Digest of the tokenizer.
         template: Digest of the chat template; empty for text.
         options: What else the stage asks for: the kind of rows and trees, the longest length.
     """
     parts = {
         "data": data,
-        "settings": settings,
         "tokenizer": tokenizer,
         "template": template,
         "options": options,

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.document_store import DocumentWriter, encoded
+from data.findings import TEMPLATE_REFUSES, BadRow
 from data.intake import Intake
 from data.schema import Text
 from data.tree import Tree
 from data.tree_store import TreeWriter
-from pipeline.errors import ArtifactError, DataError
+from pipeline.errors import ArtifactError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +34,7 @@ def write_trees(intake: Intake, directory: Path, tree_of: Callable[[Any, int], T
         The record; it counts what cannot be used of the training rows.
 
     Raises:
-        DataError: The source cannot be read, or the chat template refuses a row.
+        DataError: The source cannot be read, or the chat template refuses rows that may not be skipped.
     """
     dropped: Counter[str] = Counter()
     cut = 0
@@ -42,8 +43,9 @@ def write_trees(intake: Intake, directory: Path, tree_of: Callable[[Any, int], T
         for placed in intake:
             try:
                 tree = tree_of(placed.row, written[placed.held_out])
-            except ArtifactError as error:  # what a template refuses is the row's fault
-                raise DataError(error.what, where=placed.row.origin, hint=error.hint) from error
+            except ArtifactError as error:
+                intake.refuse(BadRow(TEMPLATE_REFUSES, error.what, where=placed.row.origin, hint=error.hint))
+                continue
             if isinstance(tree, Tree):
                 (held_out if placed.held_out else train).append(tree)
                 written[placed.held_out] += 1

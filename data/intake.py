@@ -18,6 +18,7 @@ from data.preparation import Preparer
 from data.read import Reading, convert, fingerprint, scan, target
 from data.schema import Conversation, Preference, Rated, Row, RowKind, Text
 from data.split import is_held_out
+from data.template import ChatTemplate
 from pipeline.config import DataSource
 from pipeline.errors import DataError
 
@@ -40,6 +41,8 @@ class Intake:
         kinds: Kinds of rows the stage takes, in order of preference.
         known: The run's data sources by name.
         evaluated: Names of those whose held-out rows the run's models are evaluated on.
+        encoder: Makes the tokens that the doctor counts; None for text.
+        max_length: Longest example in tokens.
 
     Attributes:
         digest: What stands for the content, taken before the first row was read.
@@ -59,8 +62,12 @@ class Intake:
         kinds: tuple[str, ...],
         known: Mapping[str, DataSource] | None = None,
         evaluated: Collection[str] = (),
+        encoder: ChatTemplate | None = None,
+        max_length: int | None = None,
     ) -> None:
         self._source, self._kinds, self._known = source, kinds, known or {}
+        self._encoder, self._max_length = encoder, max_length
+        self._refused = _Refusals()
         self._evaluated = [self._known[name] for name in evaluated if self._known[name] != source]
         self.digest = fingerprint(source, self._known)
         self.format = ""
@@ -69,24 +76,33 @@ class Intake:
         self.record: dict[str, Any] = {}
 
     def __iter__(self) -> Iterator[Placed]:
-        refused = _Refusals()
         kind: RowKind | None = None
         preparer = self._preparer()
         for reading in self._examined():
-            refused.rows += 1
+            self._refused.rows += 1
             try:
                 kind = kind or self._kind(reading)
                 row = self._taken(reading, kind, preparer)
             except BadRow as problem:
-                self.dropped[problem.kind.name] += 1
-                refused.add(problem)
+                self.refuse(problem)
             else:
                 yield Placed(row, self._is_held_out(reading))
         self.prepared = dict(preparer.steps) if preparer else {}
-        self._finish(refused, kind)
+        self._finish(kind)
+
+    def refuse(self, problem: BadRow) -> None:
+        """Count a row that cannot be used; at the end it stops the stage, if its kind and the source say so."""
+        self.dropped[problem.kind.name] += 1
+        self._refused.add(problem)
 
     def _examined(self) -> Iterator[Reading]:
-        examination = Examination(self._source.name, held_out=self._source.held_out)
+        examination = Examination(
+            self._source.name,
+            held_out=self._source.held_out,
+            encoder=self._encoder,
+            max_length=self._max_length,
+            control_tokens=list(self._encoder.control.values()) if self._encoder else (),
+        )
         for reading in scan(self._source, examination.findings):
             examination.see(reading)
             yield reading
@@ -126,9 +142,9 @@ class Intake:
             )
         return Preparer(settings, _contamination(self._known[name] for name in settings.decontaminate))
 
-    def _finish(self, refused: _Refusals, kind: RowKind | None) -> None:
+    def _finish(self, kind: RowKind | None) -> None:
         if self._source.on_bad_row == "stop":
-            refused.stop()
+            self._refused.stop()
         if kind is None:
             reasons = "".join(f"; {count} x {reason}" for reason, count in sorted(self.dropped.items()))
             raise DataError(f"no usable row{reasons}", where=self._source.name, hint="give a file that holds data")

@@ -1,8 +1,8 @@
 """Which prompts are kept from training.
 
-A prompt's place is a hash of its own words, so the same prompt falls on the same side in every source, in any
-order and next to any other rows. A row is held out when its place lies below the share; a larger share
-therefore holds out everything that a smaller one does.
+A prompt's place is a hash of its opening, so the same prompt falls on the same side in every source, in any order and
+next to any other rows; and so do all prompts that a conversation of several turns consists of, which begin alike. A row
+is held out when its place lies below the share; a larger share therefore holds out everything that a smaller one does.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ _ASCII_SPACES = "".join(" " if chr(code).isspace() else chr(code) for code in ra
 
 
 def bucket(messages: Sequence[Message]) -> float:
-    """The prompt's place in [0, 1): sha256 of its turns, Unicode-composed (NFC) and with runs of white space
+    """The prompt's place in [0, 1): sha256 of its first turn, Unicode-composed (NFC) and with runs of white space
     as one.
 
     System turns do not count: a question is the same question under another system prompt.
     """
-    turns = [[message.role, _canonical(message.content)] for message in messages if message.role != "system"]
+    opening = next((message for message in messages if message.role != "system"), None)
+    turns = [[opening.role, _canonical(opening.content)]] if opening else []
     digest = hashlib.sha256(_encode(turns).encode()).digest()
     # 53 bits are what a float holds exactly; more could round up to 1.0.
     return (int.from_bytes(digest[:8], "big") >> 11) / 2.0**53

@@ -103,8 +103,8 @@ class DataSource(Settings):
     seed: Seed = 0
     """Seed of the generator; only for `world:` sources."""
     held_out: Fraction = 0.1
-    """Share of prompts kept from training, chosen by a hash of the prompt, so that the same prompt is held out in every
-    source: all sources of a run must have the same share."""
+    """Share of prompts kept from training, chosen by a hash of the prompt's first turn, so that the same prompt is held
+    out in every source: all sources of a run must have the same share, but for test sets, of which 1 keeps all."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What happens to malformed rows: `skip` leaves them out and counts them by reason."""
     max_chars: Positive = 1_000_000
@@ -493,10 +493,23 @@ class RunSettings(Settings):
             for other in each.prepare.decontaminate if each.prepare else ():
                 if other not in self.data:
                     raise ValueError(f"data.{name}.prepare.decontaminate: no data source `{other}`")
-        shares = {name: source.held_out for name, source in self.data.items()}
-        if len(set(shares.values())) > 1:
-            raise ValueError(f"data: held_out differs ({shares}): prompts held out of one source would be trained on")
+        self._one_share_is_held_out()
         return self
+
+    def _one_share_is_held_out(self) -> None:
+        """Sources that are held out whole, as a test set, are no part of the split: no stage may train on them."""
+        whole = {name for name, source in self.data.items() if source.held_out == 1.0}
+        for name, stage in self.stages.items():
+            trained = [each for each in stage.data_roles().values() if each in whole and stage.kind != "evaluate"]
+            if trained:
+                raise ValueError(f"stages.{name}: all of `{trained[0]}` is held out: only evaluate stages can read it")
+        shares = {name: source.held_out for name, source in self.data.items() if name not in whole}
+        if len(set(shares.values())) > 1:
+            said = ", ".join(f"{name}: {share}" for name, share in shares.items())
+            raise ValueError(
+                f"data: held_out differs ({said}): prompts held out of one source would be trained on in another; "
+                "give all the same share (a test set, read by evaluate stages only, may have held_out: 1)"
+            )
 
 
 def evaluated(settings: RunSettings) -> tuple[str, ...]:

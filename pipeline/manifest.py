@@ -62,6 +62,8 @@ class DataCard(Record):
     format: str
     rows: int
     """Rows used, after splitting and dropping."""
+    epochs: float = 1.0
+    """Times they are taken in one pass over the stage's data; not 1 in mixtures only."""
     split: str = "train"
     """`train` or `held-out`."""
     dropped: dict[str, int] = {}

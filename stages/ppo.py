@@ -96,7 +96,8 @@ def _prompts(context: Context, template: ChatTemplate, longest: int) -> tuple[Pa
         prompts[part] = [tuple(tokens[-longest:]) for tokens in whole]
         record = {**found.record, "cut": sum(len(tokens) > longest for tokens in whole)}
         cards.append(rows.card(context, part, record, len(whole)))
-    return rows.mixed(context, "data", prompts), cards
+    passes = rows.mixed(context, "data", prompts)
+    return passes, rows.with_epochs(cards, passes.epochs)
 
 
 def open_roles(policy: Artifact, reward: Artifact, settings: PpoSettings, compute: device.Compute) -> Roles:

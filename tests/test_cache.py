@@ -31,7 +31,6 @@ from pipeline.errors import ArtifactError, StorageError
 ORIGINS = ["", "pairs.jsonl:7", "größe 日本.parquet:row 12", "caf\udce9.jsonl:1"]
 PARTS: dict[str, Any] = {
     "data": "d" * 64,
-    "settings": {"source": "pairs.jsonl", "format": "auto", "columns": {}},
     "tokenizer": "t" * 64,
     "template": "c" * 64,
     "options": {"trees": "preference", "max_length": 512},
@@ -457,11 +456,22 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     assert cache.root() == tmp_path / ".cache" / "baton"
 
 
+def test_without_a_home_directory_the_variable_to_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("BATON_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    with pytest.raises(StorageError, match="set BATON_CACHE"):
+        cache.root()
+
+
 def variants() -> Iterator[dict[str, Any]]:
     """The parts of a key with one of them changed."""
     for name in ("data", "tokenizer", "template"):
         yield {**PARTS, name: "0" + PARTS[name][1:]}
-    for name in ("settings", "options"):
+    for name in ("options",):
         for each in PARTS[name]:
             yield {**PARTS, name: {**PARTS[name], each: "other"}}
         yield {**PARTS, name: {**PARTS[name], "one more": 1}}
@@ -469,7 +479,7 @@ def variants() -> Iterator[dict[str, Any]]:
 
 def test_every_part_changes_the_key() -> None:
     keys = {cache.key(**parts) for parts in (PARTS, *variants())}
-    assert len(keys) == 1 + 3 + 3 + 1 + 2 + 1
+    assert len(keys) == 1 + 3 + 2 + 1
     assert cache.key(**PARTS) == cache.key(**dict(reversed(PARTS.items())))
 
 

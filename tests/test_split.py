@@ -62,11 +62,18 @@ def test_writing_the_same_prompt_differently_does_not_move_it() -> None:
     assert bucket(composed) == bucket(decomposed) == bucket(under_a_system)
 
 
-def test_turns_and_their_roles_count() -> None:
+def test_the_first_turn_and_its_role_decide() -> None:
     one, two = Message("user", "a"), Message("user", "b")
-    places = [bucket(each) for each in ((one,), (two,), (one, two), (two, one), (Message("user", "a b"),))]
-    places.append(bucket((Message("assistant", "a"), two)))
+    places = [bucket(each) for each in ((one,), (two,), (Message("user", "a b"),), (Message("assistant", "a"), two))]
     assert len(set(places)) == len(places)
+    assert bucket((one, Message("assistant", "x"), two)) == bucket((one,))
+
+
+def test_no_part_of_a_conversation_is_a_prompt_of_the_other_side() -> None:
+    for prompt in PROMPTS[:200]:
+        turns = (*prompt, Message("assistant", "here"), Message("user", "Why?"), Message("assistant", "So."))
+        sides = {is_held_out(Conversation(turns[:length]), 0.5) for length in (2, 4)}
+        assert sides == {is_held_out(Prompt(prompt), 0.5)}
 
 
 @pytest.mark.parametrize("alphabet", [ASCII, BEYOND_ASCII])
@@ -74,10 +81,10 @@ def test_the_place_is_that_of_the_definition(alphabet: str) -> None:
     rng = random.Random(len(alphabet))
     for _ in range(500):
         content = "".join(rng.choices(alphabet, k=rng.randrange(40)))
-        turns = [["user", " ".join(unicodedata.normalize("NFC", content).split())], ["assistant", ""]]
+        turns = [["user", " ".join(unicodedata.normalize("NFC", content).split())]]
         digest = hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode()).hexdigest()
         place = (int(digest[:16], 16) >> 11) / 2**53
-        assert bucket((Message("user", content), Message("assistant", " "))) == place
+        assert bucket((Message("user", content),)) == place
 
 
 def test_the_place_never_changes_between_versions() -> None:

@@ -243,3 +243,77 @@ def test_rows_without_a_trained_token_are_refused_by_the_view(own: Path, capsys:
     assert f"error: {path}:2: trained part longer than max_length" in printed.err
     assert baton("tokens", path) == 2
     assert "add `--tokenizer`" in capsys.readouterr().err
+
+
+def test_a_row_that_the_template_refuses_is_malformed(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    template = own.parent / "house.jinja"
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    template.write_text(strict + HOUSE)
+    rows: list[dict[str, Any]] = [*chats(40), {**chats(1)[0], "system": "Be brief."}]
+    write(own.parent / "chats.jsonl", rows)
+    command = ["run", own, f"stages.sft.chat_template={template}", "--until", "sft"]
+    assert baton(*command) == 3
+    assert f"{own.parent}/chats.jsonl:41: the chat template refuses the turns" in capsys.readouterr().err
+    assert baton(*command, "data.chats.on_bad_row=skip") == 0
+    assert card(own, "sft").dropped == {"refused by the chat template": 1}
+
+
+def test_the_stage_s_doctor_counts_tokens(own: Path) -> None:
+    long = {"prompt": "word " * 300, "chosen": "Yes.", "rejected": "<|im_end|>"}
+    write(own.parent / "pairs.jsonl", [*pairs(40), long])
+    assert baton("run", own, "--until", "dpo") == 0
+    found = card(own, "dpo").diagnosis
+    assert found["lengths"]["whole"]
+    assert found["findings"]["prompt cut to fit"]["count"] == 1
+    assert found["findings"]["control tokens in content"]["count"] == 1
+
+
+def test_a_test_set_is_evaluated_whole_and_never_trained_on(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    test = own.parent / "test.jsonl"
+    write(test, [{"prompt": f"Puzzle {number}?", "completion": "Answer."} for number in range(3)])
+    own.write_text(own.read_text().replace("  pairs: {", f"  test: {{source: {test}, held_out: 1}}\n  pairs: {{"))
+    evaluated = "stages.evaluate.prompts=test"
+    assert baton("run", own, evaluated, "--until", "evaluate") == 0
+    prompts = {each.role: each for each in manifest(own, "evaluate").data}["prompts"]
+    assert (prompts.rows, prompts.split) == (3, "held-out")
+    assert baton("plan", own, "stages.sft.data=test") == 2
+    assert "all of `test` is held out: only evaluate stages can read it" in capsys.readouterr().err
+    write(test, chats(3))
+    assert baton("run", own, evaluated, "--until", "sft", "--force", "sft") == 3
+    assert "prompt on both sides" in capsys.readouterr().err
+
+
+def test_a_source_of_which_a_mixture_takes_nothing_is_refused(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(own.parent / "more.jsonl", chats(12, "Riddle"))
+    more = f"  more: {{source: {own.parent}/more.jsonl, held_out: 0.2}}\n  pairs: {{"
+    own.write_text(own.read_text().replace("  pairs: {", more))
+    assert baton("run", own, "stages.sft.data={chats: {epochs: 1}, more: {epochs: 0.01}}", "--until", "sft") == 3
+    assert "more.jsonl: its share of the mixture is less than one of its " in capsys.readouterr().err
+    assert baton("run", own, "stages.sft.data={chats: {epochs: 1}, more: {epochs: 0.5}}", "--until", "sft") == 0
+    assert {each.role: each.epochs for each in manifest(own, "sft").data} == {"data.chats": 1.0, "data.more": 0.5}
+
+
+def test_tokens_of_a_branch_that_moves_are_made_again(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from data import sources
+
+    served = chats(40)
+    commits = iter(["a" * 40, "b" * 40, None, None])
+    now: list[str | None] = [None]
+    fingerprint, records = sources.fingerprint, sources.records
+
+    def serve(source: Any, findings: Any) -> Any:
+        if source.scheme != "hub":
+            return records(source, findings)
+        return iter([sources.Located(f"hub:row {number}", row) for number, row in enumerate(served, 1)])
+
+    monkeypatch.setattr(sources, "records", serve)
+    monkeypatch.setattr(sources, "fingerprint", lambda source: "f" if source.scheme == "hub" else fingerprint(source))
+    monkeypatch.setattr(sources, "commit", lambda source: now[0])
+    digests = []
+    for commit in commits:
+        now[0] = commit
+        served.append({"prompt": f"New {len(served)}?", "completion": "Yes."})
+        source = "data.chats.source='hub:owner/name@main'"
+        assert baton("run", own, source, "stages.evaluate.prompts=pairs", "--until", "sft", "--force", "sft") == 0
+        digests.append(card(own, "sft").diagnosis["rows"])
+    assert digests == [41, 42, 43, 44]

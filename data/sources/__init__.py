@@ -14,11 +14,12 @@ from data.findings import BadRow, Findings
 from data.sources import arrow, columns, delimited, hub, json_array, jsonl, parquet, paths
 from data.sources.digest import fingerprint, stamps, world_part
 from data.sources.files import regular
+from data.sources.hub import commit
 from data.sources.record import Located, Record, Records, place
 from pipeline.config import DataSource
 from pipeline.errors import DataError
 
-__all__ = ["Located", "Record", "fingerprint", "records", "stamps", "world_part"]
+__all__ = ["Located", "Record", "commit", "fingerprint", "records", "stamps", "world_part"]
 
 READERS = {
     ".jsonl": jsonl.read,

@@ -39,6 +39,24 @@ def read(source: DataSource) -> Records:
     Raises:
         DataError: it cannot be loaded, or only at another revision.
     """
+    yield from located(_batches(_load(source)), place(source.name), source.max_chars)
+
+
+def commit(source: DataSource) -> str | None:
+    """The commit that a data set's revision stands for now; None when nothing says.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    _, revision, _ = reference(source)
+    if COMMIT.fullmatch(revision):
+        return revision
+    found = {Path(each["filename"]).parent.name for each in _load(source).cache_files}
+    (only,) = found if len(found) == 1 else ("",)
+    return only if COMMIT.fullmatch(only) else None
+
+
+def _load(source: DataSource) -> Any:
     import datasets
 
     name, revision, config = reference(source)
@@ -48,7 +66,7 @@ def read(source: DataSource) -> Records:
         hint = "check owner, name, revision, configuration and split, and whether the network may be used"
         raise DataError(f"cannot be loaded: {cut(str(error))}", where=source.name, hint=hint) from error
     _refuse_other_commit(table, revision, source.name)
-    yield from located(_batches(table), place(source.name), source.max_chars)
+    return table
 
 
 def _batches(table: Any) -> Iterator[pyarrow.RecordBatch]:

@@ -6,6 +6,7 @@ each part and read from disk afterwards, so memory does not grow with the data.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from data import cache, encoding, read
+from data import cache, encoding, read, sources
 from data.blocks import DocumentMixture
 from data.document_store import DocumentStore
 from data.encoding import HELD_OUT, TRAIN
@@ -24,6 +25,8 @@ from data.schema import Row, Text
 from data.template import ChatTemplate, tokenizer_record
 from data.tree import Tree
 from data.tree_store import TreeStore
+from pipeline import fingerprint
+from pipeline.config import DataSource
 from pipeline.contract import Context
 from pipeline.errors import DataError
 from pipeline.manifest import DataCard
@@ -115,15 +118,30 @@ class Texts:
         self.sample = held_out or self.sample
 
 
-def open_source(context: Context, role: str) -> Intake:
-    """A source on its way into the stage."""
+def open_source(
+    context: Context, role: str, template: ChatTemplate | None = None, max_length: int | None = None
+) -> Intake:
+    """A source on its way into the stage; with a template, the doctor counts tokens, too."""
     kinds = context.settings.DATA[role.partition(".")[0]]
-    return Intake(context.data[role], kinds, context.sources, context.evaluated)
+    return Intake(context.data[role], kinds, context.sources, context.evaluated, template, max_length)
 
 
 def card(context: Context, role: str, record: Mapping[str, Any], used: int, split: str = TRAIN) -> DataCard:
     """The record of what was used from a source."""
     return DataCard(role=role, source=context.data[role].name, rows=used, split=split, **record)
+
+
+def with_epochs(cards: Sequence[DataCard], epochs: Mapping[str, float]) -> list[DataCard]:
+    """The cards of a mixture's parts, with how often a pass goes through each.
+
+    Raises:
+        DataError: A part is so small that a pass takes nothing of it.
+    """
+    for each in cards:
+        if round(each.rows * epochs[each.role]) < 1:
+            what = f"its share of the mixture is less than one of its {each.rows} rows"
+            raise DataError(what, where=each.source, hint=f"raise `{each.role}`, or leave it out")
+    return [card.model_copy(update={"epochs": epochs[card.role]}) for card in cards]
 
 
 def examples(context: Context, role: str, tree_of: TreeOf[Any], language_model: LanguageModel) -> Examples:
@@ -147,7 +165,7 @@ def examples(context: Context, role: str, tree_of: TreeOf[Any], language_model: 
     for part in parts(context, role):
 
         def make(directory: Path, part: str = part) -> dict[str, Any]:
-            intake = open_source(context, part)
+            intake = open_source(context, part, template, max_length)
             return encoding.write_trees(
                 intake, directory, lambda row, number: tree_of(template, row, number, max_length)
             )
@@ -159,7 +177,8 @@ def examples(context: Context, role: str, tree_of: TreeOf[Any], language_model: 
         _require_some(context, part, train[part], entry.record)
         _tell(context, part, entry.record)
         cards.append(card(context, part, entry.record, len(train[part])))
-    return Examples(mixed(context, role, train), joined(held_out.values()), cards)
+    passes = mixed(context, role, train)
+    return Examples(passes, joined(held_out.values()), with_epochs(cards, passes.epochs))
 
 
 @dataclass(frozen=True)
@@ -186,8 +205,9 @@ def documents(context: Context, role: str, tokenizer: PreTrainedTokenizerBase) -
         train[part], held_out[part] = (DocumentStore(entry.directory / side) for side in (TRAIN, HELD_OUT))
         _tell(context, part, entry.record)
         cards.append(card(context, part, entry.record, len(train[part])))
-    shares = context.settings.shares(role)
-    return Documents(DocumentMixture(train, shares, context.seed), DocumentMixture(held_out, None, context.seed), cards)
+    passes = DocumentMixture(train, context.settings.shares(role), context.seed)
+    whole = DocumentMixture(held_out, None, context.seed)
+    return Documents(passes, whole, with_epochs(cards, passes.epochs))
 
 
 def _cached(
@@ -198,15 +218,22 @@ def _cached(
     make: Callable[[Path], Mapping[str, Any]],
 ) -> cache.Entry:
     source = context.data[role]
-    against = {name: read.fingerprint(context.sources[name], context.sources) for name in context.evaluated}
+    against = {name: _identity(context, context.sources[name]) for name in context.evaluated}
     key = cache.key(
-        data=read.fingerprint(source, context.sources),
-        settings=source.model_dump(mode="json"),
+        data=_identity(context, source),
         tokenizer=tokenizer["digest"],
         template=tokenizer["chat_template"],
         options={**options, "kinds": context.settings.DATA[role.partition(".")[0]], "evaluated": against},
     )
     return cache.cached(key, make, context.say)
+
+
+def _identity(context: Context, source: DataSource) -> str:
+    """The digest of all that decides which rows a source gives."""
+    content = read.fingerprint(source, context.sources)
+    # A branch of the Hub moves; what cannot be pinned down is never found again.
+    commit = (sources.commit(source) or uuid.uuid4().hex) if source.scheme == "hub" else None
+    return fingerprint.digest([content, source.model_dump(mode="json"), commit])
 
 
 def _tell(context: Context, role: str, record: Mapping[str, Any]) -> None:
@@ -247,4 +274,5 @@ __all__ = [
     "open_source",
     "parts",
     "read_rows",
+    "with_epochs",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data.doctor import Examination
@@ -68,6 +68,7 @@ class Intake:
         self._source, self._kinds, self._known = source, kinds, known or {}
         self._encoder, self._max_length = encoder, max_length
         self._refused = _Refusals()
+        self._kind: RowKind | None = None
         self._evaluated = [self._known[name] for name in evaluated if self._known[name] != source]
         self.digest = fingerprint(source, self._known)
         self.format = ""
@@ -76,59 +77,48 @@ class Intake:
         self.record: dict[str, Any] = {}
 
     def __iter__(self) -> Iterator[Placed]:
-        kind: RowKind | None = None
-        preparer = self._preparer()
-        for reading in self._examined():
+        examination, preparer = self._examination(), self._preparer()
+        taken = 0
+        for found in scan(self._source, examination.findings):
             self._refused.rows += 1
+            reading = self._as_taken(found)
+            examination.see(reading)
             try:
-                kind = kind or self._kind(reading)
-                row = self._taken(reading, kind, preparer)
+                row = _usable(reading, preparer)
             except BadRow as problem:
                 self.refuse(problem)
             else:
-                yield Placed(row, self._is_held_out(reading))
+                # The side is the prompt's, decided before a conversion can hide it in a text.
+                assert found.row is not None
+                taken += 1
+                yield Placed(row, is_held_out(found.row, self._source.held_out))
         self.prepared = dict(preparer.steps) if preparer else {}
-        self._finish(kind)
+        self._conclude(examination, taken)
 
     def refuse(self, problem: BadRow) -> None:
         """Count a row that cannot be used; at the end it stops the stage, if its kind and the source say so."""
         self.dropped[problem.kind.name] += 1
         self._refused.add(problem)
 
-    def _examined(self) -> Iterator[Reading]:
-        examination = Examination(
+    def _examination(self) -> Examination:
+        return Examination(
             self._source.name,
             held_out=self._source.held_out,
             encoder=self._encoder,
             max_length=self._max_length,
             control_tokens=list(self._encoder.control.values()) if self._encoder else (),
         )
-        for reading in scan(self._source, examination.findings):
-            examination.see(reading)
-            yield reading
-        for other in self._evaluated:
-            examination.against(scan(other, Findings()), other.name, held_out=other.held_out)
-        self.record = examination.diagnose().record()
-        _refuse_leaks(examination.findings[LEAK_EXACT])
 
-    def _kind(self, reading: Reading) -> RowKind | None:
+    def _as_taken(self, reading: Reading) -> Reading:
+        """The reading with its row in the stage's kind, or with the reason why there is none of it."""
         if reading.row is None:
-            return None
-        self.format = reading.layout
-        return target(reading, self._kinds)
-
-    def _taken(self, reading: Reading, kind: RowKind | None, preparer: Preparer | None) -> Row:
-        if reading.problem:
-            raise reading.problem
-        assert reading.row is not None
-        assert kind is not None
-        row = convert(reading.row, kind, reading.layout)
-        return preparer.prepare(row) if preparer and isinstance(row, Text) else row
-
-    def _is_held_out(self, reading: Reading) -> bool:
-        # The side is the prompt's, decided before a conversion can hide it in a text.
-        assert reading.row is not None
-        return is_held_out(reading.row, self._source.held_out)
+            return reading
+        if self._kind is None:
+            self._kind, self.format = target(reading, self._kinds), reading.layout
+        try:
+            return replace(reading, row=convert(reading.row, self._kind, reading.layout))
+        except BadRow as problem:
+            return replace(reading, row=None, problem=problem)
 
     def _preparer(self) -> Preparer | None:
         settings = self._source.prepare
@@ -142,15 +132,27 @@ class Intake:
             )
         return Preparer(settings, _contamination(self._known[name] for name in settings.decontaminate))
 
-    def _finish(self, kind: RowKind | None) -> None:
+    def _conclude(self, examination: Examination, taken: int) -> None:
+        """What is known at the end: the doctor's findings, and whether the stage may go on."""
         if self._source.on_bad_row == "stop":
             self._refused.stop()
-        if kind is None:
+        if not taken:
             reasons = "".join(f"; {count} x {reason}" for reason, count in sorted(self.dropped.items()))
             raise DataError(f"no usable row{reasons}", where=self._source.name, hint="give a file that holds data")
         if fingerprint(self._source, self._known) != self.digest:
             hint = "run again when nothing writes to it"
             raise DataError("changed while it was read", where=self._source.name, hint=hint)
+        for other in self._evaluated:
+            examination.against(scan(other, Findings()), other.name, held_out=other.held_out)
+        self.record = examination.diagnose().record()
+        _refuse_leaks(examination.findings[LEAK_EXACT])
+
+
+def _usable(reading: Reading, preparer: Preparer | None) -> Row:
+    if reading.problem:
+        raise reading.problem
+    assert reading.row is not None
+    return preparer.prepare(reading.row) if preparer and isinstance(reading.row, Text) else reading.row
 
 
 class _Refusals:

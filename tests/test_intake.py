@@ -73,6 +73,12 @@ def test_no_usable_row_is_an_error_with_the_reasons(tmp_path: Path) -> None:
         taken(Intake(DataSource(source=name), PREFERENCE))
 
 
+def test_rows_that_all_fail_to_convert_are_no_usable_row(tmp_path: Path) -> None:
+    rated = [{"prompt": f"Question {number}?", "completion": "No.", "label": False} for number in range(3)]
+    with pytest.raises(DataError, match="no usable row; 3 x thumbs down"):
+        taken(Intake(DataSource(source=write(tmp_path / "a.jsonl", rated)), ("conversation",)))
+
+
 BAD = [{"prompt": "a", "chosen": None, "rejected": "b"}, {"prompt": "a", "chosen": 5, "rejected": "b"}]
 
 

@@ -96,7 +96,7 @@ class _Reading:
         try:
             # A copy: what the function changes is still reported as it stands in the file.
             result = self._function(deepcopy(dict(record)))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             what = f"{self._reference}: {type(error).__name__}: {cut(str(error))}"
             raise BadRow(ADAPTER_FAILED, what, where=origin) from error
         if result is None:
@@ -116,7 +116,7 @@ def _function(reference: str) -> Adapter:
         )
     try:
         found = getattr(importlib.import_module(module_name), function_name, None)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"adapter `{reference}` cannot be imported: {type(error).__name__}: {cut(str(error))}"
         raise ConfigError(what, hint="correct it, and install it where Baton is installed") from error
     if not inspect.isfunction(found):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,9 @@ from pipeline.errors import ArtifactError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
+
+REMEMBERED = 16
+"""Texts whose tokens are kept: a stage examines a row and then encodes it."""
 
 
 class ContentEncoder:
@@ -37,20 +42,25 @@ class ContentEncoder:
         self._forbidden = self.control.keys() - {_unknown_id(tokenizer)}
         self._inside = _without_control(state, midway_tokenizer)
         self._backend = _without_control(state, _bare_tokenizer) if opening else self._inside
+        self._remembered = lru_cache(REMEMBERED)(self._encoded)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text.
+        """The tokens of a text, in a new list.
 
         Raises:
             ArtifactError: The tokenizer has a control token of one character that is also a letter of its model.
         """
-        return self._checked(text, _ids(self._backend, text))
+        return self._remembered(text).tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """The tokens of each text, as `encode` gives them, on all cores."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         for text, encoding in zip(texts, encodings, strict=True):
             yield self._checked(text, encoding.ids)
+
+    def _encoded(self, text: str) -> array[int]:
+        # Four bytes a token: of long texts, lists would hold nine times as much.
+        return array("I", self._checked(text, _ids(self._backend, text)))
 
     def _checked(self, text: str, ids: list[int]) -> list[int]:
         """Models may know a marker as a word of their own; then the text is encoded in pieces."""

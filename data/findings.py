@@ -131,6 +131,7 @@ SURROGATE = Kind("lone surrogate", "error", "remove it or write the whole charac
 UNKNOWN_ROLE = Kind("unknown role", "error", "use system, user and assistant")
 ROLE_ORDER = Kind("turns out of order", "error", "correct the order of the turns")
 NO_ASSISTANT_TURN = Kind("no assistant turn", "error", "add the answer, or use the row as a prompt")
+TOO_MANY_RESPONSES = Kind("too many responses", "error", "keep at most 1,000 responses to a prompt")
 ADAPTER_FAILED = Kind("adapter failed", "error", "correct the function, or the row")
 TEMPLATE_REFUSES = Kind("refused by the chat template", "error", "leave such rows out, or set another chat template")
 UNUSED_COLUMN = Kind("unused column", "warning", "nothing reads it: remove it, or map it with `columns`")

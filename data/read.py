@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from data import adapters, sources
-from data.findings import EMPTY_PROMPT, THUMBS_DOWN, BadRow, Findings
-from data.formats import Format, Record, detect, final_answer
+from data.findings import EMPTY_PROMPT, MIXED_LAYOUT, THUMBS_DOWN, BadRow, Findings
+from data.formats import Format, Record, final_answer
+from data.recognition import Numbered, recognise, refuse_mixture
 from data.schema import Conversation, Message, Preference, Prompt, Rated, Row, RowKind, Text
+from data.sources import Located
 from pipeline import fingerprint as fingerprints
 from pipeline.config import DataSource
 from pipeline.errors import DataError
@@ -79,23 +82,18 @@ def scan(source: DataSource, findings: Findings) -> Iterator[Reading]:
         findings: Takes what is odd about the files themselves.
 
     Raises:
-        DataError: the source is unreadable or broken, or no format fits its first record.
+        DataError: the source is unreadable or broken, its files have several layouts, or its first records none.
     """
     if source.scheme == WORLD:
         yield from _world(source)
         return
-    layout: Format | None = None
-    for number, found in enumerate(sources.records(source, findings), start=1):
-        if isinstance(found, BadRow):
-            yield Reading(found.where, number, layout.name if layout else "", problem=found)
-            continue
-        layout = layout or _layout(found.record, source, found.origin)
-        try:
-            row = layout.parse(found.record, found.origin)
-        except BadRow as problem:
-            yield Reading(found.origin, number, layout.name, found.record, problem=problem)
+    refuse_mixture(source)
+    found = enumerate(sources.records(source, findings), start=1)
+    for number, each in found:
+        if isinstance(each, BadRow):
+            yield Reading(each.where, number, "", problem=each)
         else:
-            yield Reading(found.origin, number, layout.name, found.record, row)
+            yield from _parsed(chain([(number, each)], found), source)
 
 
 def check(source: DataSource, kinds: tuple[str, ...]) -> None:
@@ -183,10 +181,32 @@ def _plain(messages: tuple[Message, ...], layout: str) -> str:
     return "".join(f"\n\n{speakers[message.role]}: {message.content}" for message in messages)
 
 
-def _layout(record: Record, source: DataSource, origin: str) -> Format:
-    if adapters.is_adapter(source.format):
-        return adapters.find(source.format)
-    return detect(record, source.format, origin)
+def _parsed(found: Iterator[Numbered], source: DataSource) -> Iterator[Reading]:
+    """Readings from the first record on."""
+    layout, (*passed, decisive) = recognise(found, source)
+    for number, each in passed:
+        yield _without_layout(_reading(number, each, layout))
+    for number, each in chain([decisive], found):
+        yield _reading(number, each, layout)
+
+
+def _reading(number: int, found: Located | BadRow, layout: Format) -> Reading:
+    if isinstance(found, BadRow):
+        return Reading(found.where, number, layout.name, problem=found)
+    try:
+        row = layout.parse(found.record, found.origin)
+    except BadRow as problem:
+        return Reading(found.origin, number, layout.name, found.record, problem=problem)
+    return Reading(found.origin, number, layout.name, found.record, row)
+
+
+def _without_layout(reading: Reading) -> Reading:
+    """The reading of a record that no format fits, which is no row even if the layout of the rows after it can read
+    some of it."""
+    if reading.row is None:
+        return reading
+    what = f"no format fits it; the rows after it are in `{reading.layout}`"
+    return replace(reading, row=None, problem=BadRow(MIXED_LAYOUT, what, where=reading.origin))
 
 
 def _world(source: DataSource) -> Iterator[Reading]:

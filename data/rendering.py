@@ -56,8 +56,8 @@ def render(
         prompt: Whether it shall end with the assistant's header.
 
     Raises:
-        ArtifactError: The template is broken, refuses these turns, fails, asks for the date or for chance, or takes
-            more than 5 s, 512 MB of memory or 1 MB of text.
+        ArtifactError: The template is broken, refuses these turns, fails, asks for the date or for chance, writes what
+            is neither text nor number, or takes more than 5 s, 512 MB of memory or 1 MB of text.
     """
     variables = {
         **special_tokens,

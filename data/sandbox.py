@@ -3,12 +3,13 @@
 Reads requests and writes answers, one JSON object a line each, until its input ends. Only `data.rendering` starts
 it. It imports nothing but the standard library and jinja2, so that it starts at once and its memory limit holds
 what a template uses. Templates are given what `transformers.utils.chat_template_utils` gives them, except what
-differs from day to day or from call to call: they are refused when they ask for it.
+differs from day to day, from call to call or from process to process: they are refused when they ask for it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import resource
 import signal
 import sys
@@ -29,6 +30,8 @@ LONGEST = 2**20
 """Characters that a template may write."""
 GRACE = 1.0
 """Seconds after the time limit at which the process ends itself, should nobody be left to end it."""
+ADDRESS = re.compile("0x[0-9a-f]{6}", re.IGNORECASE)
+"""Where a function or a generator lies in memory, as it stands in the text that Python makes of one."""
 
 
 class Changing(Exception):
@@ -106,7 +109,7 @@ class Environment(ImmutableSandboxedEnvironment):
     """What one template sees, and what it has written."""
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols], finalize=_stable)
         self.output = Output()
         self.has_marks = False
         self.filters |= {"tojson": _as_json, "random": _random}
@@ -149,6 +152,19 @@ def _rendered(source: str, variables: dict[str, Any]) -> dict[str, Any]:
 def _compiled(source: str) -> tuple[Environment, jinja2.Template]:
     environment = Environment()
     return environment, environment.from_string(source)
+
+
+def _stable(value: Any) -> Any:
+    """The value of an expression, if what a template writes of it is the same in every process."""
+    if isinstance(value, str) and ADDRESS.search(value):
+        raise Changing("where it lies in memory: it writes an address")
+    if isinstance(value, str | int | float | None | jinja2.Undefined):
+        return value
+    if not isinstance(value, list | tuple | dict):
+        raise Changing(f"where it lies in memory: it writes a {type(value).__name__}")
+    for each in (*value, *value.values()) if isinstance(value, dict) else value:
+        _stable(each)
+    return value
 
 
 def _as_json(

@@ -25,7 +25,7 @@ def bucket(messages: Sequence[Message]) -> float:
     System turns do not count: a question is the same question under another system prompt.
     """
     opening = next((message for message in messages if message.role != "system"), None)
-    turns = [[opening.role, _canonical(opening.content)]] if opening else []
+    turns = [[opening.role, canonical(opening.content)]] if opening else []
     digest = hashlib.sha256(_encode(turns).encode()).digest()
     # 53 bits are what a float holds exactly; more could round up to 1.0.
     return (int.from_bytes(digest[:8], "big") >> 11) / 2.0**53
@@ -37,7 +37,8 @@ def is_held_out(row: Row, share: float) -> bool:
     return bucket(messages) < share
 
 
-def _canonical(content: str) -> str:
+def canonical(content: str) -> str:
+    """A text Unicode-composed (NFC) and with runs of white space as one."""
     if not content.isascii():
         return " ".join(unicodedata.normalize("NFC", content).split())
     # The same for ASCII, without an object for every word: every row read comes through here.

@@ -100,7 +100,7 @@ class ChatTemplate:
         self._contents = ContentEncoder(tokenizer)
         self.control: Mapping[int, str] = self._contents.control
         self._outer = midway_tokenizer(backend_state(tokenizer))
-        self._structures: dict[tuple[tuple[ChatRole, ...], bool], _Structure] = {}
+        self._structures: dict[tuple[tuple[ChatRole, ...], bool], _Structure | ArtifactError] = {}
         structure = self._structure(_ANSWERED)
         self._response_trim = structure.trims[-1]
         self.stop_id = self._stop_id(structure.gaps[-1])
@@ -202,8 +202,14 @@ class ChatTemplate:
     def _structure(self, roles: tuple[ChatRole, ...], *, prompt: bool = False) -> _Structure:
         key = roles, prompt
         if key not in self._structures:
-            self._structures[key] = self._encode_structure(roles, prompt=prompt)
-        return self._structures[key]
+            try:
+                self._structures[key] = self._encode_structure(roles, prompt=prompt)
+            except ArtifactError as error:  # it may have taken seconds, and would again
+                self._structures[key] = error
+        found = self._structures[key]
+        if isinstance(found, ArtifactError):
+            raise found
+        return found
 
     def _encode_structure(self, roles: tuple[ChatRole, ...], *, prompt: bool) -> _Structure:
         plain = self._gaps(roles, _placeholders(len(roles)), prompt=prompt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, starmap
 from typing import Any, Literal, assert_never
@@ -18,6 +18,9 @@ from pipeline.terminal import printable
 
 Part = Literal["content", "template", "control"]
 """What a token is: from the row, text that the template writes, or a control token that it or the stage writes."""
+
+PreferenceTree = Callable[[ChatTemplate, Preference, int, int], Tree | str]
+"""Makes a tree of a template, a row, its number and the longest length, or names the reason why it cannot."""
 
 LEGEND = "> trained on   {written by the template}   \u2502 between tokens   \u21b5 line break"
 STYLES: dict[tuple[Part, bool], str] = {
@@ -52,7 +55,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class View:
-    """A row as a model sees it: the prompt once, then each branch behind it. A document has one passage.
+    """A row as a model sees it: the prompt once, then each branch behind it. A document in blocks has one passage.
 
     `cut` counts the tokens that the prompt has lost at its beginning, so as to fit `max_length`.
     """
@@ -62,6 +65,8 @@ class View:
     passages: tuple[Passage, ...]
     cut: int
     max_length: int
+    held_out: bool = False
+    """Whether the row is kept from training."""
 
     @property
     def prompt(self) -> int:
@@ -74,6 +79,11 @@ class View:
         return sum(token.trained for passage in self.passages for token in passage.tokens)
 
     @property
+    def share(self) -> float:
+        """Share of the row's tokens, each branch's counted once, that are trained on."""
+        return self.trained / sum(len(passage.tokens) for passage in self.passages)
+
+    @property
     def length(self) -> int:
         """Tokens of the longest path: the prompt and one branch."""
         branches = [len(passage.tokens) for passage in self.passages if passage.name != "prompt"]
@@ -81,7 +91,8 @@ class View:
 
     def record(self) -> dict[str, Any]:
         """As JSON."""
-        return {**asdict(self), "prompt": self.prompt, "trained": self.trained, "length": self.length}
+        counts = {"prompt": self.prompt, "trained": self.trained, "share": self.share, "length": self.length}
+        return asdict(self) | counts
 
 
 class Viewer:
@@ -89,13 +100,24 @@ class Viewer:
 
     Args:
         template: The template.
-        max_length: Longest path in tokens; of prompts without a response, what is left for the prompt. Documents are
-            not cut: their blocks do not follow rows.
+        max_length: Longest path in tokens; of prompts without a response, what is left for the prompt. Documents in
+            blocks are not cut: their blocks do not follow rows.
+        tree: What the stage makes of a preference.
+        blocks: Whether documents are laid end to end; otherwise each is read alone, from its second token on.
     """
 
-    def __init__(self, template: ChatTemplate, max_length: int) -> None:
+    def __init__(
+        self,
+        template: ChatTemplate,
+        max_length: int,
+        *,
+        tree: PreferenceTree = preference_tree,
+        blocks: bool = True,
+    ) -> None:
         self._template = template
         self._max_length = max_length
+        self._tree = tree
+        self._blocks = blocks
         self._spelling = Spelling(template.tokenizer)
 
     def view(self, row: Text | Conversation | Prompt | Preference) -> View:
@@ -121,12 +143,24 @@ class Viewer:
 
         tokenizer = self._template.tokenizer
         (ids,) = encoded(tokenizer, [row.text])
-        if not ids:
+        if len(ids) < (1 if self._blocks else 2):
             raise BadRow(NOTHING_TRAINED, where=row.origin)
+        if not self._blocks:
+            return self._alone(row, ids)
         assert tokenizer.eos_token_id is not None
         tokens = [*ids, tokenizer.eos_token_id]
         document = self._passage("document", tokens, [True] * len(tokens), [False] * len(ids) + [True])
         return View(row.origin, "text", (document,), 0, self._max_length)
+
+    def _alone(self, row: Text, ids: Sequence[int]) -> View:
+        if len(ids) > self._max_length:
+            raise BadRow(TOO_LONG, where=row.origin)
+        first, *others = ids
+        passages = (
+            self._passage("prompt", [first], [False], [False]),
+            self._passage("document", others, [True] * len(others), [False] * len(others)),
+        )
+        return View(row.origin, "text", passages, 0, self._max_length)
 
     def _conversation(self, row: Conversation) -> View:
         tree = _usable(conversation_tree(self._template, row, 0, self._max_length), row.origin)
@@ -147,7 +181,7 @@ class Viewer:
         return View(row.origin, "prompt", (passage,), cut, self._max_length)
 
     def _preference(self, row: Preference) -> View:
-        tree = _usable(preference_tree(self._template, row, 0, self._max_length), row.origin)
+        tree = _usable(self._tree(self._template, row, 0, self._max_length), row.origin)
         written = self._template.encode(row.prompt, prompt=True).written[tree.cut :]
         passages = [self._passage("prompt", tree.prompt, [False] * len(tree.prompt), written)]
         for name, branch in zip(_names(len(tree.branches)), tree.branches, strict=True):
@@ -168,7 +202,8 @@ class Viewer:
 
 def draw(view: View) -> Drawing:
     """A view for the terminal, as `LEGEND` explains; it can be read without colours."""
-    drawing = Drawing(f"{printable(view.origin, None)}: {_totals(view)}\n")
+    side = ", held out" if view.held_out else ""
+    drawing = Drawing(f"{printable(view.origin, None)}: {_totals(view)}{side}\n")
     for passage in view.passages:
         drawing.append(f"{passage.name}\n", "bold")
         if passage.name == "prompt" and view.cut:
@@ -193,9 +228,10 @@ def _names(branches: int) -> list[str]:
 
 
 def _totals(view: View) -> str:
-    if view.kind == "text":
+    if view.kind == "text" and not view.prompt:
         return f"{view.length} tokens, laid end to end with other documents in blocks of {view.max_length}"
-    return f"{view.prompt} prompt, {view.trained} trained, length {view.length} of {view.max_length}"
+    trained = f"{view.trained} trained ({view.share:.0%})"
+    return f"{view.prompt} prompt, {trained}, length {view.length} of {view.max_length}"
 
 
 def _lines(tokens: Iterator[Token]) -> Iterator[Drawing]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline import inspection, loader, runner, store, terminal
+from pipeline import inspection, loader, origins, runner, store, terminal
 from pipeline import manifest as manifests
 from pipeline import plan as planning
 from pipeline.config import RunSettings
@@ -190,7 +190,12 @@ def doctor(
     tokenizer: Tokenizer = None,
     max_length: MaxLength = None,
     against: Annotated[
-        list[str] | None, typer.Option(help="Other data that must not overlap, as a test set; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="DATA",
+            help="Other data that must not overlap, as a test set; its settings follow in the same quotes, "
+            "as in 'FILE columns.prompt=question'. May be repeated.",
+        ),
     ] = None,
     fix: Annotated[Path | None, typer.Option(help="Write what can stay to this new file, as JSONL.")] = None,
     adapter: Adapter = None,
@@ -200,19 +205,18 @@ def doctor(
     from pipeline import doctor as checking
 
     allow(adapter)
-    patients = checking.patients(data, overrides or [])
+    patients = checking.patients(data, overrides or [], tokenizer)
     patient = checking.only(patients) if fix else None
-    if max_length and not tokenizer:
-        raise ConfigError("`--max-length` counts tokens", hint="add `--tokenizer`")
-    tokens = checking.Tokens(checking.open_template(tokenizer), max_length) if tokenizer else None
-    found = [checking.diagnose(each, tokens, against or []) for each in patients]
+    others = list(map(checking.other, against or []))
+    tokens = checking.tokens_of(patients, max_length, named=tokenizer is not None)
+    found = [checking.diagnose(each, made, others) for each, made in zip(patients, tokens, strict=True)]
+    if not as_json:
+        _print("\n\n".join(checking.described(patients, tokens, found)))
+    cleaned = checking.clean(patient, found[0], fix) if patient and fix else None
     if as_json:
-        _print_json([diagnosis.record() for diagnosis in found])
-    else:
-        _print("\n\n".join(map(checking.describe, found)))
-    if patient and fix:
-        cleaned = checking.clean(patient, found[0], fix)
-        _print(f"wrote {cleaned.kept:,} rows to {cleaned.path}; {cleaned.dropped:,} left out: {cleaned.dropped_path}")
+        _print_json(checking.records(found, cleaned))
+    elif cleaned:
+        _print(checking.written(cleaned))
     failed = [diagnosis.source for diagnosis in found if diagnosis.failed]
     if failed:
         hint = "correct the rows named above, or write what can stay with `--fix FILE`"
@@ -232,24 +236,20 @@ def tokens(
     as_json: AsJson = False,
 ) -> None:
     """Show exactly the tokens that a model will see, and which are trained on."""
-    from pipeline import doctor as checking
     from pipeline import tokens as showing
 
     allow(adapter)
-    subject = showing.subject(data, overrides or [], stage, kind)
-    reference = tokenizer or subject.tokenizer
-    if reference is None:
-        hint = "add `--tokenizer`: a stage, a model directory or hub:owner/name@revision"
-        raise ConfigError("whose tokens?", hint=hint)
-    views, refused = showing.views(subject, checking.open_template(reference), max_length, rows)
+    subject = showing.subject(data, overrides or [], stage, kind, tokenizer)
+    shown = showing.shown(subject, origins.open_encoder(subject.origin), max_length, rows)
     if as_json:
-        _print_json([view.record() for view in views])
+        _print_json(showing.records(shown))
     else:
         console = terminal.console()
-        for drawing in [showing.legend(), *map(showing.drawn, views)]:
+        for drawing in showing.drawings(subject, shown):
             console.print(drawing)
+    refused = [problem.render() for each in shown for problem in each.refused]
     if refused:
-        raise DataError("\n".join(each.render() for each in refused))
+        raise DataError("\n".join(refused))
 
 
 @app.command()

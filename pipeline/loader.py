@@ -18,6 +18,7 @@ from pipeline.references import STAGES
 from pipeline.suggestion import suggest
 from pipeline.terminal import printable
 
+CONFIGURATIONS = (".yaml", ".yml")
 Validated = TypeVar("Validated", bound=BaseModel)
 
 
@@ -38,6 +39,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
     return _validate(document, RunSettings)
 
 
+def is_configuration(data: str) -> bool:
+    """Whether the user named a configuration rather than data."""
+    return Path(data).suffix in CONFIGURATIONS
+
+
 def data_source(source: str, overrides: Sequence[str] = ()) -> DataSource:
     """A data source outside a configuration.
 
@@ -50,6 +56,10 @@ def data_source(source: str, overrides: Sequence[str] = ()) -> DataSource:
     """
     document = Document("command line", {"source": source})
     for assignment in overrides:
+        if "=" not in assignment:
+            what = "expected a setting of the data source, as in `format=explicit`"
+            hint = "to read several files, quote the glob, as in 'data/*.jsonl'"
+            raise ConfigError(what, where=f"command line: {printable(assignment)}", hint=hint)
         override(document, assignment)
     return _validate(document, DataSource)
 

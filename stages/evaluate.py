@@ -17,7 +17,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerBase
+
 from data.batch import Layout
+from data.document_store import encoded
 from data.schema import Preference, Prompt, Text
 from data.tree import Branch, Tree, preference_tree, prompt_tokens, usable
 from pipeline.config import EvaluateSettings
@@ -280,24 +283,32 @@ def _judge_accuracy(judge: Roles, pairs: Sequence[Preference], settings: Evaluat
 
 def _likelihood(language_model: LanguageModel, texts: Sequence[Text], settings: EvaluateSettings) -> Metrics:
     """Perplexity per token and bits per byte of documents, each from its first token on."""
-    # Control tokens written in a document stay text, as in pretraining.
-    encoded = language_model.tokenizer(
-        [text.text for text in texts], add_special_tokens=False, split_special_tokens=True, verbose=False
-    )
-    longest = language_model.longest(settings.max_length)
-    trees, sizes = [], []
-    for number, (text, tokens) in enumerate(zip(texts, encoded["input_ids"], strict=True)):
-        if 2 <= len(tokens) <= longest:
-            trees.append(Tree((tokens[0],), (Branch.of(tokens[1:]),), number))
-            sizes.append(len(text.text.encode()))
+    trees = text_trees(language_model.tokenizer, texts, language_model.longest(settings.max_length))
     if not trees:
         return {}
+    sizes = [len(texts[tree.number].text.encode()) for tree in trees]
     found = logprobs(language_model, trees, settings.tokens_per_batch, PLAIN)
     losses = [-found[tree.number][0] for tree in trees]
     return {
         "perplexity": exponential(ratio_interval(losses, [tree.reads for tree in trees])),
         "bits_per_byte": ratio_interval([loss / math.log(2) for loss in losses], sizes),
     }
+
+
+def text_trees(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int) -> list[Tree]:
+    """Documents, in the tokens of training, as trees of which the first token is the prompt.
+
+    Those of a single token, and those of more than `max_length`, are left out.
+
+    Raises:
+        ArtifactError: The tokenizer has no serialised state, or takes plain text for control tokens.
+    """
+    found = enumerate(encoded(tokenizer, (text.text for text in texts)))
+    return [
+        Tree((tokens[0],), (Branch.of(tokens[1:]),), number)
+        for number, tokens in found
+        if 2 <= len(tokens) <= max_length
+    ]
 
 
 def _write(

@@ -26,6 +26,7 @@ ADAPTER = """
 def adapt(row):
     match row["what"]:
         case "error": return {}["missing"]
+        case "exit": raise SystemExit(0)
         case "leave": return None
         case "number": return 5
         case "text": return {"text": "a document"}
@@ -67,6 +68,7 @@ def test_a_function_gives_rows_of_a_known_layout(reference: str) -> None:
     ("what", "kind", "words"),
     [
         ("error", ADAPTER_FAILED, "KeyError: 'missing'"),
+        ("exit", ADAPTER_FAILED, "SystemExit: 0"),
         ("leave", LEFT_OUT_BY_ADAPTER, "left out"),
         ("number", WRONG_TYPE, "returned 5 (expected a dict or None)"),
         ("text", MIXED_LAYOUT, "returned the columns text; before, it was `explicit`"),
@@ -145,11 +147,13 @@ def test_a_malformed_reference_is_refused(wrong: str) -> None:
 
 def test_what_cannot_be_imported_is_refused_with_the_reason(module: str, tmp_path: Path) -> None:
     (tmp_path / f"broken_{module}.py").write_text("raise RuntimeError('no licence')")
+    (tmp_path / f"leaving_{module}.py").write_text("import sys\nsys.exit(0)")
     cases = {
         f"{module}:nothing": "`nothing` is missing",
         f"{module}:sideways": "`sideways` is not a function",
         f"absent_{module}:adapt": "ModuleNotFoundError",
         f"broken_{module}:adapt": "RuntimeError: no licence",
+        f"leaving_{module}:adapt": "SystemExit: 0",
     }
     for reference, words in cases.items():
         adapters.allow(reference)

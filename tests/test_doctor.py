@@ -203,6 +203,16 @@ def test_pairs_that_contradict_each_other_are_named_with_both_lines(tmp_path: Pa
     assert sorted(diagnosis.drops) == [1, 4]
 
 
+def test_a_response_that_is_good_and_bad_is_named_with_both_lines(tmp_path: Path) -> None:
+    thumbs = [("q", "A", True), ("q", "B", False), ("r", "A", False), ("q", " A", False), ("q", "B", False)]
+    rows = [{"prompt": prompt, "completion": said, "label": good} for prompt, said, good in thumbs]
+    path = write(tmp_path / "a.jsonl", rows)
+    diagnosis = examined(path)
+    assert places(diagnosis, CONTRADICTION) == [f"{path}:1 and {path}:4: good and bad"]
+    assert sorted(diagnosis.drops) == [1, 4, 5]
+    assert diagnosis.drops[5].kind.name == DUPLICATE_ROW.name
+
+
 def test_a_cycle_is_named_with_all_its_lines(tmp_path: Path) -> None:
     cycle = [pair("q", "A", "B"), pair("q", "B", "C"), pair("q", "C", "A")]
     path = write(tmp_path / "a.jsonl", [*cycle[:2], *pairs(2), cycle[2]])
@@ -236,6 +246,30 @@ def test_a_prompt_of_an_evaluation_suite_is_an_error_with_both_lines(tmp_path: P
     assert diagnosis.failed
     assert places(diagnosis, LEAK_EXACT) == [f"{path}:3 and {suite}:2: in suite.jsonl"]
     assert list(diagnosis.drops) == [3]
+
+
+def test_a_chat_that_begins_with_a_question_of_the_suite_is_found(tmp_path: Path) -> None:
+    def chat(*contents: str) -> Record:
+        roles = ("user", "assistant") * len(contents)
+        return {"messages": [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]}
+
+    rows = [chat("other", "a", "the question", "b"), chat("the question", "a", "and then?", "b")]
+    path = write(tmp_path / "a.jsonl", rows)
+    suite = write(tmp_path / "suite.jsonl", [{"prompt": "the question"}])
+    assert places(examined(path, suite), LEAK_EXACT) == [f"{path}:2 and {suite}:1: in suite.jsonl"]
+    single = write(tmp_path / "b.jsonl", [{"prompt": "other"}, {"prompt": "and then?"}])
+    assert places(examined(single, path), LEAK_EXACT) == [f"{single}:1 and {path}:1: in a.jsonl"]
+
+
+def test_prompts_that_only_begin_alike_are_no_leak(tmp_path: Path) -> None:
+    def asked(*contents: str) -> list[Record]:
+        roles = ("user", "assistant", "user")
+        return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+
+    answers = [[{"role": "assistant", "content": text}] for text in ("good", "bad")]
+    path = write(tmp_path / "a.jsonl", [pair(asked("hello", "hi", "one"), *answers)])
+    suite = write(tmp_path / "suite.jsonl", [{"prompt": asked("hello", "hi", "two")}])
+    assert not examined(path, suite).findings.counts()
 
 
 def test_only_the_held_out_share_of_other_data_counts(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from data.findings import (
     Findings,
 )
 from data.read import scan
+from data.schema import Message, Preference
 from pipeline.config import DataSource
 from pipeline.errors import DataError, StorageError
 
@@ -155,3 +157,52 @@ def test_numbers_that_are_missing_in_a_column_that_nothing_reads_are_written_as_
     cleaned = write_cleaned(scan(source, Findings()), {}, tmp_path / "out.jsonl")
     assert (cleaned.kept, cleaned.dropped) == (3, 0)
     assert [json.loads(line)["votes"] for line in cleaned.path.read_text().splitlines()] == [None] * 3
+
+
+def test_columns_that_json_cannot_hold_are_left_out_and_never_the_row(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    images: list[Any] = [b"\x89PNG", None, b"\xff"]
+    rows = [
+        pair(f"Q{n}", "a", "b", image=image, shots=[{"bytes": b"\0", "at": n}], price=Decimal(f"{n}.10"))
+        for n, image in enumerate(images)
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    source = DataSource(source=str(tmp_path / "a.parquet"))
+    cleaned = write_cleaned(scan(source, Findings()), {}, tmp_path / "out.jsonl")
+    assert (cleaned.kept, cleaned.dropped) == (3, 0)
+    assert cleaned.columns_left_out == ("image", "shots")
+    kept = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+    written = lines(cleaned.path)
+    assert [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in written] == kept
+    assert [row["price"] for row in written] == [0.1, 1.1, 2.1]
+    assert not any("shots" in row or row.get("image") for row in written)
+
+
+@pytest.mark.parametrize("digits", ["0.1", "12.50", "3", "123456789012345678901.5", "0.12345678901234567890"])
+def test_a_decimal_is_a_number_where_that_loses_no_digit_and_text_elsewhere(digits: str, tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist([pair("Q", "a", "b", price=Decimal(digits))])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    source = DataSource(source=str(tmp_path / "a.parquet"))
+    (row,) = lines(write_cleaned(scan(source, Findings()), {}, tmp_path / "out.jsonl").path)
+    assert Decimal(str(row["price"])) == Decimal(digits)
+    assert isinstance(row["price"], float) == (len(digits) < 10)
+
+
+@pytest.mark.parametrize(
+    "columns", [{"prompt": "question"}, {"chosen": "rejected", "rejected": "chosen"}], ids=["renamed", "swapped"]
+)
+def test_the_same_settings_read_the_clean_file(columns: dict[str, str], tmp_path: Path) -> None:
+    names = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", **columns}
+    rows = [{names[name]: text for name, text in each.items()} for each in [*pairs(3), pair("equal", "b", "b")]]
+    source = DataSource(source=str(write(tmp_path / "a.jsonl", rows)), columns=columns)
+    again = source.model_copy(update={"source": str(tmp_path / "b.jsonl")})
+    write_cleaned([each for each in scan(source, Findings()) if each.row], {}, tmp_path / "b.jsonl", source.columns)
+    assert lines(tmp_path / "b.jsonl") == rows[:3]
+    assert [each.row.prompt for each in scan(again, Findings()) if isinstance(each.row, Preference)] == [
+        (Message("user", row["prompt"]),) for row in pairs(3)
+    ]

@@ -8,7 +8,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from itertools import combinations, permutations
+from graphlib import TopologicalSorter
+from itertools import combinations, pairwise, permutations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from data.doctor import Diagnosis, Examination
+from data.doctor.comparisons import _cycles
 from data.doctor.keys import Places
 from data.doctor.overlap import Overlap
 from data.doctor.scripts import main_script
@@ -31,13 +33,14 @@ from data.findings import (
     LEAK_NORMALISED,
     NOTHING_TRAINED,
     PROMPT_CUT,
+    TEMPLATE_REFUSES,
     TOO_LONG,
 )
 from data.read import Reading
-from data.schema import Conversation, Message, Preference, Prompt, Row, Text
+from data.schema import Conversation, Message, Preference, Prompt, Rated, Row, Text
 from data.split import bucket
 from data.tree import conversation_tree, preference_tree
-from pipeline.errors import StorageError
+from pipeline.errors import ArtifactError, StorageError
 
 SEEDS = range(30)
 
@@ -147,6 +150,74 @@ def test_the_order_of_the_rows_does_not_change_the_counts(seed: int) -> None:
     assert after.held_out == before.held_out
 
 
+@pytest.mark.parametrize("seed", range(100))
+def test_cycles_share_no_pair_and_leave_none_behind(seed: int) -> None:
+    draw = random.Random(seed)
+    everyone = [(a, b) for a in range(9) for b in range(9) if a != b]
+    pairs = draw.sample(everyone, draw.randint(0, len(everyone)))
+    cycles = _cycles(pairs)
+    in_cycles = [pair for cycle in cycles for pair in cycle]
+    assert len(set(in_cycles)) == len(in_cycles)
+    assert set(in_cycles) <= set(pairs)
+    for cycle in cycles:
+        assert all(worse == better for (_, worse), (better, _) in pairwise([*cycle, cycle[0]]))
+        assert len({better for better, _ in cycle}) == len(cycle)
+    rest: TopologicalSorter[int] = TopologicalSorter()
+    for better, worse in set(pairs) - set(in_cycles):
+        rest.add(worse, better)
+    rest.prepare()
+
+
+def test_thousands_of_cycles_of_one_prompt_are_found_each() -> None:
+    names = [(f"a{n}", f"b{n}", f"c{n}") for n in range(4000)]
+    rows = [Preference(turns("q"), pair) for a, b, c in names for pair in ((a, b), (b, c), (c, a))]
+    diagnosis = diagnosed(rows)
+    assert len(diagnosis.drops) == 12_000
+    assert diagnosis.findings[CYCLE].count == 1, "prompts are counted"
+    assert diagnosis.findings[CYCLE].examples == [("a.jsonl:1, a.jsonl:2 and a.jsonl:3", "")]
+
+
+def test_the_shortest_cycle_of_a_prompt_is_its_example() -> None:
+    ring = [*(f"r{n}" for n in range(40)), "r0"]
+    rows = [Preference(turns("q"), pair) for pair in [*pairwise(ring), ("A", "B"), ("B", "C"), ("C", "A")]]
+    [(where, _)] = diagnosed(rows).findings[CYCLE].examples
+    assert where == "a.jsonl:41, a.jsonl:42 and a.jsonl:43"
+
+
+def test_a_long_ranking_counts_as_its_neighbours_and_still_shows_what_contradicts_it() -> None:
+    ranking = tuple(f"response {n:04}" for n in range(3000))
+    neighbours = Preference(turns("q"), ranking[8:6:-1])
+    diagnosis = diagnosed([Preference(turns("q"), ranking), neighbours])
+    assert diagnosis.findings[CONTRADICTION].examples == [("a.jsonl:1 and a.jsonl:2", "")]
+    apart = Preference(turns("q"), (ranking[2000], ranking[0]))
+    assert sorted(diagnosed([Preference(turns("q"), ranking), apart]).drops) == [1, 2]
+    assert not diagnosed([Preference(turns("q"), ranking), Preference(turns("q"), ranking[::1000])]).drops
+
+
+@pytest.mark.parametrize(("responses", "pairs"), [(8, 28), (9, 8)])
+def test_a_ranking_has_all_pairs_up_to_eight_responses_and_then_those_of_neighbours(responses: int, pairs: int) -> None:
+    row = Preference(turns("q"), tuple("x" * n for n in range(1, responses + 1)))
+    mean = sum(i - j for i, j in combinations(range(responses), 2)) / 28 if responses == 8 else -1.0
+    assert diagnosed([row]).figures["chosen_longer_mean"] == pytest.approx(mean)
+    high = diagnosed([row]).figures["longer_wins_high"]
+    assert high == pytest.approx(1.96**2 / (pairs + 1.96**2), rel=1e-3), "Wilson's bound of none in so many"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_contradictory_thumbs_are_those_of_a_slow_count(seed: int) -> None:
+    draw = random.Random(seed)
+    rows = [Rated(turns(draw.choice("pq")), draw.choice(("A", "A ", "B", "C")), draw.random() < 0.7) for _ in range(8)]
+    said = {(row.prompt[0].content, row.response.strip(), row.good) for row in rows}
+    both = {(prompt, response) for prompt, response, good in said if (prompt, response, not good) in said}
+    expected = {n for n, row in enumerate(rows, 1) if (row.prompt[0].content, row.response.strip()) in both}
+    diagnosis = diagnosed(rows)
+    assert diagnosis.findings[CONTRADICTION].count == len(both)
+    dropped = {number for number, drop in diagnosis.drops.items() if drop.kind is CONTRADICTION}
+    assert dropped <= expected <= set(diagnosis.drops)
+    left = [row for number, row in enumerate(rows, 1) if number not in diagnosis.drops]
+    assert not diagnosed(left).drops
+
+
 def random_prompts(seed: int) -> list[str]:
     """Prompts of few different words, so that they share runs; some differ in case and punctuation only."""
     draw = random.Random(seed)
@@ -214,11 +285,49 @@ def test_runs_are_found_again_in_every_piece_of_the_file(monkeypatch: pytest.Mon
     texts = [" ".join(str(draw.randint(0, 10**9)) for _ in range(20)) for _ in range(60)]
     overlap = Overlap()
     for place, text in enumerate(texts):
-        overlap.add(Prompt(turns(text)), place / 200, place, kept=False)
+        overlap.add(Prompt(turns(text)), place, kept=False)
     for place, text in enumerate(texts[::3], start=len(texts)):
-        overlap.add(Prompt(turns("so " + text)), place / 200, place, kept=True)
+        overlap.add(Prompt(turns("so " + text)), place, kept=True)
     expected = [(3 * at, len(texts) + at) for at in range(len(texts[::3]))]
     assert [(leak.trained, leak.kept) for leak in overlap.leaks()] == expected
+
+
+def random_chat(draw: random.Random) -> Conversation:
+    """Turns of few different contents, some of them in other case or under a system prompt."""
+    spoken = [Message("user", draw.choice("abc")), Message("assistant", draw.choice("xy"))]
+    for _ in range(draw.randint(0, 2)):
+        spoken += [Message("user", draw.choice(("a", "A", " b", "d"))), Message("assistant", draw.choice("xy"))]
+    system = [Message("system", draw.choice("st"))] if draw.random() < 0.3 else []
+    return Conversation((*system, *spoken))
+
+
+def asked(row: Conversation | Prompt) -> list[list[tuple[str, str]]]:
+    """Every prompt in a row: the turns before each of the assistant's, or all of a prompt."""
+    messages = row.messages if isinstance(row, Conversation) else (*row.prompt, Message("assistant", ""))
+    spoken = [(each.role, each.content.strip()) for each in messages if each.role != "system"]
+    return [spoken[:at] for at, (role, _) in enumerate(spoken) if role == "assistant"]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_prompt_of_a_conversation_leaks_as_in_a_slow_count(seed: int) -> None:
+    draw = random.Random(seed)
+    chats = [random_chat(draw) for _ in range(8)]
+    suite: list[Conversation | Prompt] = [random_chat(draw), Prompt(turns(draw.choice("abcd")))]
+    examination = Examination(held_out=0.0)
+    for number, chat in enumerate(chats, start=1):
+        examination.see(Reading(f"a.jsonl:{number}", number, "messages", row=chat))
+    others = [Reading(f"s.jsonl:{number}", number, "prompt", row=row) for number, row in enumerate(suite, 1)]
+    examination.against(others, "suite")
+    found = examination.diagnose().findings
+    kept = [prompt for row in suite for prompt in asked(row)]
+    exact = {number for number, chat in enumerate(chats) if any(prompt in kept for prompt in asked(chat))}
+    spoken = {"".join(text.lower() for _, text in prompt) for prompt in kept}
+    alike = {
+        number
+        for number, chat in enumerate(chats)
+        if any("".join(text.lower() for _, text in prompt) in spoken for prompt in asked(chat))
+    }
+    assert (found[LEAK_EXACT].count, found[LEAK_NORMALISED].count) == (len(exact), len(alike - exact))
 
 
 FULL = Path("/dev/full")
@@ -309,6 +418,38 @@ def test_pairs_that_differ_only_past_the_limit_are_named() -> None:
     assert diagnosis.findings[EQUAL_WITHIN_LENGTH].examples == [("a.jsonl:1", "")]
     assert diagnosis.findings[TOO_LONG].examples == [("a.jsonl:2", "")]
     assert sorted(diagnosis.drops) == [1, 2]
+
+
+class Choosy(Characters):
+    """Refuses what begins with `no`."""
+
+    def encode(self, messages: Sequence[Message]) -> Any:
+        if messages[0].content == "no":
+            raise ArtifactError("the chat template refuses the turns", hint="another")
+        return super().encode(messages)
+
+
+def test_rows_that_the_chat_template_refuses_are_named_and_left_out() -> None:
+    rows = [Conversation((*turns(text), Message("assistant", "a"))) for text in ("yes", "no", "so")]
+    diagnosis = diagnosed([*rows, Preference(turns("no"), ("a", "b"))], encoder=Choosy(), max_length=64)
+    refusals = [(f"a.jsonl:{line}", "the chat template refuses the turns") for line in (2, 4)]
+    assert diagnosis.findings[TEMPLATE_REFUSES].examples == refusals
+    assert sorted(diagnosis.drops) == [2, 4]
+    assert diagnosis.failed
+    assert diagnosis.record()["lengths"]["whole"]["100%"] == len("yes") + len("a") + 4
+
+
+def test_rows_are_measured_as_the_kind_that_a_stage_reads() -> None:
+    row = Preference(turns("ask"), ("a", "b" * 50))
+    rated = Rated(turns("ask"), "b" * 50, good=False)
+    whole = diagnosed([row], encoder=Characters(), max_length=20)
+    assert whole.findings[TOO_LONG].count == 1
+    chosen = diagnosed([row, rated], encoder=Characters(), max_length=20, kinds=("conversation",))
+    assert not chosen.findings.counts("error", "dropped", "warning")
+    assert chosen.record()["lengths"]["response"]["100%"] == 2, "a bad response is not imitated"
+    asked_only = diagnosed([row, rated], encoder=Characters(), max_length=5, kinds=("prompt",))
+    assert asked_only.findings[PROMPT_CUT].count == 2
+    assert asked_only.lengths.keys() == {"prompt", "whole"}
 
 
 @pytest.mark.parametrize("seed", range(10))

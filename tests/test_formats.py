@@ -6,9 +6,11 @@ import random
 from typing import Any, get_args
 
 import pytest
+import yaml
 
-from data.findings import MISSING_COLUMN, MIXED_LAYOUT, BadRow
-from data.formats import FORMATS, Format, detect, final_answer
+from data.findings import MISSING_COLUMN, MIXED_LAYOUT, TOO_MANY_RESPONSES, WRONG_TYPE, BadRow
+from data.formats import FORMATS, Format, NoFormat, detect, final_answer
+from data.formats.values import NUMBER
 from data.schema import ChatRole, Conversation, Message, Preference, Prompt, Rated, Row, RowKind, Text
 from pipeline.errors import DataError
 
@@ -61,7 +63,6 @@ ACCEPTED: list[tuple[str, dict[str, Any], Row]] = [
     ),
     ("prompt_completion", {"prompt": "Where is Ann?", "completion": "In Rome."}, spoken()),
     ("prompt_completion", {"prompt": [USER], "completion": [GOOD]}, spoken()),
-    ("prompt_completion", {"prompt": "Where is Ann?", "completion": "In Rome.", "label": "geography"}, spoken()),
     ("question_answer", {"question": "Where is Ann?", "answer": "In Rome."}, spoken()),
     ("question_answer", {"question": "Where is Ann?", "answer": "In Rome.", "system": "Be brief."}, spoken(BRIEFLY)),
     ("prompt", {"prompt": "Where is Ann?"}, Prompt((ASKED,), {}, "f:1")),
@@ -71,6 +72,14 @@ ACCEPTED: list[tuple[str, dict[str, Any], Row]] = [
         Prompt((ASKED,), {"answer": "Rome", "level": 2, "hard": True}, "f:1"),
     ),
     ("prompt", {"prompt": "Where is Ann?", "system": "Be brief."}, Prompt((BRIEFLY, ASKED), {}, "f:1")),
+    ("prompt", {"prompt": HH}, Prompt((ASKED,), {}, "f:1")),
+    ("prompt", {"prompt": HH.removesuffix("\n\nAssistant:")}, Prompt((ASKED,), {}, "f:1")),
+    (
+        "prompt",
+        {"prompt": f"\n\nHuman: Hi.\n\nAssistant: Hello.{HH}", "system": "Be brief."},
+        Prompt((BRIEFLY, *HISTORY, ASKED), {}, "f:1"),
+    ),
+    ("prompt_completion", {"prompt": HH, "completion": "In Rome."}, spoken()),
     (
         "rated",
         {"prompt": "Where is Ann?", "completion": "In Rome.", "label": True},
@@ -80,6 +89,8 @@ ACCEPTED: list[tuple[str, dict[str, Any], Row]] = [
     ("explicit", {"prompt": "Where is Ann?", "chosen": "In Rome.", "rejected": "Why?"}, pair()),
     ("explicit", {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, pair()),
     ("explicit", FEEDBACK, pair()),
+    ("explicit", {"prompt": HH, "chosen": "In Rome.", "rejected": "Why?"}, pair()),
+    ("explicit", {"prompt": HH, "chosen": HH + " In Rome.", "rejected": HH + " Why?"}, pair()),
     ("explicit", {**FEEDBACK, "system": "Be brief."}, pair(0.0, BRIEFLY)),
     ("explicit", {"prompt": "Where is Ann?", "chosen": "In Rome.", "rejected": "Why?", "margin": 2}, pair(2.0)),
     ("explicit", {"prompt": "Where is Ann?", "chosen": "In Rome.", "rejected": "Why?", "margin": " 2.50"}, pair(2.5)),
@@ -214,15 +225,77 @@ def test_ambiguous_columns_are_refused_with_the_candidates(record: dict[str, Any
         ({"chosen": "plain", "rejected": "text"}, "auto", "chosen: 'plain'"),
         ({"chosen": None, "rejected": HH + " x"}, "auto", "chosen: null"),
         ({"prompt": "a", "completion": "b", "label": True}, "conversation", "completion: 'b'"),
+        ({"prompt": "a", "completion": "b", "label": None}, "conversation", "completion: 'b'"),
+        ({"prompt": "a", "chosen": "b"}, "auto", "no column `rejected` beside `chosen`"),
+        ({1: "a", None: "b"}, "auto", "no format has the columns 1, None"),
         ({}, "auto", "no format"),
     ],
 )
-def test_an_unknown_layout_is_refused_with_what_it_holds(record: dict[str, Any], wanted: str, words: str) -> None:
+def test_an_unknown_layout_is_refused_with_what_it_holds(record: dict[Any, Any], wanted: str, words: str) -> None:
     with pytest.raises(DataError) as caught:
         detect(record, wanted, "f:1")
     assert words in caught.value.what
     assert caught.value.where == "f:1"
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("label", "good"),
+    [
+        *((label, True) for label in (True, 1, 1.0, "1", "1.0", " TRUE ", "true")),
+        *((label, False) for label in (False, 0, 0.0, -0.0, "0", "0.0", "False\n")),
+    ],
+)
+def test_a_verdict_may_be_a_number_or_text(label: object, good: bool) -> None:
+    record = {"prompt": "Where is Ann?", "completion": "In Rome.", "label": label}
+    assert parse(record) == Rated((ASKED,), "In Rome.", good, "f:1")
+
+
+@pytest.mark.parametrize("label", [None, "good", "bad", "", 2, -1, 0.5, float("nan"), 10**30, [True], {}])
+def test_a_response_with_a_label_is_only_imitated_when_that_is_asked_for(label: object) -> None:
+    record = {"prompt": "Where is Ann?", "completion": "In Rome.", "label": label}
+    layout = detect(record, "auto", "f:1")
+    assert layout.name == "rated"
+    with pytest.raises(BadRow, match="expected true or false, 1 or 0") as caught:
+        layout.parse(record, "f:1")
+    assert caught.value.kind is WRONG_TYPE
+    assert "`format: prompt_completion`" in caught.value.hint
+    assert parse(record, "prompt_completion") == spoken()
+
+
+@pytest.mark.parametrize("column", ["response", "output", "completions"])
+def test_a_prompt_beside_what_looks_like_a_response_is_no_prompt_unless_it_is_called_one(column: str) -> None:
+    record: dict[str, Any] = {"prompt": "Where is Ann?", column: "In Rome."}
+    with pytest.raises(NoFormat, match=f"`{column}` looks like a response") as caught:
+        detect(record, "auto", "f:1")
+    assert "`format: prompt`" in caught.value.hint
+    assert parse(record, "prompt") == Prompt((ASKED,), {column: "In Rome."}, "f:1")
+
+
+@pytest.mark.parametrize(
+    ("names", "setting"),
+    [
+        (["Prompt", "Chosen", "Rejected"], "{chosen: Chosen, prompt: Prompt, rejected: Rejected}"),
+        (["system", "question", "chosen", "rejected"], "{prompt: question}"),
+        (["prompt", "response"], "{completion: response}"),
+        (["prompt", "output"], "{completion: output}"),
+        (["prompt", "completions"], "{responses: completions}"),
+        (["prompt", "Chosen", "rejected"], "{chosen: Chosen}"),
+        (["prompt", "response", "label"], "{completion: response}"),
+        (["Instruction", "Output"], "{instruction: Instruction, output: Output}"),
+        ([" text"], "{text: ' text'}"),
+    ],
+)
+def test_the_setting_that_a_refusal_proposes_makes_the_columns_fit(names: list[str], setting: str) -> None:
+    record: dict[str, Any] = dict.fromkeys(names, "words")
+    with pytest.raises(NoFormat) as caught:
+        detect(record, "auto", "f:1")
+    assert f"`columns: {setting}`" in caught.value.hint
+    assert ("case-sensitive" in caught.value.hint) == any(name.lower() != name for name in names)
+    for new, old in yaml.safe_load(setting).items():
+        record[new] = record.pop(old)
+    record = {name: [1, 2] if name == "responses" else value for name, value in record.items()}
+    assert detect(record, "auto", "f:1").columns >= set(yaml.safe_load(setting))
 
 
 @pytest.mark.parametrize("name", [each.name for each in FORMATS])
@@ -263,7 +336,7 @@ def test_a_row_in_the_other_layout_is_told_from_those_before(
         layout.parse(later, "f:7")
     assert (caught.value.kind, caught.value.where) == (MIXED_LAYOUT, "f:7")
     assert words in caught.value.what
-    assert "in the rows before" in caught.value.what
+    assert "in other rows" in caught.value.what
 
 
 def random_dialogue(draw: random.Random) -> list[Message]:
@@ -367,3 +440,33 @@ def test_a_preference_may_have_an_empty_prompt() -> None:
 )
 def test_the_final_answer_is_the_number_after_the_marker(text: str, answer: str) -> None:
     assert final_answer(text) == answer
+
+
+def test_text_that_almost_is_a_number_is_refused_however_long_it_is() -> None:
+    digits = "1" * 200_000
+    for almost in (f"{digits}x", f"{digits}.{digits}x", f"{digits}e{digits}x", " " * 200_000 + "x"):
+        assert not NUMBER.fullmatch(almost)
+        assert bool(NUMBER.fullmatch(almost, 0, len(almost) - 1)) == almost.startswith("1")
+        assert final_answer(f"#### {almost}") == f"#### {almost}"
+    assert final_answer(f"#### {digits}") == digits
+    assert final_answer("#### " + "1," * 200_000) == "#### " + "1," * 200_000
+
+
+def test_a_ranking_may_be_of_a_thousand_responses_and_no_more() -> None:
+    responses = [f"answer {number}" for number in range(1001)]
+    row = parse({"prompt": "a", "responses": responses[:1000]})
+    assert isinstance(row, Preference)
+    assert row.responses == tuple(responses[:1000])
+    for record in (
+        {"prompt": "a", "responses": responses},
+        {"prompt": "a", "responses": responses * 200},
+        {"prompt": "a", "responses": responses, "scores": list(range(1001))},
+    ):
+        with pytest.raises(BadRow, match=r"responses: [\d,]+ \(at most 1,000\)") as caught:
+            parse(record)
+        assert caught.value.kind is TOO_MANY_RESPONSES
+
+
+def test_of_many_equal_responses_the_first_two_are_named() -> None:
+    with pytest.raises(BadRow, match=r"responses\[1\] and responses\[2\]: 'b'"):
+        parse({"prompt": "x", "responses": ["a", "b", " b", "c", "b"]})

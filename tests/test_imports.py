@@ -26,6 +26,7 @@ DRIVER = {
     "inputs",
     "doctor",
     "tokens",
+    "origins",
 }
 HEAVY = {"torch", "transformers", "datasets", "peft", "trl", "accelerate", "matplotlib", "huggingface_hub"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve"}

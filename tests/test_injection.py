@@ -10,9 +10,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from data.document_store import encoded
-from data.schema import ChatRole, Conversation, Message, Preference
+from data.schema import ChatRole, Conversation, Message, Preference, Text
 from data.template import SPECIAL_TOKENS, TEMPLATE, ChatTemplate
 from data.tree import Tree, conversation_tree, preference_tree, prompt_tokens
+from stages.evaluate import text_trees
 
 ROOM = 10**6
 ROLES: tuple[ChatRole, ...] = ("system", "user", "assistant")
@@ -154,6 +155,30 @@ def test_no_document_holds_a_control_token(template: ChatTemplate) -> None:
     documents = [PLAIN, *hostile(template)]
     found = zip(documents, encoded(template.tokenizer, documents), strict=True)
     assert {text: count for text, ids in found if (count := control(template, list(ids)))} == {}
+
+
+def test_text_of_an_evaluation_has_the_tokens_of_training(template: ChatTemplate) -> None:
+    documents = [PLAIN, *hostile(template)]
+    trees = text_trees(template.tokenizer, [Text(text) for text in documents], ROOM)
+    trained = encoded(template.tokenizer, documents)
+    assert {tree.number: flat(tree) for tree in trees} == {
+        number: list(ids) for number, ids in enumerate(trained) if len(ids) > 1
+    }
+    assert {documents[tree.number] for tree in trees if control(template, flat(tree))} == set()
+
+
+def test_text_that_does_not_fit_an_evaluation_is_left_out(template: ChatTemplate) -> None:
+    short, long = Text("Ann, a b"), Text("Ann, a b" * 40)
+    (tree,) = text_trees(template.tokenizer, [long, short], 40)
+    assert (tree.number, len(tree.prompt)) == (1, 1)
+
+
+def test_for_batons_own_tokenizer_it_is_enough_not_to_split_special_tokens() -> None:
+    template = ChatTemplate(baton())
+    documents = ["Where is Ann? \u00e9\u4e16 ", *hostile(template)]
+    by_transformers = template.tokenizer(documents, add_special_tokens=False, split_special_tokens=True)
+    trees = text_trees(template.tokenizer, [Text(text) for text in documents], ROOM)
+    assert [flat(tree) for tree in trees] == by_transformers["input_ids"]
 
 
 def test_the_attack_would_succeed_without_the_defence(template: ChatTemplate) -> None:

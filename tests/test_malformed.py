@@ -404,11 +404,6 @@ def place(suffix: str, row: int, file: str = "data") -> str:
 FIT = "fit for training"
 ONE_WARNING = "fit for training, with 1 warning"
 TWO_WARNINGS = "fit for training, with 2 warnings"
-TWO_REJECTED = (
-    "21 rows, 19 usable…",
-    "not fit for training: 2 errors, 0 warnings",
-    "error: {file}: errors in the data",
-)
 UNFIT = "not fit for training: 1 error, 0 warnings"
 NO_ROW = "not fit for training: no usable row"
 FAILED_BOTH = "error: *{suffix}: errors in the data"
@@ -572,6 +567,21 @@ FIELDS = (
         ("error: {1}: no column `rejected` beside `chosen` among the columns 'chosen', 'prompt'",),
     ),
     Case(
+        7,
+        "no column in the first row",
+        rows({"error": "timeout"}, *pairs()),
+        (
+            "error: missing column: 1",
+            "{1}: no column `chosen` among error",
+            "warning: unused column: 1",
+            "{1}: 'error'",
+            "21 rows, 20 usable…",
+            "not fit for training: 1 error, 1 warning",
+            FAILED,
+        ),
+        suffixes=JSON,
+    ),
+    Case(
         8,
         "unknown column",
         seventh(notes="seen", origin="web"),
@@ -602,6 +612,19 @@ FIELDS = (
         suffixes=NESTED,
     ),
     Case(
+        9,
+        "null in the first row",
+        rows({"chosen": None, "rejected": None}, *conversational()),
+        (
+            "error: wrong type: 1",
+            "{1}: chosen: null (expected a list of messages)",
+            "21 rows, 20 usable…",
+            UNFIT,
+            FAILED,
+        ),
+        suffixes=NESTED,
+    ),
+    Case(
         10,
         "chosen is a number",
         seventh(chosen=5),
@@ -628,7 +651,7 @@ FIELDS = (
         seventh(prompt=turns("user"), chosen=turns("assistant", text="a"), rejected=turns("assistant", text="b")),
         (
             "error: mixed layouts: 1",
-            "{7}: chosen: [{'role': 'assistant', 'content': 'a'}] (a list; text in the rows before)",
+            "{7}: chosen: [{'role': 'assistant', 'content': 'a'}] (a list; text in other rows)",
             *REJECTED,
         ),
         suffixes=JSON,
@@ -637,7 +660,7 @@ FIELDS = (
         11,
         "text among messages",
         seventh(chats, messages="question 7"),
-        rejected("mixed layouts", "messages: 'question 7' (text; a list in the rows before)"),
+        rejected("mixed layouts", "messages: 'question 7' (text; a list in other rows)"),
         suffixes=JSON,
     ),
     Case(
@@ -1309,21 +1332,45 @@ FILES = (
         41,
         "unclosed quote",
         altered(lambda data: data.replace(b"yes 7", b'"yes 7')),
-        rejected("unclosed quote", "field 2: the quote is not closed before the file ends"),
+        fatal("field 2: the quote is not closed before the file ends, and nothing after it can be read", "{7}"),
         suffixes=(".csv", ".csv.gz", ".csv.zst"),
     ),
     Case(
         41,
         "line break in quotes",
         altered(lambda data: data.replace(b"yes 3", b'"yes\n3"').replace(b"yes 7", b'yes,"\n7')),
-        (
-            "error: unclosed quote: 1",
-            "data.csv:9: field 3: …",
-            "error: ragged row: 1",
-            "data.csv:10: 2…",
-            *TWO_REJECTED,
-        ),
+        fatal("field 3: the quote is not closed before the file ends, and nothing after it can be read", "{file}:9"),
         suffixes=CSV,
+    ),
+    Case(
+        41,
+        "quote that is closed three rows later",
+        altered(lambda data: data.replace(b"yes 7", b'"yes 7').replace(b"yes 9", b'"yes 9"')),
+        (
+            "error: unclosed quote: 3",
+            "{7}: field 2: text after the closing quote",
+            "{8}: a quote before this line is not closed where it should be",
+            "{9}: a quote before this line is not closed where it should be",
+            "20 rows, 17 usable…",
+            "not fit for training: 3 errors, 0 warnings",
+            FAILED,
+        ),
+        suffixes=(".csv", ".csv.gz", ".csv.zst"),
+    ),
+    Case(
+        41,
+        "a line that names the separator",
+        altered(lambda data: b"sep=;\r\n" + data.replace(b",", b";")),
+        ("note: other separator: 1", "data.csv:1: ';'", "20 rows, 20 usable…", FIT),
+        SOUND,
+        CSV,
+    ),
+    Case(
+        41,
+        "lines that end in a carriage return alone",
+        altered(lambda data: data.replace(b"\n", b"\r")),
+        fatal("its lines end in a carriage return alone"),
+        suffixes=(".csv", ".csv.gz", ".csv.zst"),
     ),
     Case(
         41,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 
-from data.findings import THUMBS_DOWN, BadRow, Findings
+from data.findings import MISSING_COLUMN, MIXED_LAYOUT, THUMBS_DOWN, WRONG_TYPE, BadRow, Findings, Kind
 from data.read import check, convert, fingerprint, scan
 from data.schema import Conversation, Message, Preference, Prompt, Rated, Text
 from pipeline.config import DataSource
@@ -22,6 +22,13 @@ ROWS: list[dict[str, Any]] = [
     {"prompt": f"Question {number}?", "chosen": "Yes.", "rejected": "No."} for number in range(40)
 ]
 BAD = {"prompt": "a", "chosen": None, "rejected": "b"}
+DIALOGUES: list[dict[str, Any]] = [
+    {
+        name: [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": text}]
+        for name, text in (("chosen", "Hello."), ("rejected", "What?"))
+    }
+]
+RATED: list[dict[str, Any]] = [{"prompt": "a", "completion": "b", "label": 1}]
 PROMPT = (Message("user", "Where is Ann?"),)
 
 
@@ -51,6 +58,113 @@ def test_a_line_that_is_no_record_is_a_reading_too(tmp_path: Path) -> None:
 
 def test_no_more_rows_are_read_than_asked_for(tmp_path: Path) -> None:
     assert len(list(scan(source(tmp_path / "a.jsonl", ROWS).model_copy(update={"rows": 5}), Findings()))) == 5
+
+
+@pytest.mark.parametrize(
+    ("first", "rows", "kind", "words"),
+    [
+        ({"error": "timeout"}, ROWS, MISSING_COLUMN, "no column `chosen` among error"),
+        ({"prompt": "a", "chosen": "b"}, ROWS, MISSING_COLUMN, "no column `rejected`"),
+        ({"chosen": None, "rejected": None}, DIALOGUES, WRONG_TYPE, "chosen: null (expected a list of messages)"),
+        ({"chosen": "a", "rejected": "b"}, DIALOGUES, MIXED_LAYOUT, "chosen: 'a' (text; a list in other rows)"),
+        ({"prompt": "a", "response": "b"}, [{"prompt": "c"}], MIXED_LAYOUT, "no format fits it; the rows after it"),
+        ({"prompt": "a", "completion": "b", "label": None}, RATED, WRONG_TYPE, "label: null"),
+    ],
+)
+def test_a_bad_first_row_is_a_reading_with_a_problem_and_does_not_decide(
+    tmp_path: Path, first: dict[str, Any], rows: list[dict[str, Any]], kind: Kind, words: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    for count in (1, 15):
+        found = list(scan(source(path, [first] * count + rows), Findings()))
+        assert [reading.number for reading in found if reading.problem] == list(range(1, count + 1))
+        assert all(reading.row for reading in found[count:])
+        for number, reading in enumerate(found[:count], start=1):
+            assert reading.problem is not None
+            assert (reading.problem.kind, reading.problem.where) == (kind, f"{path}:{number}")
+            assert words in reading.problem.what
+            assert reading.record == first
+
+
+def test_unreadable_lines_before_and_among_bad_first_rows_keep_their_places(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    good, bad = json.dumps(ROWS[0]), json.dumps({"error": "timeout"})
+    path.write_text("\n".join(["5"] * 20 + [bad, "{", bad, good, "[]", good]) + "\n")
+    found = list(scan(DataSource(source=str(path)), Findings()))
+    assert [reading.origin for reading in found] == [f"{path}:{number}" for number in range(1, 27)]
+    assert [reading.number for reading in found if reading.row] == [24, 26]
+    assert [reading.layout for reading in found] == [""] * 20 + ["explicit"] * 6
+
+
+def test_a_source_whose_first_records_have_no_layout_is_refused_at_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(DataError, match="no format has the columns 'error'") as caught:
+        list(scan(source(path, [{"error": "timeout"}, *[{"fault": 1}] * 15, *ROWS]), Findings()))
+    assert caught.value.where == f"{path}:1"
+    assert not isinstance(caught.value, BadRow)
+
+
+def test_a_first_row_that_leaves_a_choice_is_not_passed_over(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="several formats"):
+        list(scan(source(tmp_path / "a.jsonl", [{"text": "a", "prompt": "b"}, *ROWS]), Findings()))
+
+
+def test_rows_are_read_no_further_than_the_one_that_decides(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,chosen,rejected\na,b,c\nd,"e,f\ng,h,i\n')
+    found = scan(DataSource(source=str(path)), Findings())
+    assert next(found).origin == f"{path}:2"
+    with pytest.raises(DataError, match="not closed"):
+        next(found)
+
+
+@pytest.mark.parametrize(
+    ("other", "differing"),
+    [
+        ({"prompt": "a", "completion": "b"}, "`chosen`, `completion`, `rejected`"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1}, "`margin`"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "system": "d", "text": "e"}, "`system`, `text`"),
+    ],
+)
+def test_files_of_several_layouts_are_refused_before_a_row_is_read(
+    tmp_path: Path, other: dict[str, Any], differing: str
+) -> None:
+    source(tmp_path / "a.jsonl", ROWS)
+    source(tmp_path / "b.jsonl", [{"error": "timeout"}, *ROWS])
+    source(tmp_path / "c.jsonl", [{"error": "timeout"}, other])
+    with pytest.raises(DataError, match=f"{differing} only in one of them") as caught:
+        next(scan(DataSource(source=f"{tmp_path}/*.jsonl"), Findings()))
+    assert caught.value.where == f"{tmp_path}/c.jsonl:2"
+    assert f"{tmp_path}/a.jsonl:1" in caught.value.what
+
+
+def test_files_may_differ_in_columns_that_no_format_reads(tmp_path: Path) -> None:
+    source(tmp_path / "a.jsonl", ROWS)
+    source(tmp_path / "b.jsonl", [{"error": "timeout"}, *({**row, "id": 1, "annotator": "Bo"} for row in ROWS)])
+    found = list(scan(DataSource(source=f"{tmp_path}/*.jsonl"), Findings()))
+    assert sum(reading.row is not None for reading in found) == 80
+    assert [reading.number for reading in found if reading.problem] == [41]
+
+
+def test_files_agree_in_the_columns_that_are_renamed(tmp_path: Path) -> None:
+    renamed = [{"q": row["prompt"], "chosen": "Yes.", "rejected": "No."} for row in ROWS]
+    source(tmp_path / "a.jsonl", renamed)
+    source(tmp_path / "b.jsonl", ROWS)
+    with pytest.raises(DataError, match="no column 'q', which `columns` calls `prompt`") as caught:
+        next(scan(DataSource(source=f"{tmp_path}/*.jsonl", columns={"prompt": "q"}), Findings()))
+    assert caught.value.where == f"{tmp_path}/b.jsonl:1"
+    source(tmp_path / "b.jsonl", renamed)
+    assert all(
+        reading.row for reading in scan(DataSource(source=f"{tmp_path}/*.jsonl", columns={"prompt": "q"}), Findings())
+    )
+
+
+def test_bad_answers_are_never_imitated_however_the_label_is_written(tmp_path: Path) -> None:
+    for good, bad in ((1, 0), (1.0, 0.0), ("1", "0"), (True, False)):
+        rows = [{"prompt": "a", "completion": "b", "label": label} for label in (None, bad, good, "bad")]
+        found = list(scan(source(tmp_path / "a.jsonl", rows), Findings()))
+        assert [reading.row and reading.row.good for reading in found] == [None, False, True, None]  # type: ignore[union-attr]
+        assert [reading.problem and reading.problem.kind for reading in found] == [WRONG_TYPE, None, None, WRONG_TYPE]
 
 
 def test_only_the_first_rows_are_checked(tmp_path: Path) -> None:

@@ -299,6 +299,43 @@ def test_what_changes_from_call_to_call_is_refused_only_when_asked_for(ask: str)
     assert render("{% if tools %}{{ " + ask + " }}{% endif %}-", ASKED, SPECIAL).text == "-"
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "raise_exception",
+        "range",
+        "range(3)",
+        "cycler('a')",
+        "dict",
+        "namespace(a=1)",
+        "messages[0].keys",
+        "messages[0].items()",
+        "messages | map('upper')",
+        "'a'.upper",
+        "['a', [range]]",
+        "{'a': {'b': range}}",
+        "range | string",
+        "'' ~ range",
+        "'%s' % range",
+        "'{}'.format(range)",
+        "[range] | join",
+        "range | upper",
+        "range | e",
+    ],
+)
+def test_what_is_written_otherwise_in_another_process_is_refused(value: str) -> None:
+    with pytest.raises(ArtifactError, match="depends on where it lies in memory") as caught:
+        render("{{ " + value + " }}", ASKED, SPECIAL)
+    assert caught.value.hint
+    assert render("{% set a = " + value + " %}-", ASKED, SPECIAL).text == "-"
+
+
+def test_texts_numbers_and_what_consists_of_them_are_written() -> None:
+    values = ["'a'", "1", "1.5", "true", "none", "nothing", "[1, 'a', none]", "(1, ('a',))", "{'a': [{}]}", "'<' | e"]
+    written = render("".join("{{ " + value + " }};" for value in values), ASKED, SPECIAL).text
+    assert written == "a;1;1.5;True;None;;[1, 'a', None];(1, ('a',));{'a': [{}]};&lt;;"
+
+
 def test_a_message_of_a_template_is_printed_harmless_and_short() -> None:
     with pytest.raises(ArtifactError) as caught:
         render("{{ raise_exception('\x1b[2J\u202e' ~ 'x' * 9999) }}", ASKED, SPECIAL)

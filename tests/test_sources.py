@@ -332,29 +332,12 @@ def test_an_empty_file_among_others_is_refused(shards: Path) -> None:
     assert caught.value.where == f"{shards}/empty.jsonl"
 
 
-def test_files_with_other_columns_are_refused_before_a_row_is_read(shards: Path) -> None:
-    write_parquet(shards / "z.parquet", [{"prompt": "a", "answer": "b"}])
-    found = records(source([f"{shards}/a.jsonl", f"{shards}/b.jsonl", f"{shards}/z.parquet"]), Findings())
-    with pytest.raises(DataError) as caught:
-        next(found)
-    assert caught.value.where == f"{shards}/z.parquet:row 1"
-    assert f"{shards}/a.jsonl:1" in caught.value.what
-    assert "`answer`, `chosen`" in caught.value.what
-
-
 def test_a_note_on_a_file_is_made_once(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(ROWS))
     notes = Findings()
     assert len(list(records(source(f"{tmp_path}/*.jsonl"), notes))) == 80
     assert notes.counts() == {"byte order mark": 2}
-
-
-def test_bad_first_rows_do_not_hide_the_columns(shards: Path) -> None:
-    (shards / "b.jsonl").write_bytes(b"5\n" + (shards / "b.jsonl").read_bytes())
-    found = read(f"{shards}/?.jsonl")
-    assert rows(found) == ROWS[8:16] + ROWS[:8]
-    assert len(found) == 17
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
@@ -379,6 +362,23 @@ def test_a_later_row_that_has_both_names_is_bad_and_one_that_has_neither_is_left
     assert rows(found) == [{"prompt": "1"}, {"x": "4"}]
     assert isinstance(found[1], BadRow)
     assert (found[1].kind, found[1].where) == (kinds.DUPLICATE_KEY, f"{path}:2")
+
+
+def test_a_bad_first_row_does_not_stand_for_the_columns_that_are_renamed(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    bad: list[dict[str, Any]] = [{"error": "timeout"}, {"q": "1", "prompt": "2"}]
+    path.write_bytes(b"5\n" + jsonl([*bad, {"q": "3"}, {"error": "again"}]))
+    found = read(path, columns={"prompt": "q"})
+    assert rows(found) == [{"error": "timeout"}, {"prompt": "3"}, {"error": "again"}]
+    assert [each.where for each in found if isinstance(each, BadRow)] == [f"{path}:1", f"{path}:3"]
+    for number, words in ((14, ""), (15, "no column 'q', which `columns` calls `prompt`")):
+        path.write_bytes(b"5\n" + jsonl([{"error": "timeout"}] * number + [{"q": "3"}]))
+        if not words:
+            assert rows(read(path, columns={"prompt": "q"}))[-1] == {"prompt": "3"}
+            continue
+        with pytest.raises(DataError, match=words) as caught:
+            read(path, columns={"prompt": "q"})
+        assert caught.value.where == f"{path}:2"
 
 
 def large(path: Path) -> None:

@@ -68,12 +68,45 @@ def test_a_bad_row_is_named_with_its_line_and_costs_only_itself(
     assert words in problems(found)[0].what
 
 
-def test_an_unclosed_quote_costs_one_line_and_not_the_rest(tmp_path: Path) -> None:
+def test_after_a_quote_that_is_never_closed_nothing_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    found = read(path, table(*GOOD[:6], 'a,"b,c', *GOOD[7:]))
-    assert rows(found) == PARSED[:6] + PARSED[7:]
+    path.write_text(table(*GOOD[:6], '"a\nb","b,c', *GOOD[7:]))
+    found = records(DataSource(source=str(path)), Findings())
+    assert rows([next(found) for _ in range(6)]) == PARSED[:6]
+    with pytest.raises(DataError, match="field 2: the quote is not closed before the file ends") as caught:
+        next(found)
+    assert caught.value.where == f"{path}:9"  # the line of the quote, not that of its record
+    assert not isinstance(caught.value, BadRow)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n\r\n"])
+def test_a_quote_that_is_not_closed_in_the_last_line_costs_that_line(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "a.csv"
+    found = read(path, table(*GOOD) + 'a,"b,c' + end)
+    assert rows(found) == PARSED
     assert [(each.kind, each.where, each.what) for each in problems(found)] == [
-        (kinds.UNCLOSED_QUOTE, f"{path}:8", "field 2: the quote is not closed before the file ends")
+        (kinds.UNCLOSED_QUOTE, f"{path}:22", "field 2: the quote is not closed before the file ends")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("torn", "bad_lines"),
+    [
+        (['a,"b,c', "d,e,f", "g,h,i", 'j,k "l",m'], [8, 9, 10, 11]),
+        (['a,"b,c', "d,e,f", "", 'g,"h",i'], [8, 9, 11]),
+        (['a,"b,c', 'd,"e', "f,g,h", 'i",j'], [8, 9]),  # the second record of the span ends after it
+        (['a,"b', 'c"d,e'], [8, 9]),
+        (['a,"b', 'c"d,"e', 'f"g,h'], [8, 9, 10]),  # the second record of the span tears it further
+    ],
+)
+def test_the_lines_that_a_wrong_quote_holds_together_are_no_rows(
+    tmp_path: Path, torn: list[str], bad_lines: list[int]
+) -> None:
+    path = tmp_path / "a.csv"
+    found = read(path, table(*GOOD[:6], *torn, *GOOD[6:]))
+    assert rows(found) == PARSED
+    assert [(each.kind, each.where) for each in problems(found)] == [
+        (kinds.UNCLOSED_QUOTE, f"{path}:{line}") for line in bad_lines
     ]
 
 
@@ -112,6 +145,22 @@ def test_a_mark_a_missing_last_line_end_and_bare_quotes_are_taken(tmp_path: Path
     assert rows(found) == [{"prompt": '5" disk', "chosen": 'say "hi"'}]
 
 
+def test_white_space_around_the_names_of_columns_is_not_theirs(tmp_path: Path) -> None:
+    found = read(tmp_path / "a.csv", "prompt, chosen ,\trejected \r\n a , b,c \n")
+    assert rows(found) == [{"prompt": " a ", "chosen": " b", "rejected": "c "}]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("line", ["sep={}", '"sep={}"', "SEP={}\r"])
+def test_a_line_before_the_header_may_name_the_separator(tmp_path: Path, line: str, separator: str) -> None:
+    path = tmp_path / "a.csv"
+    other = "|" if separator == "," else ","
+    header, row = separator.join((f"a{other}b{other}c", "d")), separator.join(("1", "2"))
+    found = read(path, "\n".join((line.format(separator), header, row)))
+    assert [each.origin for each in found if isinstance(each, Located)] == [f"{path}:3"]
+    assert rows(found) == [{f"a{other}b{other}c": "1", "d": "2"}]
+
+
 def test_other_separators_inside_quoted_names_do_not_count(tmp_path: Path) -> None:
     assert rows(read(tmp_path / "a.csv", '"a;b;c",d\n1,2\n')) == [{"a;b;c": "1", "d": "2"}]
 
@@ -125,7 +174,12 @@ def test_other_separators_inside_quoted_names_do_not_count(tmp_path: Path) -> No
         (b"prompt,prompt\na,b\n", "the header names 'prompt' twice"),
         (b"What is this?" * 8 + b",b\n", "no header"),
         (b'"two\nlines",b\nc,d\n', "no header"),
-        (b'"prompt,b\nc,d\n', "the header cannot be read"),
+        (b'"prompt"s,b\nc,d\n', "the header cannot be read"),
+        (b'"prompt,b\nc,d\n', "field 1: the quote is not closed before the file ends"),
+        (b"prompt,b\rc,d\re,f\r", "its lines end in a carriage return alone"),
+        (b"sep=;\rprompt;b\rc;d\r", "its lines end in a carriage return alone"),
+        (b"prompt, prompt\na,b\n", "the header names 'prompt' twice"),
+        (b"sep=;\n", "holds no row"),
         (b"pr\xffompt,b\nc,d\n", "header: byte 3: not UTF-8 (0xff)"),
         ("prompt,b\nc,d\n".encode("utf-16"), "looks like UTF-16"),
     ],
@@ -181,7 +235,11 @@ def test_damaged_text_never_crashes_the_reader(tmp_path: Path) -> None:
         damaged = bytearray(intact)
         for _ in range(random_.randrange(1, 4)):
             damaged[random_.randrange(len(table()), len(damaged))] = random_.choice(b'",\n\r\xffa')
-        found = read(tmp_path / "a.csv", bytes(damaged))
+        try:
+            found = read(tmp_path / "a.csv", bytes(damaged))
+        except DataError as error:
+            assert "not closed" in error.what  # noqa: PT017
+            continue
         assert all(set(row) == set(HEADER) for row in rows(found))
         numbers = [int((each.origin if isinstance(each, Located) else each.where).rsplit(":")[-1]) for each in found]
         assert numbers == sorted(set(numbers))

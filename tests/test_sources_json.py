@@ -116,6 +116,15 @@ def test_blank_lines_and_windows_line_ends_keep_the_numbering(tmp_path: Path) ->
     assert problems(found)[0].where == f"{path}:6"
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_a_line_without_its_brace_is_broken_in_its_own_last_column(tmp_path: Path, end: bytes) -> None:
+    found = read(tmp_path / "a.jsonl", end.join([GOOD[0], b'{"prompt": "a"', GOOD[1], b""]))
+    assert rows(found) == ROWS[:2]
+    assert [each.what for each in problems(found)] == [
+        """broken JSON at column 15: expecting ',' delimiter near '{"prompt": "a"'"""
+    ]
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_every_way_to_cut_the_last_row_is_noticed(tmp_path: Path, form: str) -> None:
     last = json.dumps({"a": "é\n😀", "b": [1.5e-3, -2, True, None, False, {"c": "\\"}]}, ensure_ascii=False).encode()
@@ -197,6 +206,12 @@ def test_a_file_of_another_shape_is_refused(tmp_path: Path, name: str, content: 
     assert words in caught.value.what
     assert caught.value.where.startswith(str(tmp_path / name))
     assert caught.value.hint
+
+
+def test_a_list_inside_an_object_is_told_how_to_get_out(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / "a.json", json.dumps({"data": ROWS}).encode())
+    assert "jq .data" in caught.value.hint
 
 
 def test_a_list_that_ends_between_two_rows_is_cut_short(tmp_path: Path) -> None:

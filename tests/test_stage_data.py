@@ -11,9 +11,11 @@ import pytest
 import tiny
 
 from data import cache
+from data.tree import Tree
 from pipeline import cli
 from pipeline import manifest as manifests
 from pipeline.manifest import DataCard, Manifest
+from stages.core import rows as stage_rows
 
 pytestmark = pytest.mark.chain
 
@@ -158,7 +160,6 @@ def test_a_given_template_goes_from_sft_to_every_later_stage(own: Path) -> None:
     digests = {name: manifest(own, name).tokenizer["chat_template"] for name in ("longer", "sft", "dpo")}
     assert digests["sft"] == digests["dpo"] != digests["longer"]
     assert (own.parent / "run/stages/dpo/chat_template.jinja").read_text() == HOUSE
-    assert baton("tokens", own, f"stages.sft.chat_template={template}", "--stage", "dpo") == 0
 
 
 @pytest.mark.parametrize(
@@ -317,3 +318,144 @@ def test_tokens_of_a_branch_that_moves_are_made_again(own: Path, monkeypatch: py
         assert baton("run", own, source, "stages.evaluate.prompts=pairs", "--until", "sft", "--force", "sft") == 0
         digests.append(card(own, "sft").diagnosis["rows"])
     assert digests == [41, 42, 43, 44]
+
+
+def seen(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> list[dict[str, Any]]:
+    """What `baton tokens` shows, as JSON."""
+    capsys.readouterr()
+    assert baton("tokens", *arguments, "--json") == 0
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def shown_tree(view: dict[str, Any]) -> tuple[list[int], list[list[int]], list[list[bool]], int]:
+    prompt, *branches = [passage["tokens"] for passage in view["passages"]]
+    ids = [[token["id"] for token in branch] for branch in branches]
+    return (
+        [token["id"] for token in prompt],
+        ids,
+        [[token["trained"] for token in each] for each in branches],
+        view["cut"],
+    )
+
+
+def trained_tree(tree: Tree) -> tuple[list[int], list[list[int]], list[list[bool]], int]:
+    ids = [list(branch.tokens) for branch in tree.branches]
+    return list(tree.prompt), ids, [list(branch.read) for branch in tree.branches], tree.cut
+
+
+@pytest.mark.parametrize("lengths", [[], ["stages.sft.max_length=24", "stages.dpo.max_length=24"]])
+def test_a_stage_s_tokens_are_shown_before_it_runs_as_it_will_make_them(
+    own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, lengths: list[str]
+) -> None:
+    (own.parent / "house.jinja").write_text(HOUSE)
+    rankings = [{"prompt": f"Question {each}?", "responses": [f"Answer {each}.", "Hm.", "Why?"]} for each in range(40)]
+    write(own.parent / "pairs.jsonl", rankings)
+    overrides = [f"stages.sft.chat_template={own.parent}/house.jinja", *lengths]
+    before = {name: seen(capsys, own, *overrides, "--stage", name, "--rows", "40") for name in ("sft", "dpo")}
+    made: dict[str, stage_rows.Examples] = {}
+    original = stage_rows.examples
+
+    def examples(context: Any, *given: Any) -> stage_rows.Examples:
+        made[context.name] = original(context, *given)
+        return made[context.name]
+
+    monkeypatch.setattr(stage_rows, "examples", examples)
+    assert baton("run", own, *overrides, "--until", "dpo") == 0
+    for name, views in before.items():
+        sides = {False: made[name].train, True: made[name].held_out}
+        expected = {tree.origin: (trained_tree(tree), side) for side, trees in sides.items() for tree in trees}
+        assert {view["origin"]: (shown_tree(view), view["held_out"]) for view in views} == expected
+        assert len(expected) == 40
+        assert seen(capsys, own, *overrides, "--stage", name, "--rows", "40") == views
+        assert any(view["cut"] for view in views) == bool(lengths)
+
+
+def test_a_published_stage_does_not_hide_the_template_that_is_given_now(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert baton("run", own, "--until", "sft") == 0
+    (own.parent / "house.jinja").write_text(HOUSE)
+    override = f"stages.sft.chat_template={own.parent}/house.jinja"
+    for stage in ("sft", "dpo", "evaluate"):
+        (first, *_) = seen(capsys, own, override, "--stage", stage)
+        assert "user:Question" in "".join(token["text"] for token in first["passages"][0]["tokens"])
+        (first, *_) = seen(capsys, own, "--stage", stage)
+        assert "user\nQuestion" in "".join(token["text"] for token in first["passages"][0]["tokens"])
+
+
+def test_tokens_need_the_stage_that_makes_the_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny.write_chain(tmp_path)
+    assert baton("tokens", config, "--stage", "dpo") == 2
+    said = capsys.readouterr().err
+    assert "the tokenizer's stage, `tokenizer`, has not run" in said
+    assert "--until tokenizer" in said
+    assert baton("run", config, "--until", "tokenizer") == 0
+    (first, *_) = seen(capsys, config, "--stage", "dpo")
+    assert [passage["name"] for passage in first["passages"]] == ["prompt", "chosen", "rejected"]
+    assert first["max_length"] == 512  # the positions of the model, of which there is none yet
+    (first, *_) = seen(capsys, config, "--stage", "ppo")
+    assert first["max_length"] == 512 - 8
+
+
+def test_a_document_that_preparation_leaves_out_is_shown_with_the_reason(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes = own.parent / "notes.jsonl"
+    write(notes, [{"text": "A note\u0007 on e\u0301."}, {"text": "Too short."}, {"text": "a NOTE on \u00e9."}])
+    first, second, third = seen(capsys, own, "--stage", "longer")
+    text = "".join(token["text"] for token in first["passages"][0]["tokens"][:-1])
+    assert text == r"A note on \xc3\xa9."
+    assert (second["origin"], second["left_out"]) == (f"{notes}:2", "2 words (min_words: 3)")
+    assert third["left_out"]
+    assert baton("tokens", own, "--stage", "longer") == 0
+    said = capsys.readouterr().out
+    assert f"{notes}:2: left out: 2 words (min_words: 3)" in said
+    assert "`decontaminate` is not applied here" in said
+    model = own.parent / "model"
+    assert seen(capsys, notes, "prepare.min_words=3", "--tokenizer", model)[1]["left_out"] == second["left_out"]
+    assert baton("tokens", own.parent / "chats.jsonl", "prepare.min_words=3", "--tokenizer", model) == 3
+    assert "`prepare` is for text" in capsys.readouterr().err
+
+
+def test_every_source_of_a_stage_is_shown_under_its_role(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    riddles = own.parent / "more.jsonl"
+    write(riddles, chats(12, "Riddle"))
+    own.write_text(own.read_text().replace("  pairs: {", f"  more: {{source: {riddles}, held_out: 0.2}}\n  pairs: {{"))
+    mixture = "stages.sft.data={chats: {epochs: 1}, more: {epochs: 2.5}}"
+    views = seen(capsys, own, mixture, "--stage", "sft", "--rows", "2")
+    assert [view["role"] for view in views] == ["data.chats"] * 2 + ["data.more"] * 2
+    assert [view["source"] for view in views[1:3]] == [f"{own.parent}/chats.jsonl", str(riddles)]
+    assert baton("tokens", own, mixture, "--stage", "sft") == 0
+    said = capsys.readouterr().out
+    assert f"\ndata.chats: {own.parent}/chats.jsonl\n{own.parent}/chats.jsonl:1: " in said
+    assert f"\ndata.more: {riddles}\n{riddles}:1: " in said
+
+
+def test_an_evaluation_s_rows_are_those_held_out_and_its_text_has_no_end(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    views = seen(capsys, own, "stages.evaluate.text=notes", "--stage", "evaluate", "--rows", "40")
+    assert {view["role"] for view in views} == {"prompts", "pairs", "text"}
+    assert all(view["held_out"] for view in views)
+    (document, *_) = [view for view in views if view["role"] == "text"]
+    assert document["passages"][1]["tokens"][-1]["text"] == "."
+    assert baton("tokens", own, "--stage", "evaluate") == 0
+    assert "scored, not trained on" in capsys.readouterr().out
+    assert baton("tokens", own, "--stage", "evaluate", "--as", "text") == 2
+    assert "leave out `--as`" in capsys.readouterr().err
+
+
+def test_rows_that_the_template_refuses_are_named(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (own.parent / "house.jinja").write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + HOUSE
+    )
+    told = {"messages": [{"role": role, "content": "Hi"} for role in ("system", "user", "assistant")]}
+    asked = {"messages": told["messages"][1:]}
+    write(own.parent / "chats.jsonl", [asked, told])
+    override = f"stages.sft.chat_template={own.parent}/house.jinja"
+    assert baton("tokens", own, override, "--stage", "sft") == 3
+    printed = capsys.readouterr()
+    assert f"{own.parent}/chats.jsonl:1: " in printed.out
+    assert f"error: {own.parent}/chats.jsonl:2: " in printed.err
+    assert "'no system'" in printed.err

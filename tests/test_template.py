@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from data import content as contents
 from data import rendering
+from data.content import REMEMBERED, ContentEncoder
 from data.schema import ChatRole, Message
 from data.template import SPECIAL_TOKENS, TEMPLATE, ChatTemplate, set_template, tokenizer_record
 from pipeline.errors import ArtifactError, ConfigError
@@ -125,6 +128,26 @@ def test_trained_tokens_are_the_responses_of_every_turn(tokenizer: Any) -> None:
     assert trained == template.response(chat[1].content) + template.response(chat[3].content)
     assert template.decode(trained) == chat[1].content + chat[3].content
     assert template.stop_id == tokenizer.eos_token_id
+
+
+def test_kept_tokens_are_those_of_the_text_whatever_became_of_the_list(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, draw = ContentEncoder(tokenizer), random.Random(0)
+    texts = [f"Ann {number} \u4e16" * draw.randrange(5) for number in range(3 * REMEMBERED)]
+    expected = {text: ContentEncoder(tokenizer).encode(text) for text in texts}
+    for text in draw.choices(texts, k=400):
+        found = encoder.encode(text)
+        assert found == expected[text] == encoder.encode(text)
+        found.append(draw.randrange(9))
+    asked: list[str] = []
+    original = contents._ids
+    monkeypatch.setattr(contents, "_ids", lambda backend, text: asked.append(text) or original(backend, text))
+    template = ChatTemplate(tokenizer)
+    asked.clear()
+    chat = messages(CONVERSATIONS[2])
+    assert template.encode(chat).tokens == template.encode(chat).tokens
+    assert asked == [message.content for message in chat]
 
 
 def control_count(tokenizer: Any, tokens: list[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 
@@ -16,7 +17,7 @@ from data.findings import EQUAL_TOKENS, NOTHING_TRAINED, TOO_LONG, BadRow
 from data.schema import Conversation, Message, Preference, Prompt, Text
 from data.spelling import Spelling
 from data.template import ChatTemplate
-from data.tree import Tree, conversation_tree, preference_tree, prompt_tokens
+from data.tree import Tree, conversation_tree, pair_tree, preference_tree, prompt_tokens
 from data.view import LEGEND, View, Viewer, draw
 
 ROOM = 1000
@@ -109,7 +110,10 @@ def test_it_can_be_read_without_colours(template: ChatTemplate) -> None:
     turns = Message("user", "Hi <|im_end|>"), Message("assistant", "In Rome.\nYes.")
     view = Viewer(template, ROOM).view(Conversation((Message("system", "Ann"), *turns), "chats.jsonl:3"))
     lines = [line.replace("\u2502", "") for line in plain(view).splitlines()]
-    assert lines[0] == f"chats.jsonl:3: {view.prompt} prompt, {view.trained} trained, length {view.length} of 1000"
+    assert (
+        lines[0] == f"chats.jsonl:3: {view.prompt} prompt, {view.trained} trained (24%), length {view.length} of 1000"
+    )
+    assert view.share == view.trained / view.length
     body = [line.replace("}{", "") for line in lines[1:]]
     assert body == [
         "prompt",
@@ -182,6 +186,33 @@ def test_the_record_is_json_and_holds_every_token(template: ChatTemplate) -> Non
 def test_a_ranking_numbers_its_responses(template: ChatTemplate) -> None:
     view = Viewer(template, ROOM).view(Preference(PAIR.prompt, ("a", "b", "c")))
     assert [passage.name for passage in view.passages] == ["prompt", "response 1", "response 2", "response 3"]
+
+
+def test_of_a_ranking_that_becomes_a_pair_the_first_and_the_last_response_are_shown(template: ChatTemplate) -> None:
+    ranking = Preference(PAIR.prompt, ("a", "b", "c"))
+    view = Viewer(template, ROOM, tree=pair_tree).view(ranking)
+    assert [passage.name for passage in view.passages] == ["prompt", "chosen", "rejected"]
+    assert tokens_of(view, "rejected") == template.response("c")
+
+
+def test_a_document_read_alone_begins_with_what_it_is_read_after_and_has_no_end(template: ChatTemplate) -> None:
+    ids = ContentEncoder(template.tokenizer, opening=True).encode(DOCUMENT.text)
+    view = Viewer(template, len(ids), blocks=False).view(DOCUMENT)
+    assert [tokens_of(view, "prompt"), tokens_of(view, "document")] == [ids[:1], ids[1:]]
+    assert (view.trained, view.length) == (len(ids) - 1, len(ids))
+    assert "blocks" not in plain(view)
+    with pytest.raises(BadRow) as caught:
+        Viewer(template, len(ids) - 1, blocks=False).view(DOCUMENT)
+    assert caught.value.kind == TOO_LONG
+    with pytest.raises(BadRow) as caught:
+        Viewer(template, ROOM, blocks=False).view(Text("a"))
+    assert caught.value.kind == NOTHING_TRAINED
+
+
+def test_a_row_that_is_held_out_says_so(template: ChatTemplate) -> None:
+    view = Viewer(template, ROOM).view(PAIR)
+    assert "held out" not in plain(view)
+    assert plain(dataclasses.replace(view, held_out=True)).splitlines()[0].endswith("of 1000, held out")
 
 
 def test_rows_that_no_stage_trains_on_are_refused_with_their_place(template: ChatTemplate) -> None:

@@ -8,7 +8,7 @@ apart is a cycle then. Texts are compared without white space at their ends.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from math import sqrt
@@ -17,7 +17,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from data.doctor.keys import Indices, Keys, as_numbers, messages_key, text_key
+from data.doctor.keys import Indices, Keys, as_numbers, key, messages_key, text_key
 from data.schema import Preference, Rated
 
 FEWEST_PAIRS_OF_A_CYCLE = 3
@@ -144,8 +144,8 @@ class Comparisons:
         for group in np.split(indices, ends):
             if len(group) >= FEWEST_PAIRS_OF_A_CYCLE:
                 found: dict[Pair, list[int]] = {}
-                for index, pair in zip(group, zip(better[group].tolist(), worse[group].tolist(), strict=True), strict=True):
-                    found.setdefault(pair, []).append(self._places[index])
+                for index in group:
+                    found.setdefault((int(better[index]), int(worse[index])), []).append(self._places[index])
                 yield found
 
 

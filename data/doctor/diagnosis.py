@@ -16,7 +16,7 @@ class Drop:
 
     kind: Kind
     what: str
-    """The row it repeats or contradicts, as a place."""
+    """The row it repeats or contradicts, as a place; what the chat template says of it."""
 
 
 @dataclass

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
 from data.doctor.columns import ColumnCheck
-from data.doctor.comparisons import Comparisons
+from data.doctor.comparisons import Comparisons, Verdicts
 from data.doctor.content import ContentCheck, fields, odd_preference
 from data.doctor.diagnosis import Diagnosis, Drop
 from data.doctor.keys import Places, as_numbers, key, messages_key, repeats, text_key
@@ -28,9 +28,10 @@ from data.findings import (
     Kind,
 )
 from data.formats import FORMATS, Record
-from data.read import Reading, kind_of
-from data.schema import Message, Preference, Prompt, Rated, Row, Text
-from data.split import bucket
+from data.read import Reading, kind_of, scan
+from data.schema import Preference, Prompt, Rated, Row, Text
+from data.split import is_held_out
+from pipeline.config import DataSource
 
 MANY_DUPLICATES = 0.01
 """Share of the rows above which duplicates are worth a warning."""
@@ -46,6 +47,8 @@ class Examination:
         held_out: Share of the prompts that is kept from training.
         encoder: Makes the tokens; without one, nothing is said about lengths in tokens.
         max_length: Longest example in tokens.
+        kinds: Kinds of rows as which they are measured in tokens, in order of preference; as they are when there is
+            none.
         control_tokens: Control tokens of the tokenizer in use.
 
     Attributes:
@@ -59,13 +62,14 @@ class Examination:
         held_out: float,
         encoder: Encoder | None = None,
         max_length: int | None = None,
+        kinds: Sequence[str] = (),
         control_tokens: Collection[str] = (),
     ) -> None:
         self.findings = Findings()
         self._source, self._share = source, held_out
         self._content, self._columns = ContentCheck(control_tokens), ColumnCheck()
-        self._lengths = Lengths(encoder, max_length) if encoder else None
-        self._comparisons, self._overlap = Comparisons(), Overlap()
+        self._lengths = Lengths(encoder, max_length, kinds) if encoder else None
+        self._comparisons, self._verdicts, self._overlap = Comparisons(), Verdicts(), Overlap()
         self._places = Places()
         self._others: list[tuple[range, str]] = []
         self._ids, self._rows = _Seen(), _Seen()
@@ -98,9 +102,8 @@ class Examination:
         for reading in readings:
             if reading.row is None:
                 continue
-            at = bucket(_prompt(reading.row))
-            if at < held_out:
-                self._overlap.add(reading.row, at, self._places.add(reading.origin, reading.number), kept=True)
+            if is_held_out(reading.row, held_out):
+                self._overlap.add(reading.row, self._places.add(reading.origin, reading.number), kept=True)
         self._others.append((range(start, len(self._places)), name))
 
     def diagnose(self) -> Diagnosis:
@@ -142,17 +145,22 @@ class Examination:
         self._scripts[main_script(whole)] += 1
         self._rows.add(self._row_key(row, place), place)
         self._see_prompt(row, place)
-        problem = self._lengths.measure(row) if self._lengths else None
-        if problem is not None:
-            self.findings.add(problem, origin)
-            if problem.severity == "dropped":
-                self._drop(place, problem)
+        if self._lengths:
+            self._measure(row, self._lengths, origin, place)
 
     def _see_prompt(self, row: Row, place: int) -> None:
-        at = bucket(_prompt(row))
-        is_held_out = at < self._share
-        self._held_out += is_held_out
-        self._overlap.add(row, at, place, kept=is_held_out)
+        kept = is_held_out(row, self._share)
+        self._held_out += kept
+        self._overlap.add(row, place, kept=kept)
+
+    def _measure(self, row: Row, lengths: Lengths, origin: str, place: int) -> None:
+        problem = lengths.measure(row)
+        if problem is None:
+            return
+        kind, what = problem
+        self.findings.add(kind, origin, what)
+        if kind.severity in ("error", "dropped"):
+            self._drop(place, kind, what)
 
     def _row_key(self, row: Row, place: int) -> bytes:
         """The key of what a row says, whatever its id and other columns."""
@@ -164,7 +172,7 @@ class Examination:
             facts = {name: value for name, value in row.facts.items() if name != "id"}
             return key(messages_key(row.prompt) + text_key(json.dumps(facts, sort_keys=True, default=str)))
         if isinstance(row, Rated):
-            return key(messages_key(row.prompt) + text_key(row.response) + bytes([row.good]))
+            return key(self._verdicts.add(row, place))
         return messages_key(row.messages)
 
     def _find_repeats(self) -> None:
@@ -178,13 +186,15 @@ class Examination:
             self._drop(again, kind, self._places[first])
 
     def _find_disagreements(self) -> None:
-        contradictions, cycles = self._comparisons.contradictions(), self._comparisons.cycles()
-        for kind, examples, rows in (
-            (CONTRADICTION, contradictions.examples, contradictions.rows),
-            (CYCLE, cycles.examples, cycles.rows),
+        pairs, thumbs = self._comparisons.contradictions(), self._verdicts.contradictions()
+        cycles = self._comparisons.cycles()
+        for kind, what, examples, rows in (
+            (CONTRADICTION, "", pairs.examples, pairs.rows),
+            (CONTRADICTION, "good and bad", thumbs.examples, thumbs.rows),
+            (CYCLE, "", cycles.examples, cycles.rows),
         ):
             for places in examples:
-                self.findings.add(kind, self._places.together(places))
+                self.findings.add(kind, self._places.together(places), what)
             for place in rows:
                 self._drop(place, kind)
 
@@ -212,6 +222,30 @@ class Examination:
         self._drops.setdefault(self._places.numbers[place], Drop(kind, what))
 
 
+def examined(
+    source: DataSource,
+    examination: Examination,
+    others: Iterable[DataSource] = (),
+    read: Callable[[DataSource, Findings], Iterable[Reading]] = scan,
+) -> Iterator[Reading]:
+    """The rows of a source, each looked at on its way; after the last one, the examination knows the others, too.
+
+    Args:
+        source: The data source.
+        examination: Looks at the rows.
+        others: Sources whose held-out prompts must not be trained on.
+        read: Reads a source.
+
+    Raises:
+        DataError: a source is unreadable or broken.
+    """
+    for reading in read(source, examination.findings):
+        examination.see(reading)
+        yield reading
+    for other in others:
+        examination.against(read(other, Findings()), other.name, held_out=other.held_out)
+
+
 class _Seen:
     """Keys of rows with their places."""
 
@@ -231,11 +265,6 @@ class _Seen:
         """Places of the first row with a key, and of each later one."""
         later, first = repeats(as_numbers(self._keys))
         return [(self._places[a], self._places[b]) for a, b in zip(first, later, strict=True)]
-
-
-def _prompt(row: Row) -> Sequence[Message]:
-    """The turns that decide a row's side; a document is its own."""
-    return (Message("user", row.text),) if isinstance(row, Text) else row.prompt
 
 
 def _deciding_columns(reading: Reading) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.schema import Message
+from data.split import canonical
 
 Keys = NDArray[np.uint64]
 Indices = NDArray[np.int64]
@@ -37,6 +38,11 @@ def text_key(text: str) -> bytes:
 def messages_key(messages: Iterable[Message]) -> bytes:
     """The key of turns: their roles and texts."""
     return key(b"".join(message.role.encode() + b"\0" + text_key(message.content) for message in messages))
+
+
+def turn_key(message: Message) -> bytes:
+    """The key of a turn, however it is composed and spaced."""
+    return key(message.role.encode() + b"\0" + canonical(message.content).encode("utf-8", "surrogatepass"))
 
 
 def as_numbers(keys: bytes | bytearray) -> Keys:

@@ -1,4 +1,5 @@
-"""Lengths in tokens, and the rows that no longer say anything, or nothing new, once they are tokens.
+"""Lengths in tokens, and the rows that no longer say anything, or nothing new, once they are tokens, or that the chat
+template refuses to write.
 
 What fits is decided as for training (`data/tree.py`): a prompt loses its beginning, a row whose longest response
 alone fills `max_length` is left out.
@@ -12,8 +13,19 @@ from typing import Protocol
 
 import numpy as np
 
-from data.findings import EQUAL_TOKENS, EQUAL_WITHIN_LENGTH, NOTHING_TRAINED, PROMPT_CUT, TOO_LONG, Kind
+from data.findings import (
+    EQUAL_TOKENS,
+    EQUAL_WITHIN_LENGTH,
+    NOTHING_TRAINED,
+    PROMPT_CUT,
+    TEMPLATE_REFUSES,
+    TOO_LONG,
+    BadRow,
+    Kind,
+)
+from data.read import SIMPLER, convert, kind_of
 from data.schema import Conversation, Message, Preference, Prompt, Row, Text
+from pipeline.errors import ArtifactError
 
 QUANTILES = (0.5, 0.9, 0.99, 0.995, 1.0)
 KEPT_WHOLE = 0.995
@@ -31,7 +43,8 @@ class Marked(Protocol):
 
 
 class Encoder(Protocol):
-    """What turns rows into the tokens that a model sees; `data/template.py:ChatTemplate` is one."""
+    """What turns rows into the tokens that a model sees; `data/template.py:ChatTemplate` is one. Each of its functions
+    raises `ArtifactError` for turns that its template refuses."""
 
     def encode(self, messages: Sequence[Message]) -> Marked:
         """The tokens of a whole conversation."""
@@ -49,15 +62,33 @@ class Lengths:
     Args:
         encoder: Makes the tokens.
         max_length: Longest example in tokens, if there is a limit.
+        kinds: Kinds of rows as which they are measured, in order of preference; as they are when there is none.
     """
 
-    def __init__(self, encoder: Encoder, max_length: int | None) -> None:
+    def __init__(self, encoder: Encoder, max_length: int | None, kinds: Sequence[str] = ()) -> None:
         self._encoder = encoder
         self._max_length = max_length
+        self._kinds = kinds
         self._measured = {"prompt": array("L"), "response": array("L"), "whole": array("L")}
 
-    def measure(self, row: Row) -> Kind | None:
-        """Measure a row; returns what is wrong with it as tokens."""
+    def measure(self, row: Row) -> tuple[Kind, str] | None:
+        """Measure a row; returns what is wrong with it as tokens, and particulars."""
+        try:
+            problem = self._problem(self._as_read(row))
+        except ArtifactError as error:
+            return TEMPLATE_REFUSES, error.what
+        except BadRow:  # the stage leaves it out, whatever its length
+            return None
+        return (problem, "") if problem else None
+
+    def _as_read(self, row: Row) -> Row:
+        possible = SIMPLER[kind_of(row)]
+        for kind in self._kinds:
+            if kind in possible:
+                return convert(row, kind)
+        return row
+
+    def _problem(self, row: Row) -> Kind | None:
         if isinstance(row, Text):
             # Documents are packed into blocks, so that none is too long.
             self._note(None, [len(self._encoder.response(row.text))])

@@ -1,9 +1,10 @@
 """Prompts that stand on both sides: among those that are trained on, and among those that are kept from training.
 
-A prompt is kept from training when it is held out, or when other data, such as an evaluation suite, has it. Two
-prompts are compared as a whole (`data/split.py` decides what is the same prompt), by their words, and by runs of 13
-words. All runs are written to a temporary file, 12 bytes each, so that memory does not grow with their number.
-Documents are compared as a whole only; `prepare.decontaminate` looks for runs of words in them.
+A prompt is kept from training when it is held out, or when other data, such as an evaluation suite, has it. What stands
+before each of the assistant's turns of a conversation is a prompt of its own, because each of these turns is trained
+on. Two prompts are compared as a whole, by their words, and by runs of 13 words; turns of the system do not count. All
+runs are written to a temporary file, 12 bytes each, so that memory does not grow with their number. Documents are
+compared as a whole only; `prepare.decontaminate` looks for runs of words in them.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import weakref
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data import ngrams
-from data.doctor.keys import NONE, Indices, Lookup, as_numbers, key
+from data.doctor.keys import NONE, Indices, Lookup, as_numbers, key, turn_key
 from data.findings import LEAK_EXACT, LEAK_NGRAMS, LEAK_NORMALISED, Kind
-from data.schema import Row, Text
+from data.schema import Conversation, Message, Row, Text
 from pipeline.errors import StorageError
 
 PARTS = 64
@@ -48,22 +50,18 @@ class Overlap:
     def __init__(self) -> None:
         self._trained, self._kept = _Side(), _Side()
 
-    def add(self, row: Row, bucket: float, place: int, *, kept: bool) -> None:
-        """Take in a row's prompt.
+    def add(self, row: Row, place: int, *, kept: bool) -> None:
+        """Take in a row's prompts.
 
         Args:
-            row: The row; turns of the system do not count.
-            bucket: Its place in [0, 1) by `data/split.py`, which only the same prompt shares.
+            row: The row.
             place: Index of the row's place.
             kept: Whether it is kept from training.
         """
         side = self._kept if kept else self._trained
-        if isinstance(row, Text):
-            side.add(row.text, bucket, place)
-        else:
-            text = "\n".join(message.content for message in row.prompt if message.role != "system")
-            side.add(text, bucket, place)
-            side.runs.add(ngrams.ngram_hashes(text), place)
+        said = side.add(*_turns(row), place)
+        if not isinstance(row, Text):
+            side.runs.add(ngrams.runs(ngrams.word_hashes(said), ngrams.RUN), place)
 
     def leaks(self) -> list[Leak]:
         """Prompts that are trained on and kept from training: each once, by its gravest kind, with the first that it
@@ -71,7 +69,7 @@ class Overlap:
         trained, kept = self._trained, self._kept
         found: dict[int, Leak] = {}
         for kind, ours, theirs in (
-            (LEAK_EXACT, trained.buckets, kept.buckets),
+            (LEAK_EXACT, trained.exact, kept.exact),
             (LEAK_NORMALISED, trained.normalised, kept.normalised),
         ):
             partner = Lookup(as_numbers(theirs)).find(as_numbers(ours))
@@ -88,16 +86,25 @@ class _Side:
 
     def __init__(self) -> None:
         self.places = array("L")
-        self.buckets = bytearray()
+        self.exact = bytearray()
         self.normalised = bytearray()
         self.runs = _Runs()
 
-    def add(self, text: str, bucket: float, place: int) -> None:
-        words = "".join(ngrams.words(text))
-        self.places.append(place)
-        self.buckets += np.float64(bucket).tobytes()
-        # Prompts without a word are equal to nothing but themselves.
-        self.normalised += key(words.encode("utf-8", "surrogatepass") or b"\0%d" % place)
+    def add(self, turns: list[Message], ends: set[int], place: int) -> list[str]:
+        """Take in the prompts that consist of the first so many turns each; returns the words of all turns."""
+        exact, normalised = blake2b(digest_size=8), blake2b(digest_size=8)
+        said: list[str] = []
+        for count, turn in enumerate(turns, start=1):
+            words = ngrams.words(turn.content)
+            exact.update(turn_key(turn))
+            normalised.update("".join(words).encode("utf-8", "surrogatepass"))
+            said += words
+            if count in ends:
+                self.places.append(place)
+                self.exact += exact.digest()
+                # Prompts without a word are equal to nothing but themselves.
+                self.normalised += normalised.digest() if said else key(b"\0%d" % place)
+        return said
 
 
 class _Runs:
@@ -152,6 +159,17 @@ class _Runs:
             what = f"temporary file cannot be written: {error.strerror}"
             hint = "make space, or set TMPDIR to a directory with more"
             raise StorageError(what, where=tempfile.gettempdir(), hint=hint) from error
+
+
+def _turns(row: Row) -> tuple[list[Message], set[int]]:
+    """The turns of a row's prompts without those of the system, and after how many of them a prompt ends."""
+    if isinstance(row, Text):
+        return [Message("user", row.text)], {1}
+    turns = [message for message in row.prompt if message.role != "system"]
+    ends = {len(turns)}
+    if isinstance(row, Conversation):
+        ends.update(before for before, turn in enumerate(turns) if turn.role == "assistant")
+    return turns, ends
 
 
 def _shared(trained: _Runs, kept: _Runs) -> dict[int, int]:

@@ -7,7 +7,7 @@ A record that breaks its format, or that nothing can be learnt from, raises `Bad
 """
 
 from data.formats.answers import final_answer
-from data.formats.detection import FORMATS, detect
+from data.formats.detection import FORMATS, NoFormat, detect
 from data.formats.layout import Format, Record
 
-__all__ = ["FORMATS", "Format", "Record", "detect", "final_answer"]
+__all__ = ["FORMATS", "Format", "NoFormat", "Record", "detect", "final_answer"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-FINAL = re.compile(r"####\s*\$?(-?[\d,]*\.?\d+)\s*")
+FINAL = re.compile(r"####\s*+\$?+(-?+(?:[\d,]*+\.\d++|[\d,]*+(?<=\d)))\s*+")
 
 
 def final_answer(text: str) -> str:

@@ -65,5 +65,5 @@ class Format:
             value, was_text = record[name], name in self.texts
             if isinstance(value, list | tuple) if was_text else isinstance(value, str):
                 here, before = ("a list", "text") if was_text else ("text", "a list")
-                what = f"{name}: {shown(value)} ({here}; {before} in the rows before)"
+                what = f"{name}: {shown(value)} ({here}; {before} in other rows)"
                 raise BadRow(MIXED_LAYOUT, what, where=origin)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 from data.findings import (
     EMPTY_RESPONSE,
@@ -12,6 +11,7 @@ from data.findings import (
     NO_HUMAN_TURN,
     SCORES_CONTRADICT,
     TIE,
+    TOO_MANY_RESPONSES,
     BadRow,
     shown,
 )
@@ -19,13 +19,23 @@ from data.formats import hh
 from data.formats.layout import Format, Record
 from data.formats.messages import SHAREGPT, Turns, is_pair_of_turns, listed, message
 from data.formats.singles import ID, ID_AND_SYSTEM, SCORES_OF_PAIR, instructed
-from data.formats.turns import dialogue, ending_with, in_order, prompt, response, same_before_last, with_system
+from data.formats.turns import (
+    dialogue,
+    ending_with,
+    in_order,
+    prompt,
+    response,
+    same_before_last,
+    spoken,
+    with_system,
+)
 from data.formats.values import number, sequence, text, wrong
 from data.schema import Preference
 
 PAIR = frozenset({"chosen", "rejected"})
 MARGIN = frozenset({"margin"})
 TEXT_OF_RESPONSE = ("text", "content", "response")
+MOST_RESPONSES = 1000
 
 
 @dataclass(frozen=True)
@@ -81,11 +91,7 @@ def _hh(record: Record, origin: str) -> Preference:
 
 
 def _hh_turns(value: object, field: str, origin: str) -> Turns:
-    dialogue_text = text(value, field, origin)
-    found = hh.split(dialogue_text)
-    if found is None:
-        raise wrong(field, "a text that begins with `\\n\\nHuman:`", value, origin)
-    return ending_with("assistant", {f"{field}[{index}]": each for index, each in enumerate(found)}, origin)
+    return ending_with("assistant", spoken(text(value, field, origin), field, origin), origin)
 
 
 def _parted(chosen: Turns, rejected: Turns) -> tuple[Turns, dict[str, str]]:
@@ -164,6 +170,9 @@ def _several(value: object, expected: str, origin: str) -> Sequence[object]:
     values = sequence(value, "responses", expected, origin)
     if len(values) < 2:
         raise wrong("responses", expected, value, origin)
+    if len(values) > MOST_RESPONSES:
+        what = f"responses: {len(values):,} (at most {MOST_RESPONSES:,})"
+        raise BadRow(TOO_MANY_RESPONSES, what, where=origin)
     return values
 
 
@@ -190,9 +199,11 @@ def _compared(asked: Turns, responses: Mapping[str, str], margin: float, origin:
     for place, content in responses.items():
         if not content.strip():
             raise BadRow(EMPTY_RESPONSE, f"{place}: {shown(content)} (empty)", where=origin)
-    for (place, one), (other, two) in combinations(responses.items(), 2):
-        if one.strip() == two.strip():
-            raise BadRow(EQUAL_RESPONSES, f"{place} and {other}: {shown(one)}", where=origin)
+    first: dict[str, str] = {}
+    for place, content in responses.items():
+        other = first.setdefault(content.strip(), place)
+        if other != place:
+            raise BadRow(EQUAL_RESPONSES, f"{other} and {place}: {shown(responses[other])}", where=origin)
     return Preference(tuple(asked.values()), tuple(responses.values()), margin, origin)
 
 

@@ -11,7 +11,20 @@ from data.schema import Conversation, Message, Prompt, Rated, Text
 
 ID = frozenset({"id"})
 ID_AND_SYSTEM = frozenset({"id", "system"})
-RESPONSE_COLUMNS = frozenset({"completion", "chosen", "rejected", "responses", "messages", "conversations"})
+RESPONSE_COLUMNS = frozenset(
+    {
+        "completion",
+        "completions",
+        "response",
+        "responses",
+        "output",
+        "chosen",
+        "rejected",
+        "messages",
+        "conversations",
+    }
+)
+"""Columns that say what was answered; `answer` is what a judge compares with."""
 SCORES_OF_PAIR = frozenset({"score_chosen", "score_rejected"})
 """Columns of UltraFeedback's pairs, whose column `messages` repeats the chosen dialogue."""
 
@@ -93,13 +106,10 @@ def _rated(record: Record, origin: str) -> Rated:
     said = response(record["completion"], asked, "completion", origin)
     good = verdict(record["label"])
     if good is None:
-        raise wrong("label", "true or false", record["label"], origin)
+        hint = "correct it; to imitate every response, whatever its label, say `format: prompt_completion`"
+        raise wrong("label", "true or false, 1 or 0", record["label"], origin, hint)
     spoken = conversation({**asked, "completion": Message("assistant", said)}, origin)
     return Rated(spoken.prompt, said, good, origin)
-
-
-def _is_rated(record: Record) -> bool:
-    return verdict(record.get("label")) is not None
 
 
 SINGLES: tuple[Format, ...] = (
@@ -132,8 +142,8 @@ SINGLES: tuple[Format, ...] = (
         "conversation",
         frozenset({"prompt", "completion"}),
         _prompt_completion,
-        # As conversations, the bad responses would be imitated.
-        fits=lambda record: not _is_rated(record),
+        # As conversations, the bad responses would be imitated, however the label is written.
+        fits=lambda record: "label" not in record,
         optional=ID_AND_SYSTEM,
     ),
     Format(
@@ -153,8 +163,6 @@ SINGLES: tuple[Format, ...] = (
         optional=ID_AND_SYSTEM,
         facts=True,
     ),
-    Format(
-        "rated", "rated", frozenset({"prompt", "completion", "label"}), _rated, fits=_is_rated, optional=ID_AND_SYSTEM
-    ),
+    Format("rated", "rated", frozenset({"prompt", "completion", "label"}), _rated, optional=ID_AND_SYSTEM),
 )
 """Formats of rows with one response or none."""

@@ -19,6 +19,8 @@ from data.formats.messages import PLAIN, Spelling, Turns, listed
 from data.formats.values import text, wrong
 from data.schema import ChatRole, Conversation, Message
 
+ANSWER_DUE = Message("assistant", "")
+
 
 def in_order(turns: Turns, origin: str) -> Turns:
     """The turns, once they are known to be a system turn or none, and user and assistant by turns.
@@ -62,21 +64,37 @@ def dialogue(value: object, field: str, origin: str, spelling: Spelling = PLAIN)
 
 
 def prompt(record: Record, column: str, origin: str) -> Turns:
-    """A prompt: a text is one user turn, a list ends with one; after the column `system`, if there is one.
+    """A prompt after the column `system`, if there is one: a text is one user turn; a list, or a dialogue in one text,
+    ends with one.
 
     Raises:
-        BadRow: as `listed`; turns out of order, or a dialogue in one text.
+        BadRow: as `listed`; turns out of order.
     """
     value = record[column]
-    if isinstance(value, list | tuple):
-        turns = ending_with("user", in_order(listed(value, column, origin), origin), origin)
-        return with_system(record, turns, origin)
-    if not isinstance(value, str):
+    if not isinstance(value, str | list | tuple):
         raise wrong(column, "text or messages", value, origin)
-    if hh.is_dialogue(value):
-        hint = "give whole dialogues as `chosen` and `rejected`, without a column for the prompt"
-        raise wrong(column, "a question, not a dialogue in one text", value, origin, hint)
-    return with_system(record, {column: Message("user", text(value, column, origin))}, origin)
+    if isinstance(value, str) and not hh.is_dialogue(text(value, column, origin)):
+        return with_system(record, {column: Message("user", value)}, origin)
+    turns = _unanswered(spoken(value, column, origin)) if isinstance(value, str) else listed(value, column, origin)
+    return with_system(record, ending_with("user", in_order(turns, origin), origin), origin)
+
+
+def spoken(value: str, field: str, origin: str) -> Turns:
+    """The turns of a dialogue in one text, in any order of roles.
+
+    Raises:
+        BadRow: it does not begin with a turn.
+    """
+    found = hh.split(value)
+    if found is None:
+        raise wrong(field, "a text that begins with `\\n\\nHuman:`", value, origin)
+    return {f"{field}[{index}]": each for index, each in enumerate(found)}
+
+
+def _unanswered(turns: Turns) -> Turns:
+    """The turns without an empty last one of the assistant's, which asks for the answer."""
+    *before, last = turns
+    return {place: turns[place] for place in before} if before and turns[last] == ANSWER_DUE else turns
 
 
 def with_system(record: Record, turns: Turns, origin: str) -> Turns:
@@ -96,21 +114,22 @@ def with_system(record: Record, turns: Turns, origin: str) -> Turns:
 
 
 def response(value: object, asked: Turns, field: str, origin: str) -> str:
-    """A response: a text, an assistant's turn, or a dialogue that repeats the prompt.
+    """A response: a text, an assistant's turn, or a dialogue, also in one text, that repeats the prompt.
 
     Raises:
         BadRow: as `listed`; turns out of order, or a dialogue with another prompt.
     """
-    if isinstance(value, str):
-        return text(value, field, origin)
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, str | list | tuple):
         raise wrong(field, "text or messages", value, origin)
-    turns = ending_with("assistant", listed(value, field, origin), origin)
+    if isinstance(value, str) and not hh.is_dialogue(text(value, field, origin)):
+        return value
+    turns = spoken(value, field, origin) if isinstance(value, str) else listed(value, field, origin)
+    ending_with("assistant", turns, origin)
     if len(turns) > 1:
         in_order(turns, origin)
         repeats_system = turns[f"{field}[0]"].role == "system"
         before = asked if repeats_system else {k: v for k, v in asked.items() if v.role != "system"}
-        same_before_last(turns, {**before, "its answer": Message("assistant", "")}, origin)
+        same_before_last(turns, {**before, "its answer": ANSWER_DUE}, origin)
     return turns[next(reversed(turns))].content
 
 

@@ -11,9 +11,9 @@ from data.findings import HUGE_NUMBER, NOT_FINITE, NUL, SURROGATE, WRONG_TYPE, B
 
 EXACT = 2**53
 """Up to here, every integer is a float of its own."""
-NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
+NUMBER = re.compile(r"\s*+[+-]?+(\d++(\.\d*+)?+|\.\d++)([eE][+-]?+\d++)?+\s*+", re.ASCII)
 INFINITE = re.compile(r"\s*[+-]?(nan|inf|infinity)\s*", re.IGNORECASE)
-VERDICTS = {"true": True, "false": False}
+VERDICTS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 
 
 def wrong(field: str, expected: str, value: object, origin: str, hint: str = "") -> BadRow:
@@ -50,10 +50,10 @@ def number(value: object, field: str, origin: str) -> float:
 
 
 def verdict(value: object) -> bool | None:
-    """True or false, also as text in any case; None for anything else."""
+    """True or false, 1 or 0, also as text in any case; None for anything else."""
     if isinstance(value, str):
         return VERDICTS.get(value.strip().lower())
-    return value if isinstance(value, bool) else None
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
 
 
 def sequence(value: object, field: str, expected: str, origin: str) -> Sequence[Any]:

@@ -6,7 +6,7 @@ grow with its size, and what is wrong is named with file and line.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from data.sources.record import Located, Record, Records, place
 from pipeline.config import DataSource
 from pipeline.errors import DataError
 
-__all__ = ["Located", "Record", "commit", "fingerprint", "records", "stamps", "world_part"]
+__all__ = ["LOOKED_AT", "Located", "Record", "commit", "fingerprint", "heads", "records", "stamps", "world_part"]
 
 READERS = {
     ".jsonl": jsonl.read,
@@ -31,6 +31,7 @@ READERS = {
 COMPRESSED = (".gz", ".zst")
 UNCOMPRESSED_KINDS = (".parquet", ".arrow")
 LOOKED_AT = 16
+"""Records at the beginning of a file that tell what it holds: a bad one among them does not stand for the others."""
 
 
 def records(source: DataSource, findings: Findings) -> Iterator[Located | BadRow]:
@@ -44,36 +45,52 @@ def records(source: DataSource, findings: Findings) -> Iterator[Located | BadRow
         Located records; what is wrong with a row that cannot be read takes the row's place.
 
     Raises:
-        DataError: a source is unreadable, damaged or holds no row, or its files do not fit together.
+        DataError: a source is unreadable, damaged or holds no row, or a file lacks a column that is renamed.
     """
     return islice(_renamed(source, findings), source.rows)
+
+
+def heads(source: DataSource) -> Iterator[list[Located]]:
+    """The records at the beginning of each file, when there are several.
+
+    Raises:
+        DataError: as `records`.
+    """
+    files = [] if source.scheme == "hub" else paths.files(source)
+    for path in files if len(files) > 1 else []:
+        found = islice(_with_names(_of_file(path, source, Findings()), source.columns), LOOKED_AT)
+        yield [each for each in found if isinstance(each, Located)]
 
 
 def _renamed(source: DataSource, findings: Findings) -> Records:
     if source.scheme == "hub":
         parts = [_with_first(source.name, hub.read(source))]
     else:
-        files = paths.files(source)
-        if len(files) > 1:
-            columns.refuse_mixture([first for path in files for first in _firsts(path, source)])
-        parts = [_with_first(path, _of_file(path, source, findings)) for path in files]
+        parts = [_with_first(path, _of_file(path, source, findings)) for path in paths.files(source)]
     for part in parts:
         yield from _with_names(part, source.columns)
 
 
-def _with_names(found: Iterable[Located | BadRow], names: dict[str, str]) -> Records:
+def _with_names(found: Records, names: dict[str, str]) -> Records:
     if not names:
         yield from found
         return
-    is_first = True
-    for each in found:
-        if isinstance(each, BadRow):
-            yield each
-            continue
-        if is_first:
-            columns.refuse_wrong_names(each, names)
-            is_first = False
-        yield columns.renamed(each, names)
+    looked_at = _up_to_fitting(found, names)
+    located = [each for each in looked_at if isinstance(each, Located)]
+    if located and not columns.fits(located[-1].record, names):
+        columns.refuse_wrong_names(located[0], names)
+    for each in chain(looked_at, found):
+        yield columns.renamed(each, names) if isinstance(each, Located) else each
+
+
+def _up_to_fitting(found: Records, names: dict[str, str]) -> list[Located | BadRow]:
+    """What a file begins with, up to the first record whose columns can be renamed; only so much is looked at."""
+    looked_at = []
+    for each in islice(found, LOOKED_AT):
+        looked_at.append(each)
+        if isinstance(each, Located) and columns.fits(each.record, names):
+            break
+    return looked_at
 
 
 def _with_first(name: str, found: Records) -> Records:
@@ -82,12 +99,6 @@ def _with_first(name: str, found: Records) -> Records:
     if first is None:
         raise DataError("holds no row", where=place(name), hint="give a file that holds data")
     yield from chain([first], found)
-
-
-def _firsts(path: str, source: DataSource) -> list[Located]:
-    """The first record of a file that can be read, if it is among the first few."""
-    few = islice(_of_file(path, source, Findings()), LOOKED_AT)
-    return [each for each in few if isinstance(each, Located)][:1]
 
 
 def _of_file(path: str, source: DataSource, findings: Findings) -> Records:

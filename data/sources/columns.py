@@ -1,20 +1,26 @@
-"""The columns of a source: renamed as `columns` says, and the same in all of its files."""
+"""The columns of a source, renamed as `columns` says."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from data.findings import DUPLICATE_KEY, BadRow, cut, shown
 from data.sources.record import Located, Record
 from pipeline.errors import DataError
 
 
-def refuse_wrong_names(first: Located, columns: Mapping[str, str]) -> None:
-    """See that a mapping fits the first record of a file.
+def fits(record: Record, columns: Mapping[str, str]) -> bool:
+    """Whether a record has all columns that a mapping renames, and none that has a new name already.
 
     Args:
-        first: The record.
+        record: As the file has it.
         columns: What formats call a column -> what the file calls it.
+    """
+    return record.keys() >= set(columns.values()) and _taken(record, columns) is None
+
+
+def refuse_wrong_names(first: Located, columns: Mapping[str, str]) -> None:
+    """See that a mapping fits a record that stands for its file.
 
     Raises:
         DataError: the file has no such column, or another one has the new name.
@@ -41,22 +47,8 @@ def renamed(found: Located, columns: Mapping[str, str]) -> Located | BadRow:
     return Located(found.origin, record)
 
 
-def refuse_mixture(firsts: Sequence[Located]) -> None:
-    """See that the first records of all files have the same columns.
-
-    Raises:
-        DataError: two have not.
-    """
-    for other in firsts[1:]:
-        differing = firsts[0].record.keys() ^ other.record.keys()
-        if differing:
-            what = f"the columns differ from those of {firsts[0].origin}: {listed(differing)} only in one of them"
-            hint = "give files of one layout; make sources of their own of the others"
-            raise DataError(what, where=other.origin, hint=hint)
-
-
 def listed(names: Record | set[str]) -> str:
-    """Names of columns as they may be printed."""
+    """Names of columns as they may be printed, the first 20 of them."""
     shown_names = [f"`{cut(name)}`" for name in sorted(names)]
     return ", ".join(shown_names[:20]) + (f" and {len(shown_names) - 20} more" if len(shown_names) > 20 else "")
 

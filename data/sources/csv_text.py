@@ -1,4 +1,8 @@
-"""The records of a CSV text as fields of bytes. What is torn by a wrong quote costs one line, not the rest."""
+"""The records of a CSV text as fields of bytes.
+
+A wrong quote costs the lines that it holds together: where their records begin and end is not known, so each is bad
+and none becomes a row. What comes after them is read on.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ class Fields:
 
 @dataclass(frozen=True, slots=True)
 class Torn:
-    """A line at which a record begins that a wrong quote spoils; the next one begins on the next line."""
+    """A line at which a record begins that a wrong quote spoils; the next one may begin on the next line."""
 
     line: int
     what: str
@@ -63,6 +67,8 @@ class CsvText:
         self._line = 1
         self._given_back: list[bytes] = []
         self._raw: list[bytes] = []
+        self._torn = 0
+        """The last line that a wrong quote holds together with one before it."""
 
     def first_line(self) -> bytes:
         """The first line that is not blank, which is read again afterwards."""
@@ -75,18 +81,26 @@ class CsvText:
         """The next record; None at the end.
 
         Raises:
-            DataError: a quote is not closed, and too much follows to read it again without the quote.
+            DataError: a quote is not closed before the file ends, so that nothing after it can be read.
         """
         if not self._start():
             return None
-        line = self._line - self._raw[0].endswith(b"\n")
+        line = self._line_read()
         try:
-            return Fields(line, self._values(), self._raw)
+            values = self._values()
         except _WrongQuote as wrong:
+            self._torn = max(self._torn, self._line_read())
             self._give_back(self._raw[1:])
             return Torn(line, str(wrong))
         except _TooLong:
             return Flood(line, self._flood(line))
+        if line <= self._torn:
+            return Torn(line, "a quote before this line is not closed where it should be")
+        return Fields(line, values, self._raw)
+
+    def _line_read(self) -> int:
+        """The number of the line that was read last."""
+        return self._line - self._raw[-1].endswith(b"\n")
 
     def _start(self) -> bool:
         """Read the first line of a record; whether there is one."""
@@ -131,6 +145,7 @@ class CsvText:
     def _quoted(self, at: int, number: int) -> tuple[bytes, int]:
         """A field whose text begins at `at` in the last line read, and where it ends in what is then the last."""
         parts = []
+        before, opened = len(self._raw), self._line_read()
         size = sum(map(len, self._raw))
         while True:
             end = _closing_quote(self._raw[-1], at)
@@ -139,10 +154,18 @@ class CsvText:
                 return b"".join(parts).replace(b'""', b'"'), end + 1
             line, at = self._next(), 0
             if not line:
-                raise _WrongQuote(f"field {number}: the quote is not closed before the file ends")
+                raise self._unclosed(number, opened, self._raw[before:])
             self._raw.append(line)
             size += len(line)
             self._refuse_length(size, line)
+
+    def _unclosed(self, number: int, opened: int, after: list[bytes]) -> Exception:
+        """The error for a quote that no other closes; it costs one line if that is the last."""
+        what = f"field {number}: the quote is not closed before the file ends"
+        if all(line in LINE_ENDS for line in after):
+            return _WrongQuote(what)
+        hint = "close it; a quote in a field is written twice"
+        return DataError(f"{what}, and nothing after it can be read", where=f"{self._name}:{opened}", hint=hint)
 
     def _refuse_length(self, size: int, line: bytes) -> None:
         if size > self._limit or (len(line) == self._limit and not line.endswith(b"\n")):

@@ -16,6 +16,8 @@ from pipeline.errors import DataError
 
 SEPARATORS = (b",", b"\t", b";", b"|")
 QUOTED = re.compile(rb'"(?:[^"]++|"")*+"')
+SEPARATOR_LINE = re.compile(rb'"?sep=([,\t;|])"?\s*', re.IGNORECASE)
+"""What Excel writes before the header."""
 LONGEST_NAME = 100
 """Characters; a longer column name is a value, so that the header is missing."""
 
@@ -30,20 +32,33 @@ def read(path: str, max_chars: int, findings: Findings) -> Records:
     name = place(path)
     with opened_text(path, findings) as stream:
         text = CsvText(stream, bytes_kept(max_chars), name)
-        text.separator = _separator(text.first_line(), path, findings)
+        text.separator = _separator(text, path, findings)
         header = _header(text, name)
         while found := text.fields():
             yield _located(found, header, f"{name}:{found.line}", max_chars)
 
 
-def _separator(line: bytes, path: str, findings: Findings) -> bytes:
-    """The most frequent separator of the header; of equally frequent ones, the one that the file's name promises."""
+def _separator(text: CsvText, path: str, findings: Findings) -> bytes:
+    """The separator that a line before the header names, which is passed over; or else the most frequent one of the
+    header, and of equally frequent ones, the one that the file's name promises."""
     expected = b"\t" if ".tsv" in [suffix.lower() for suffix in Path(path).suffixes] else b","
+    line = text.first_line()
     outside_quotes = QUOTED.sub(b"", line)
-    found = max(SEPARATORS, key=lambda each: (outside_quotes.count(each), each == expected))
+    _refuse_other_line_ends(outside_quotes, place(path))
+    if named := SEPARATOR_LINE.fullmatch(line):
+        text.fields()
+        found = named[1]
+    else:
+        found = max(SEPARATORS, key=lambda each: (outside_quotes.count(each), each == expected))
     if found != expected:
         findings.add(OTHER_SEPARATOR, f"{place(path)}:1", shown(found.decode()))
     return found
+
+
+def _refuse_other_line_ends(outside_quotes: bytes, name: str) -> None:
+    if b"\r" in outside_quotes.rstrip(b"\r\n"):
+        what = "its lines end in a carriage return alone"
+        raise DataError(what, where=name, hint="save it with line feeds, as CSV of Windows or Unix has them")
 
 
 def _header(text: CsvText, name: str) -> list[str]:
@@ -55,7 +70,7 @@ def _header(text: CsvText, name: str) -> list[str]:
     if not isinstance(found, Fields):
         raise DataError("the header cannot be read", where=where, hint="write the names of the columns, with commas")
     try:
-        header = [each.decode("utf-8") for each in found.values]
+        header = [each.decode("utf-8").strip() for each in found.values]
     except UnicodeDecodeError as error:
         raise DataError(f"header: {undecodable(error)}", where=where, hint="convert the file to UTF-8") from error
     _refuse_header(header, where)

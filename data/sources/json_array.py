@@ -53,7 +53,10 @@ def _no_list(text: JsonText, name: str) -> DataError:
     text.value()
     if text.peek() == b"{":
         return DataError("holds one object after the other: this is JSONL", where=name, hint="name the file .jsonl")
-    hint = "write the rows as one list of objects, or one object per line in a .jsonl file"
+    hint = (
+        "write the rows as one list of objects, or one object per line in a .jsonl file; "
+        'of `{"data": [...]}`, keep the list alone: jq .data'
+    )
     return DataError("holds one object (expected a list of rows; one row alone is JSONL)", where=name, hint=hint)
 
 

@@ -33,7 +33,7 @@ def _located(line: bytes, origin: str, max_chars: int) -> Located | BadRow:
     if len(line) > max_chars and (length := characters(line.rstrip(b"\r\n"))) > max_chars:
         return too_large(length, max_chars, origin)
     try:
-        return Located(origin, parse_object(line, origin, last=not line.endswith(b"\n")))
+        return Located(origin, parse_object(line.rstrip(b"\r\n"), origin, last=not line.endswith(b"\n")))
     except BadRow as problem:
         return problem
 

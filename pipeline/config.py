@@ -512,10 +512,19 @@ class RunSettings(Settings):
             )
 
 
-def evaluated(settings: RunSettings) -> tuple[str, ...]:
-    """Names of the data sources whose held-out rows the run's models are evaluated on."""
-    stages = [stage for stage in settings.stages.values() if stage.kind == "evaluate"]
-    return tuple(dict.fromkeys(name for stage in stages for name in stage.data_roles().values()))
+def evaluated(settings: RunSettings, stage: StageSettings) -> tuple[str, ...]:
+    """Names of the data sources whose held-out rows the run's models are evaluated on, and which a stage's rows could
+    repeat: text for a stage that trains on text, the others for other stages, none for one that trains on nothing."""
+    if isinstance(stage, EvaluateSettings):
+        return ()
+    reads_text = _reads_text(stage.DATA["data"])
+    judges = [each for each in settings.stages.values() if isinstance(each, EvaluateSettings)]
+    named = [(name, each.DATA[role]) for each in judges for role, name in each.data_roles().items()]
+    return tuple(dict.fromkeys(name for name, kinds in named if _reads_text(kinds) == reads_text))
+
+
+def _reads_text(kinds: tuple[str, ...]) -> bool:
+    return kinds == ("text",)
 
 
 PRODUCES: dict[str, tuple[str, ...]] = {

@@ -59,7 +59,7 @@ class Context:
     sources: Mapping[str, DataSource] = field(default_factory=dict)
     """All data sources of the run by name, which a source's preparation may refer to."""
     evaluated: tuple[str, ...] = ()
-    """Names of the sources whose held-out rows the run's models are evaluated on."""
+    """Names of the sources whose held-out rows the run's models are evaluated on, and the stage must not train on."""
 
 
 @dataclass

@@ -213,8 +213,9 @@ def _measures(patient: Patient, tokens: Tokens | None) -> dict[str, Any]:
 
 def _patient(settings: RunSettings, name: str, tokenizer: str | None) -> Patient:
     source = settings.data[name]
-    others = [settings.data[each] for each in evaluated(settings) if settings.data[each] != source]
     readers = [stage for stage in settings.stages.values() if name in stage.data_roles().values()]
+    names = dict.fromkeys(each for stage in readers for each in evaluated(settings, stage))
+    others = [settings.data[each] for each in names if settings.data[each] != source]
     limits = [limit for stage in readers for limit in _limits(stage, name)]
     tightest = min(limits, key=lambda limit: limit.tokens, default=None)
     origins = [origin_of(settings, stage) for stage in readers]

@@ -147,7 +147,7 @@ class _Runner:
                 device=self.settings.device,
                 dtype=self.settings.dtype,
                 sources=self.settings.data,
-                evaluated=evaluated(self.settings),
+                evaluated=evaluated(self.settings, stage),
             )
             result: Result = module.run(context)
         _refuse_not_finite(name, result)

@@ -148,6 +148,26 @@ class Intake:
         _refuse_leaks(examination.findings[LEAK_EXACT])
 
 
+def refuse_repeats(tests: Collection[DataSource], trained: Iterable[DataSource]) -> None:
+    """See that no prompt of a test set is trained on; the test set may be younger than the training.
+
+    Args:
+        tests: Sources that are held out whole.
+        trained: Sources that are trained on.
+
+    Raises:
+        DataError: a prompt stands in both.
+    """
+    for source in trained if tests else ():
+        examination = Examination(source.name, held_out=source.held_out)
+        for reading in scan(source, examination.findings):
+            examination.see(reading)
+        for test in tests:
+            examination.against(scan(test, Findings()), test.name)
+        examination.diagnose()
+        _refuse_leaks(examination.findings[LEAK_EXACT])
+
+
 def _usable(reading: Reading, preparer: Preparer | None) -> Row:
     if reading.problem:
         raise reading.problem

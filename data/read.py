@@ -186,8 +186,21 @@ def _parsed(found: Iterator[Numbered], source: DataSource) -> Iterator[Reading]:
     layout, (*passed, decisive) = recognise(found, source)
     for number, each in passed:
         yield _without_layout(_reading(number, each, layout))
+    believed = layout.name == source.format  # the user knows what later columns mean
     for number, each in chain([decisive], found):
-        yield _reading(number, each, layout)
+        reading = _reading(number, each, layout)
+        yield reading if believed else _of_layout(reading, layout)
+
+
+def _of_layout(reading: Reading, layout: Format) -> Reading:
+    """The reading, unless its record has columns by which it is in another layout, as scores or a verdict."""
+    if reading.row is None or reading.record is None:
+        return reading
+    given = {column: value for column, value in reading.record.items() if value is not None}
+    if layout.fits(given):
+        return reading
+    what = f"its columns are not those of `{layout.name}`, in which the rows before it are"
+    return replace(reading, row=None, problem=BadRow(MIXED_LAYOUT, what, where=reading.origin))
 
 
 def _reading(number: int, found: Located | BadRow, layout: Format) -> Reading:

@@ -47,7 +47,13 @@ Adapter = Annotated[
     list[str] | None,
     typer.Option(metavar="MODULE:FUNCTION", help="Let data be read by this function; may be repeated."),
 ]
-Data = Annotated[str, typer.Argument(help="Data source, or a configuration file (.yaml).")]
+Data = Annotated[
+    str, typer.Argument(metavar="DATA", help="Data source, or a configuration file (.yaml).", show_default=False)
+]
+DataSettings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings, as in columns.prompt=question; of a configuration, its own."),
+]
 Tokenizer = Annotated[
     str | None, typer.Option(metavar="MODEL", help="A stage or model directory, or hub:owner/name@revision.")
 ]
@@ -186,7 +192,7 @@ def report(run: Run) -> None:
 @app.command()
 def doctor(
     data: Data,
-    overrides: Overrides = None,
+    overrides: DataSettings = None,
     tokenizer: Tokenizer = None,
     max_length: MaxLength = None,
     against: Annotated[
@@ -226,10 +232,13 @@ def doctor(
 @app.command()
 def tokens(
     data: Data,
-    overrides: Overrides = None,
+    overrides: DataSettings = None,
     tokenizer: Tokenizer = None,
     stage: Annotated[str | None, typer.Option(help="Of a configuration: show what this stage sees.")] = None,
-    kind: Annotated[str | None, typer.Option("--as", metavar="KIND", help="Read rows as this kind.")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--as", metavar="KIND", help="Read rows as this kind: preference, conversation, prompt or text."),
+    ] = None,
     max_length: MaxLength = None,
     rows: Annotated[int, typer.Option(min=1, help="Show this many rows.")] = 3,
     adapter: Adapter = None,

@@ -523,6 +523,13 @@ def evaluated(settings: RunSettings, stage: StageSettings) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name, kinds in named if _reads_text(kinds) == reads_text))
 
 
+def trained(settings: RunSettings) -> tuple[str, ...]:
+    """Names of the data sources of which stages learn the answers to prompts."""
+    stages = [each for each in settings.stages.values() if not isinstance(each, EvaluateSettings)]
+    named = [name for each in stages if not _reads_text(each.DATA["data"]) for name in each.data_roles().values()]
+    return tuple(dict.fromkeys(named))
+
+
 def _reads_text(kinds: tuple[str, ...]) -> bool:
     return kinds == ("text",)
 

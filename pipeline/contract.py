@@ -58,6 +58,8 @@ class Context:
     dtype: str = "auto"
     sources: Mapping[str, DataSource] = field(default_factory=dict)
     """All data sources of the run by name, which a source's preparation may refer to."""
+    trained: tuple[str, ...] = ()
+    """Names of the sources of which the run's stages learn the answers to prompts."""
     evaluated: tuple[str, ...] = ()
     """Names of the sources whose held-out rows the run's models are evaluated on, and the stage must not train on."""
 

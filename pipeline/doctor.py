@@ -194,7 +194,7 @@ def _readings(source: DataSource, findings: Findings) -> Iterator[Reading]:
 def _if_there(origin: Origin) -> ChatTemplate | None:
     try:
         return open_template(origin, download=False)
-    except (ArtifactError, ConfigError):
+    except ArtifactError:
         return None
 
 

@@ -111,7 +111,7 @@ def _validate(document: Document, model: type[Validated]) -> Validated:
 def _note(document: Document, model: type[BaseModel], detail: ErrorDetails) -> None:
     location = _location(document.values, detail["loc"], detail["type"] == "missing")
     setting = ".".join(printable(str(each)) for each in location)
-    what = _message(document, model, location, detail) if setting else detail["msg"]
+    what = _message(document, model, location, detail) if setting else detail["msg"].removeprefix("Value error, ")
     document.note(location, f"{setting}: {what}" if setting else what)
 
 

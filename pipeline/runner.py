@@ -23,7 +23,7 @@ from rich.console import Console
 
 from pipeline import fingerprint, inputs, loader, store, terminal
 from pipeline import manifest as manifests
-from pipeline.config import PRODUCES, RunSettings, evaluated
+from pipeline.config import PRODUCES, RunSettings, evaluated, trained
 from pipeline.contract import Artifact, Context, Result
 from pipeline.cost import Meter
 from pipeline.errors import BatonError, ConfigError, NumericalError
@@ -147,6 +147,7 @@ class _Runner:
                 device=self.settings.device,
                 dtype=self.settings.dtype,
                 sources=self.settings.data,
+                trained=trained(self.settings),
                 evaluated=evaluated(self.settings, stage),
             )
             result: Result = module.run(context)

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data.batch import Layout
 from data.document_store import encoded
+from data.intake import refuse_repeats
 from data.schema import Preference, Prompt, Text
 from data.tree import Branch, Tree, preference_tree, prompt_tokens, usable
 from pipeline.config import EvaluateSettings
@@ -66,11 +67,13 @@ def run(context: Context) -> Result:
     """Sample, judge, compare; writes `evaluation.json` and `samples.jsonl`.
 
     Raises:
-        DataError: There is no held-out row.
+        DataError: There is no held-out row, or a prompt of a test set is trained on.
         ArtifactError: A model is damaged or not what its manifest says.
     """
     settings, compute = context.settings, device.choose(context.device, context.dtype)
     loop.seed_everything(context.seed)
+    tests = [source for source in context.data.values() if source.held_out == 1.0]
+    refuse_repeats(tests, [context.sources[name] for name in context.trained])
     models = {role: artifact for role, artifact in context.inputs.items() if role.startswith("models.")}
     lineup = Lineup(models, compute)
     judge = lineup.judge(context.inputs["reward"]) if "reward" in context.inputs else None

@@ -170,7 +170,7 @@ def test_the_limit_of_a_source_is_the_tightest_of_the_stages_that_do_not_pack_it
 def test_rows_of_a_configuration_are_measured_by_the_tokenizer_of_its_stages(doctor: Doctor, run: Path) -> None:
     code, printed, _ = doctor(run, "--json", "stages.dpo.max_length=12", "stages.reward.max_length=12")
     corpus, chosen, prompts = json.loads(printed)
-    assert code == 0
+    assert (code, chosen["usable"]) == (3, 0)
     assert corpus["lengths"]["whole"]["50%"] > 5
     assert prompts["lengths"]["prompt"]["50%"] > 5
     assert chosen["figures"]["over_long_share"] == 1.0
@@ -216,3 +216,16 @@ def test_the_chat_template_that_a_stage_sets_is_the_one_that_counts(doctor: Doct
         for settings in ([], ["stages.sft.chat_template=wordy.jinja"])
     )
     assert longer > plain + 10
+    code, _, complaint = doctor(run, "stages.sft.chat_template=gone.jinja")
+    assert code == ConfigError.exit_code
+    assert "gone.jinja: cannot be read: No such file" in complaint
+
+
+def test_a_first_row_of_many_turns_is_shown_by_its_ends(doctor: Doctor, tmp_path: Path) -> None:
+    turns = [{"role": role, "content": f"turn {n} of the {role}"} for n in range(50) for role in ("user", "assistant")]
+    (tmp_path / "long.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    _, printed, _ = doctor("long.jsonl")
+    assert "turn 0 of the user" in printed
+    assert "turn 49 of the assistant" in printed
+    assert "... 90 more ..." in printed
+    assert len(printed.splitlines()) < 30

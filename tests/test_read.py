@@ -264,3 +264,43 @@ def test_checking_and_fingerprinting_import_no_heavy_library(tmp_path: Path) -> 
     command = [sys.executable, "-c", script, *names]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        ({"prompt": "A?", "completion": "B."}, {"prompt": "A?", "completion": "No.", "label": False}),
+        ({"prompt": "A?", "responses": ["b", "w"]}, {"prompt": "A?", "responses": ["w", "b"], "scores": [1, 5]}),
+        (
+            {"prompt": "A?", "chosen": "b", "rejected": "w"},
+            {"prompt": "A?", "chosen": "w", "rejected": "b", "score_chosen": 1, "score_rejected": 5},
+        ),
+    ],
+)
+def test_columns_that_mean_another_layout_are_not_passed_over_in_later_rows(
+    tmp_path: Path, first: dict[str, Any], later: dict[str, Any]
+) -> None:
+    missing = {**later, **dict.fromkeys(later.keys() - first.keys())}
+    asked = source(tmp_path / "a.jsonl", [first, later, missing])
+    good, other, empty = scan(asked, Findings())
+    assert good.row
+    assert empty.row or empty.problem  # nothing is said by a column without a value
+    assert other.problem is not None
+    assert other.problem.kind is MIXED_LAYOUT
+    named = asked.model_copy(update={"format": good.layout})
+    assert list(scan(named, Findings()))[1].row is not None
+
+
+def test_a_dialogue_that_lost_its_first_line_breaks_is_still_one(tmp_path: Path) -> None:
+    texts = [
+        {"chosen": f"Human: Where?\n\nAssistant: {answer}", "rejected": "\n\nHuman: Where?\n\nAssistant: No."}
+        for answer in "ab"
+    ]
+    for reading in scan(source(tmp_path / "a.jsonl", texts), Findings()):
+        assert reading.layout == "hh"
+        assert isinstance(reading.row, Preference)
+        assert reading.row.prompt == (Message("user", "Where?"),)
+    plain = source(tmp_path / "b.jsonl", [{"prompt": "Human: an essay", "completion": "Us."}])
+    (reading,) = scan(plain, Findings())
+    assert isinstance(reading.row, Conversation)
+    assert reading.row.messages[0] == Message("user", "Human: an essay")

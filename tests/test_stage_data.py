@@ -280,6 +280,9 @@ def test_a_test_set_is_evaluated_whole_and_never_trained_on(own: Path, capsys: p
     assert baton("plan", own, "stages.sft.data=test") == 2
     assert "all of `test` is held out: only evaluate stages can read it" in capsys.readouterr().err
     write(test, chats(3))
+    assert baton("run", own, evaluated, "--until", "sft") == 0
+    assert baton("run", own, evaluated) == 3
+    assert f"{own.parent}/chats.jsonl:1" in capsys.readouterr().err
     assert baton("run", own, evaluated, "--until", "sft", "--force", "sft") == 3
     assert "prompt on both sides" in capsys.readouterr().err
 

@@ -76,6 +76,7 @@ class Examination:
         self._scripts: Counter[str] = Counter()
         self._drops: dict[int, Drop] = {}
         self._read = self._held_out = 0
+        self._unfit: Counter[bool] = Counter()  # held out or not -> rows that cannot be used as tokens
         self._first: Reading | None = None
 
     def see(self, reading: Reading) -> None:
@@ -116,8 +117,8 @@ class Examination:
         return Diagnosis(
             source=self._source,
             rows=self._read,
-            usable=len(self._rows),
-            held_out=self._held_out,
+            usable=len(self._rows) - sum(self._unfit.values()),
+            held_out=self._held_out - self._unfit[True],
             kind=kind_of(first.row) if first and first.row else "",
             format=first.layout if first else "",
             columns=_deciding_columns(first) if first else (),
@@ -160,6 +161,7 @@ class Examination:
         kind, what = problem
         self.findings.add(kind, origin, what)
         if kind.severity in ("error", "dropped"):
+            self._unfit[is_held_out(row, self._share)] += 1
             self._drop(place, kind, what)
 
     def _row_key(self, row: Row, place: int) -> bytes:

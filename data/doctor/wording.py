@@ -10,6 +10,8 @@ from data.findings import Finding, Severity
 from pipeline.terminal import printable, table
 
 LONGEST = 160
+ENDS_SHOWN = 5
+"""Fields of the first row that are shown from each end, where it has many."""
 
 _COUNTED: tuple[Severity, ...] = ("error", "warning")
 
@@ -35,7 +37,10 @@ def _example(diagnosis: Diagnosis) -> str:
         return ""
     named = fields(diagnosis.example)
     width = max(len(name) for name, _ in named)
-    lines = (f"  {name:<{width}}  {printable(text, LONGEST)}" for name, text in named)
+    lines = [f"  {name:<{width}}  {printable(text, LONGEST)}" for name, text in named]
+    if len(lines) > 2 * ENDS_SHOWN:
+        left_out = f"  ... {len(lines) - 2 * ENDS_SHOWN:,} more ..."
+        lines = [*lines[:ENDS_SHOWN], left_out, *lines[-ENDS_SHOWN:]]
     return "\n".join([f"first row, {_place(diagnosis.example.origin)}", *lines])
 
 

@@ -233,7 +233,9 @@ def _identity(context: Context, source: DataSource) -> str:
     content = read.fingerprint(source, context.sources)
     # A branch of the Hub moves; what cannot be pinned down is never found again.
     commit = (sources.commit(source) or uuid.uuid4().hex) if source.scheme == "hub" else None
-    return fingerprint.digest([content, source.model_dump(mode="json"), commit])
+    others = [context.sources[name] for name in source.prepare.decontaminate] if source.prepare else []
+    against = [_identity(context, each) for each in others]
+    return fingerprint.digest([content, source.model_dump(mode="json"), commit, against])
 
 
 def _tell(context: Context, role: str, record: Mapping[str, Any]) -> None:

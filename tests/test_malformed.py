@@ -689,7 +689,7 @@ FIELDS = (
         13,
         "equal after truncation",
         seventh(chosen=f"{SHARED} yes", rejected=f"{SHARED} no"),
-        ("dropped: responses differ only past max_length: 1", "{7}", "20 rows, 20 usable…", FIT),
+        ("dropped: responses differ only past max_length: 1", "{7}", "20 rows, 19 usable…", FIT),
         SOUND,
         arguments=("doctor", "{file}", "--tokenizer", "{model}", "--max-length", "48"),
     ),

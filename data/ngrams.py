@@ -62,11 +62,6 @@ def runs(hashes: Hashes, n: int) -> Hashes:
     return np.correlate(hashes, _powers(n), "valid")
 
 
-def ngram_hashes(text: str, n: int = RUN) -> Hashes:
-    """One hash per run of n words of a text, in order: uint64, `max(0, words - n + 1)` of them."""
-    return runs(word_hashes(words(text)), n)
-
-
 class NgramSet:
     """The runs of 13 words of the texts that were added; 16 to 24 bytes each.
 

@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 
 from data import ngrams
-from data.ngrams import NgramSet, ngram_hashes, normalised, runs, word_hashes, words
+from data.ngrams import RUN, NgramSet, normalised, runs, word_hashes, words
 
 FEW_WORDS = ("the", "cat", "sat", "on", "a", "mat")
 HASH_OF_THIRTEEN = 12820988904589832720
 HINDI = "\u0939\u093f\u0928\u094d\u0926\u0940"
 MIXED = f"Caf\u00e9 \u00c7A_VA? {HINDI} \u4e2d\u6587ab\u5b57 \u2764\ufe0f \ud800x 10\u00bd \u01f0"
+
+
+def ngram_hashes(text: str, n: int = RUN) -> ngrams.Hashes:
+    """One hash for each run of n words of a text."""
+    return runs(word_hashes(words(text)), n)
 
 
 def characters(number: int, seed: int) -> str:

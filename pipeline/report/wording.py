@@ -58,6 +58,7 @@ def remarks(card: DataCard) -> list[str]:
     """What the doctor warned of in a data source, and what cutting and preparation did to it."""
     findings = card.diagnosis.get("findings", {})
     warned = [(kind, found["count"]) for kind, found in findings.items() if found["severity"] == "warning"]
+    warned = [(kind, count) for kind, count in warned if kind != PROMPT_CUT.name]  # the card counts the training rows
     cut = [(PROMPT_CUT.name, card.cut)] if card.cut else []
     return [f"{what}: {count:,}" for what, count in [*warned, *cut, *card.prepared.items()]]
 

@@ -247,7 +247,7 @@ def _tell(context: Context, role: str, record: Mapping[str, Any]) -> None:
     if record["cut"]:
         context.say(f"{name}: {record['cut']:,} rows trained on with a {PROMPT_CUT.name}")
     for kind, finding in record["diagnosis"]["findings"].items():
-        if finding["severity"] == "warning":
+        if finding["severity"] == "warning" and kind != PROMPT_CUT.name:  # which was said of the training rows
             context.say(f"{name}: warning: {kind}: {finding['count']:,}")
 
 

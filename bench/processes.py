@@ -46,11 +46,45 @@ def run(module: str, *arguments: str | Path, **environment: str) -> Measured:
     return Measured(seconds, said.pop("processor_seconds"), said.pop("peak_mib"), said)
 
 
+def quiet(threads: int) -> dict[str, str]:
+    """The environment of a process that is measured: so many threads, no network, and nothing said on the way."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+def baton(*arguments: str | Path, **environment: str) -> float:
+    """Wall seconds of `baton ARGUMENTS` in a process of its own, imports included."""
+    command = [sys.executable, "-c", "from pipeline.cli import main; main()", *map(str, arguments)]
+    began = time.perf_counter()
+    subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - began
+
+
+def stage_manifests(output: Path) -> dict[str, dict[str, Any]]:
+    """Stage -> manifest, of a finished run, in the order in which the stages began."""
+    read = [json.loads(path.read_text(encoding="utf-8")) for path in output.glob("stages/*/manifest.json")]
+    return {manifest["stage"]: manifest for manifest in sorted(read, key=lambda manifest: manifest["started"])}
+
+
 def report(**figures: Any) -> None:
     """Print what the calling process has found, and what it took until now."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     taken = {"processor_seconds": usage.ru_utime + usage.ru_stime, "peak_mib": usage.ru_maxrss / 1024}
     sys.stdout.write(json.dumps({**figures, **taken}) + "\n")
+
+
+def resident_mib() -> float:
+    """Most memory that the calling process has had resident until now, in MiB."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise OSError("/proc/self/status does not say the peak of resident memory")
 
 
 def machine(*packages: str) -> dict[str, Any]:
@@ -72,17 +106,26 @@ def spread(values: Sequence[float], decimals: int = 1) -> str:
     return f"{middle} [{low}, {high}]"
 
 
+def sentence(machine: dict[str, Any]) -> str:
+    """The machine in one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; {machine['system']}; "
+        f"Python {machine['python']}; {versions}."
+    )
+
+
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def save(name: str, record: dict[str, Any], text: str) -> None:
-    """Write `results/NAME.json` and `results/NAME.md`."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (RESULTS / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+def save(name: str, record: dict[str, Any], text: str, directory: Path = RESULTS) -> None:
+    """Write `NAME.json` and `NAME.md`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (directory / f"{name}.md").write_text(text + "\n", encoding="utf-8")
 
 
 def _processor() -> str:

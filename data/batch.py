@@ -3,6 +3,10 @@
 A row holds one tree or several: the prompt, then each branch, whose positions restart at the prompt's end and
 which attends to the prompt and to itself only. Only the positions that are read (the ones that predict a trained
 token) are named in `sources`, so that the language-model head runs nowhere else.
+
+packed   all trees in one row without padding; attention is computed tree by tree
+tree     several rows of trees with a mask, for architectures whose attention cannot be replaced
+plain    every branch in a row of its own behind a copy of the prompt, for those that cannot compute trees
 """
 
 from __future__ import annotations
@@ -15,9 +19,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from data.packing import Packing
 from data.tree import Branch, Tree
 
-Layout = Literal["tree", "plain"]
+Layout = Literal["packed", "tree", "plain"]
 
 LOOKAHEAD = 256
 """Trees that are passed over before a batch is taken as full."""
@@ -30,7 +35,8 @@ class TreeBatch:
     Attributes:
         tokens: [rows, width] token ids; padding is 0 and attends to itself only.
         positions: [rows, width] position of each token on its own path from the start of the prompt.
-        mask: [rows, 1, width, width] True where attention is allowed, or None where plain causal attention serves.
+        mask: [rows, 1, width, width] True where attention is allowed; None for plain rows (causal) and packed ones.
+        packing: Where the trees stand in the row of a packed batch; None for the other layouts.
         sources: [reads] index into the flattened rows of the position that predicts a read token.
         targets: [reads] the read tokens, in order of tree, branch, token.
         branch_of_read: [reads] number of the branch each read belongs to.
@@ -41,6 +47,7 @@ class TreeBatch:
     tokens: Tensor
     positions: Tensor
     mask: Tensor | None
+    packing: Packing | None
     sources: Tensor
     targets: Tensor
     branch_of_read: Tensor
@@ -75,8 +82,8 @@ class TreeBatch:
         return values.new_zeros(self.branches).index_add(0, self.branch_of_read, values)
 
 
-def batches(trees: Iterable[Tree], tokens_per_batch: int, layout: Layout = "tree") -> Iterator[TreeBatch]:
-    """Pack trees into batches of at most `tokens_per_batch` tokens, padding included; longest first.
+def batches(trees: Iterable[Tree], tokens_per_batch: int, layout: Layout = "packed") -> Iterator[TreeBatch]:
+    """Put trees into batches of at most `tokens_per_batch` tokens, padding included; longest first.
 
     A tree longer than the budget has a batch of its own. In the `plain` layout every branch stands in its own
     row behind its own copy of the prompt, with causal attention and padding at the end; the branches of a tree
@@ -84,7 +91,11 @@ def batches(trees: Iterable[Tree], tokens_per_batch: int, layout: Layout = "tree
     """
     waiting = sorted(trees, key=lambda tree: (-tree.length, tree.number))
     while waiting:
-        if layout == "tree":
+        if layout == "packed":
+            taken = _take(waiting, tokens_per_batch)
+            together, waiting = waiting[:taken], waiting[taken:]
+            yield packed(together)
+        elif layout == "tree":
             rows, waiting = _fill(waiting, tokens_per_batch)
             yield _lay_out(rows, [tree for row in rows for tree in row])
         else:
@@ -94,8 +105,24 @@ def batches(trees: Iterable[Tree], tokens_per_batch: int, layout: Layout = "tree
 
 
 def one_row(trees: Sequence[Tree]) -> TreeBatch:
-    """All trees packed into a single row, however long."""
+    """All trees in a single row with a mask, however long."""
     return _lay_out([list(trees)], trees)
+
+
+def packed(trees: Sequence[Tree]) -> TreeBatch:
+    """All trees in a single row without padding, however long."""
+    batch = _lay_out([list(trees)], trees, masked=False)
+    return dataclasses.replace(batch, packing=Packing.of(trees))
+
+
+def _take(waiting: list[Tree], budget: int) -> int:
+    """How many trees fit without padding; at least one."""
+    tokens = 0
+    for taken, tree in enumerate(waiting):
+        tokens += tree.length
+        if taken and tokens > budget:
+            return taken
+    return len(waiting)
 
 
 def _fill(waiting: list[Tree], budget: int) -> tuple[list[list[Tree]], list[Tree]]:
@@ -136,10 +163,10 @@ def _stack(waiting: list[Tree], budget: int) -> int:
     return len(waiting)
 
 
-def _lay_out(rows: list[list[Tree]], trees: Sequence[Tree]) -> TreeBatch:
+def _lay_out(rows: list[list[Tree]], trees: Sequence[Tree], masked: bool = True) -> TreeBatch:
     """Rows of trees, or of parts of `trees` in the same order of branches."""
     width = max(sum(tree.length for tree in row) for row in rows)
-    plain = all(len(row) == 1 and len(row[0].branches) == 1 for row in rows)
+    plain = masked and all(len(row) == 1 and len(row[0].branches) == 1 for row in rows)
     sheet = _Sheet(len(rows), width)
     for row, placed in enumerate(rows):
         start = 0
@@ -151,7 +178,8 @@ def _lay_out(rows: list[list[Tree]], trees: Sequence[Tree]) -> TreeBatch:
     return TreeBatch(
         tokens=sheet.tokens,
         positions=positions,
-        mask=None if plain else _attention_mask(sheet.tree_of, sheet.branch_of),
+        mask=_attention_mask(sheet.tree_of, sheet.branch_of) if masked and not plain else None,
+        packing=None,
         sources=torch.tensor(sheet.sources),
         targets=torch.tensor(sheet.targets),
         branch_of_read=torch.tensor(sheet.branch_of_read),

@@ -39,15 +39,15 @@ class DocumentMixture:
         self._documents = _Documents(stores[name] for name in self.epochs)
         self._seed = seed
 
-    def blocks(self, length: int) -> BlockPasses:
-        """The mixture's passes in blocks of `length` tokens."""
-        return BlockPasses(self, length)
+    def blocks(self, length: int, apart: bool = False) -> BlockPasses:
+        """The mixture's passes in blocks of `length` tokens; with `apart` they say where documents begin."""
+        return BlockPasses(self, length, apart)
 
-    def pass_(self, number: int, length: int) -> Blocks:
+    def pass_(self, number: int, length: int, apart: bool = False) -> Blocks:
         """A pass in blocks of `length` tokens, from which shuffling may choose."""
         taken = self._taken(number)
         laid = taken[shuffled(len(taken), f"{self._seed} documents")]
-        return Blocks(self._documents, laid, length)
+        return Blocks(self._documents, laid, length, apart)
 
     def _taken(self, number: int) -> NDArray[np.int64]:
         """Numbers of the documents that a pass takes, counted over all sources."""
@@ -63,9 +63,10 @@ class DocumentMixture:
 class BlockPasses:
     """Passes over blocks; of these the one last asked for is kept."""
 
-    def __init__(self, documents: DocumentMixture, length: int) -> None:
+    def __init__(self, documents: DocumentMixture, length: int, apart: bool = False) -> None:
         self._documents = documents
         self._length = length
+        self._apart = apart
         self._last: tuple[int, Blocks] | None = None
 
     def __len__(self) -> int:
@@ -74,7 +75,7 @@ class BlockPasses:
     def pass_(self, number: int) -> Blocks:
         """The blocks of a pass in the order in which they are laid."""
         if self._last is None or self._last[0] != number:
-            self._last = number, self._documents.pass_(number, self._length)
+            self._last = number, self._documents.pass_(number, self._length, self._apart)
         return self._last[1]
 
 
@@ -87,10 +88,12 @@ class Blocks(LazySequence[Tree]):
         documents: The documents of all sources.
         order: Numbers of documents in the order they are laid; one may come several times, or not at all.
         length: Tokens of a block, at least 2.
+        apart: Whether the trees say where documents begin.
     """
 
-    def __init__(self, documents: _Documents, order: NDArray[np.int64], length: int) -> None:
+    def __init__(self, documents: _Documents, order: NDArray[np.int64], length: int, apart: bool = False) -> None:
         self._documents = documents
+        self._apart = apart
         self._order = order
         self._ends = np.cumsum(documents.lengths[order])
         self._length = length
@@ -99,8 +102,14 @@ class Blocks(LazySequence[Tree]):
         return int(self._ends[-1]) // self._length if len(self._ends) else 0
 
     def item(self, place: int) -> Tree:
-        prompt, *rest = self._tokens(place * self._length)
-        return Tree((prompt,), (Branch.of(rest),), place)
+        start = place * self._length
+        prompt, *rest = self._tokens(start)
+        return Tree((prompt,), (Branch.of(rest),), place, starts=self._starts(start) if self._apart else ())
+
+    def _starts(self, start: int) -> tuple[int, ...]:
+        """Where documents begin after the first token of the block that begins at `start`."""
+        first, last = np.searchsorted(self._ends, (start, start + self._length - 1), side="right")
+        return tuple((self._ends[first:last] - start).tolist())
 
     def _tokens(self, start: int) -> Iterator[int]:
         """The tokens of the block that begins at `start`, from as many documents as it takes."""

@@ -151,6 +151,7 @@ THUMBS_DOWN = Kind("thumbs down", "dropped", "such a response is not imitated; n
 LEFT_OUT_BY_ADAPTER = Kind("left out by the adapter", "dropped", "the function returned None")
 NOTHING_TRAINED = Kind("no trained token", "dropped", "give rows with an answer")
 TOO_LONG = Kind("trained part longer than max_length", "dropped", "raise max_length, or shorten the responses")
+TOO_FEW_RESPONSES = Kind("fewer than three responses", "dropped", "give rankings of three or more")
 EQUAL_TOKENS = Kind("responses equal after tokenising", "dropped", "leave such pairs out")
 EQUAL_WITHIN_LENGTH = Kind("responses differ only past max_length", "dropped", "raise max_length")
 

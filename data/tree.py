@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
-from data.findings import EQUAL_TOKENS, NOTHING_TRAINED, TOO_LONG
-from data.schema import Conversation, Message, Preference
+from data.findings import EQUAL_TOKENS, NOTHING_TRAINED, TOO_FEW_RESPONSES, TOO_LONG
+from data.schema import Conversation, Message, Preference, Rated
 from data.template import ChatTemplate
 
 
@@ -34,8 +35,8 @@ class Branch:
 class Tree:
     """A prompt and its k >= 1 responses, in tokens.
 
-    `number` is the tree's own, so that results can be told apart after packing; `margin` is the preference's; `cut`
-    counts the tokens that the prompt has lost at its beginning.
+    `number` is the tree's own, so that results can be told apart after packing; `margin` is the preference's, or the
+    verdict on a single response; `cut` counts the tokens that the prompt has lost at its beginning.
     """
 
     prompt: tuple[int, ...]
@@ -44,6 +45,7 @@ class Tree:
     margin: float = 0.0
     origin: str = ""
     cut: int = 0
+    starts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prompt or not all(branch.tokens for branch in self.branches):
@@ -62,6 +64,14 @@ class Tree:
     def split(self) -> list[Tree]:
         """The same tree as one single-branch tree per response, for models that need the plain layout."""
         return [dataclasses.replace(self, branches=(branch,)) for branch in self.branches]
+
+    def documents(self) -> list[Tree]:
+        """A block of text as one tree a document, so that none attends to another; a single token predicts nothing."""
+        if not self.starts:
+            return [self]
+        tokens = (*self.prompt, *self.branches[0].tokens)
+        pieces = (tokens[start:stop] for start, stop in pairwise((0, *self.starts, len(tokens))))
+        return [Tree(piece[:1], (Branch.of(piece[1:]),), self.number) for piece in pieces if len(piece) > 1]
 
 
 def conversation_tree(template: ChatTemplate, row: Conversation, number: int, max_length: int) -> Tree | str:
@@ -92,6 +102,25 @@ def pair_tree(template: ChatTemplate, row: Preference, number: int, max_length: 
     """The first and the last of a preference's responses as a tree with two branches."""
     pair = dataclasses.replace(row, responses=(row.responses[0], row.responses[-1]))
     return preference_tree(template, pair, number, max_length)
+
+
+def triple_tree(template: ChatTemplate, row: Preference, number: int, max_length: int) -> Tree | str:
+    """The best, the second and the worst of a ranking as a tree with three branches."""
+    if len(row.responses) < 3:
+        return TOO_FEW_RESPONSES.name
+    best, second, *_, worst = row.responses
+    return preference_tree(template, dataclasses.replace(row, responses=(best, second, worst)), number, max_length)
+
+
+def verdict_tree(template: ChatTemplate, row: Rated | Preference, number: int, max_length: int) -> Tree | str:
+    """What is good and what is bad: a preference's first response and its last, or a rated response alone.
+
+    A rated response is a tree of one branch, whose margin is the verdict: 1 for a good one, -1 for a bad one.
+    """
+    if isinstance(row, Preference):
+        return pair_tree(template, row, number, max_length)
+    rated = Preference(row.prompt, (row.response,), 1.0 if row.good else -1.0, row.origin)
+    return preference_tree(template, rated, number, max_length)
 
 
 def prompt_tokens(template: ChatTemplate, prompt: tuple[Message, ...], longest: int) -> tuple[int, ...]:

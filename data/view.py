@@ -9,11 +9,11 @@ from typing import Any, Literal, assert_never
 
 from rich.text import Text as Drawing
 
-from data.findings import EQUAL_TOKENS, NOTHING_TRAINED, TOO_LONG, BadRow
-from data.schema import Conversation, Preference, Prompt, RowKind, Text
+from data.findings import EQUAL_TOKENS, NOTHING_TRAINED, TOO_FEW_RESPONSES, TOO_LONG, BadRow
+from data.schema import Conversation, Preference, Prompt, Rated, Row, RowKind, Text
 from data.spelling import Spelling
 from data.template import ChatTemplate
-from data.tree import Tree, conversation_tree, preference_tree, prompt_tokens
+from data.tree import Tree, conversation_tree, preference_tree, prompt_tokens, verdict_tree
 from pipeline.terminal import printable
 
 Part = Literal["content", "template", "control"]
@@ -31,7 +31,7 @@ STYLES: dict[tuple[Part, bool], str] = {
     ("control", True): "bold green",
     ("control", False): "bold cyan",
 }
-_REASONS = {kind.name: kind for kind in (EQUAL_TOKENS, NOTHING_TRAINED, TOO_LONG)}
+_REASONS = {kind.name: kind for kind in (EQUAL_TOKENS, NOTHING_TRAINED, TOO_FEW_RESPONSES, TOO_LONG)}
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Viewer:
         self._blocks = blocks
         self._spelling = Spelling(template.tokenizer)
 
-    def view(self, row: Text | Conversation | Prompt | Preference) -> View:
+    def view(self, row: Row) -> View:
         """The tokens of a row, made by the functions that the stages use.
 
         Raises:
@@ -134,7 +134,11 @@ class Viewer:
             case Prompt():
                 return self._prompt(row)
             case Preference():
-                return self._preference(row)
+                tree = self._tree(self._template, row, 0, self._max_length)
+                return self._responses(row, "preference", _usable(tree, row.origin))
+            case Rated():
+                tree = verdict_tree(self._template, row, 0, self._max_length)
+                return self._responses(row, "rated", _usable(tree, row.origin))
             case _:
                 assert_never(row)
 
@@ -180,15 +184,14 @@ class Viewer:
         passage = self._passage("prompt", tokens, [False] * len(tokens), written[cut:])
         return View(row.origin, "prompt", (passage,), cut, self._max_length)
 
-    def _preference(self, row: Preference) -> View:
-        tree = _usable(self._tree(self._template, row, 0, self._max_length), row.origin)
+    def _responses(self, row: Preference | Rated, kind: RowKind, tree: Tree) -> View:
         written = self._template.encode(row.prompt, prompt=True).written[tree.cut :]
         passages = [self._passage("prompt", tree.prompt, [False] * len(tree.prompt), written)]
-        for name, branch in zip(_names(len(tree.branches)), tree.branches, strict=True):
+        for name, branch in zip(_names(row, len(tree.branches)), tree.branches, strict=True):
             # The template writes the stop, the last token of every response.
             stop_only = [False] * (len(branch.tokens) - 1) + [True]
             passages.append(self._passage(name, branch.tokens, branch.read, stop_only))
-        return View(row.origin, "preference", tuple(passages), tree.cut, self._max_length)
+        return View(row.origin, kind, tuple(passages), tree.cut, self._max_length)
 
     def _passage(self, name: str, tokens: Sequence[int], trained: Sequence[bool], written: Sequence[bool]) -> Passage:
         return Passage(name, tuple(starmap(self._token, zip(tokens, trained, written, strict=True))))
@@ -221,7 +224,9 @@ def _usable(tree: Tree | str, origin: str) -> Tree:
     return tree
 
 
-def _names(branches: int) -> list[str]:
+def _names(row: Preference | Rated, branches: int) -> list[str]:
+    if isinstance(row, Rated):
+        return ["good" if row.good else "bad"]
     if branches == 2:
         return ["chosen", "rejected"]
     return [f"response {number}" for number in range(1, branches + 1)]

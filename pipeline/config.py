@@ -22,6 +22,10 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.suggestion import suggest
+from pipeline.terminal import printable
+from pipeline.trainers import ABSENT, TRAINERS, Trainer, reserved
+
 
 def _no_boolean(value: Any) -> Any:
     if isinstance(value, bool):
@@ -167,8 +171,9 @@ Data = Either[Name, Mixture]
 class Optimizer(Settings):
     """How weights move."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """`adamw`, or `muon` for matrices with AdamW for the rest."""
+    name: Literal["adamw", "muon", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """`adamw`; `muon` for matrices with AdamW for the rest; `adamw8bit` keeps AdamW's moments in 8 bits (Dettmers et
+    al. 2021, arXiv 2110.02861), `paged_adamw8bit` also moves them to the host's memory when the GPU's runs out."""
     learning_rate: Rate = 1e-4
     """Peak learning rate."""
     weight_decay: NonNegative = 0.0
@@ -177,10 +182,21 @@ class Optimizer(Settings):
     """AdamW's moment decay rates."""
     warmup: Fraction = 0.05
     """Share of the steps in which the learning rate rises linearly from zero."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """How the learning rate falls after the warm-up; `wsd` stays at the peak, then falls linearly to zero (Hu et al.
+    2024, arXiv 2404.06395)."""
+    decay: Fraction = 0.2
+    """With `wsd`: share of the steps, the last ones, in which the learning rate falls."""
     clip_norm: Rate = 1.0
     """Gradients with a larger global norm are scaled down to it."""
+
+    @model_validator(mode="after")
+    def _decay_fits_the_schedule(self) -> Optimizer:
+        if self.schedule != "wsd" and self.decay != type(self).model_fields["decay"].default:
+            raise ValueError(f"`decay` is for schedule=wsd, not {self.schedule}: leave it out or change the schedule")
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError(f"warmup={self.warmup} and decay={self.decay} are more than all steps: lower one")
+        return self
 
 
 class Lora(Settings):
@@ -189,9 +205,24 @@ class Lora(Settings):
     rank: Positive = 16
     """Rank of the update."""
     alpha: Rate = 32.0
-    """The update is scaled by alpha / rank."""
+    """The update is scaled by alpha / rank, or as the variant has it."""
     targets: str | list[str] = "all-linear"
     """`all-linear`, or the names of the linear layers to adapt."""
+    top_layers: Positive | None = None
+    """Adapt only this many decoder layers, the last ones; nothing is computed backwards below them."""
+    variant: Literal["lora", "rslora", "dora"] = "lora"
+    """`rslora` scales the update by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732); `dora` also trains the
+    norm of every output's weights (Liu et al. 2024, arXiv 2402.09353), at some cost in time and memory."""
+    initialisation: Literal["default", "pissa"] = "default"
+    """`default` begins with a random and a zero matrix, `pissa` with the principal singular vectors of the weights
+    (Meng et al. 2024, arXiv 2404.02948), whose product is taken off again: the base stays as it is and the stored
+    adapter has twice the rank."""
+
+    @model_validator(mode="after")
+    def _layers_are_chosen_by_name(self) -> Lora:
+        if self.top_layers is not None and isinstance(self.targets, str) and self.targets != "all-linear":
+            raise ValueError("`top_layers` needs `targets` as a list of names, or all-linear")
+        return self
 
 
 class StageSettings(Settings):
@@ -226,6 +257,10 @@ class StageSettings(Settings):
                 found.update({f"{role}.{name}": name for name in value})
         return found
 
+    def kinds(self, role: str) -> tuple[str, ...]:
+        """Kinds of rows that a data role takes, in order of preference; `role.NAME` takes what `role` does."""
+        return self.DATA[role.partition(".")[0]]
+
     def shares(self, role: str) -> dict[str, Share] | None:
         """`role.NAME` -> share of a data role that is a mixture; None for a single source."""
         value = getattr(self, role)
@@ -253,6 +288,9 @@ class Training(Batching):
     """Passes over the training rows."""
     steps: Positive | None = None
     """Take exactly this many optimizer steps instead, starting the rows over when they run out."""
+    gradient_checkpointing: StrictBool = False
+    """Keep only the decoder layers' inputs for the backward pass and compute each layer a second time there: trades
+    time for memory, with the same result."""
 
 
 class TokenizerSettings(StageSettings):
@@ -286,6 +324,8 @@ class PretrainSettings(Training):
     """The model's `transformers` configuration, `model_type` first; vocabulary and special tokens are filled in."""
     max_length: Annotated[StrictInt, Field(ge=2)] = 256
     """Tokens of one packed block, which is one example."""
+    document_masks: StrictBool = False
+    """Keep the documents of a block apart: none attends to another, and positions begin anew with each."""
 
     @model_validator(mode="after")
     def _one_beginning(self) -> PretrainSettings:
@@ -312,8 +352,9 @@ class SftSettings(Training):
     """File of a Jinja chat template that replaces the model's own from here on."""
     lora: Lora | None = Lora()
     """The adapter; `null` trains all weights."""
-    quantization: Literal["none", "4bit"] = "none"
-    """`4bit` loads the base in NF4 through bitsandbytes and hands the adapter on unmerged; otherwise it is merged."""
+    quantization: Literal["none", "4bit", "8bit"] = "none"
+    """`4bit` loads the base in NF4 (Dettmers et al. 2023, arXiv 2305.14314), `8bit` in LLM.int8 (Dettmers et al. 2022,
+    arXiv 2208.07339), both through bitsandbytes, and hands the adapter on unmerged; otherwise it is merged."""
 
     @model_validator(mode="after")
     def _quantized_needs_adapter(self) -> SftSettings:
@@ -340,13 +381,20 @@ class RewardSettings(Training):
     """For pairs: subtract the row's margin from the score difference (Llama 2, arXiv 2307.09288, eq. 2)."""
     centring: NonNegative = 0.0
     """Weight of the squared mean score, which keeps scores near zero (arXiv 2312.09244, eq. 2)."""
+    heads: Positive = 1
+    """Heads on the one adapter. With several, each has its own random start and its own bootstrap weights of the rows;
+    the score is their mean, and how far they differ says how sure the model is."""
 
 
 class DpoSettings(Training):
-    """Direct preference optimisation; the reference is the policy's own start."""
+    """Direct preference optimisation and its family; the reference is the policy's own start."""
 
     ROLES: ClassVar = {"policy": ("model", "adapter")}
     DATA: ClassVar = {"data": ("preference",)}
+    WITHOUT_REFERENCE: ClassVar = ("simpo", "orpo")
+    """Losses of the policy alone."""
+    SMOOTHED: ClassVar = ("sigmoid", "sigmoid_norm", "robust")
+    """Losses that allow for wrong labels."""
 
     kind: Literal["dpo"] = "dpo"
     """Stage kind."""
@@ -356,11 +404,56 @@ class DpoSettings(Training):
     """Data source of the preferences, or a mixture."""
     lora: Lora = Lora()
     """The adapter; a policy that begins as an adapter keeps that adapter's shape."""
+    loss: Literal["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "simpo", "orpo", "apo_zero", "apo_down"] = (
+        "sigmoid"
+    )
+    """`sigmoid` is DPO; `sigmoid_norm` the same per token (arXiv 2411.15124); `robust` for a known share of wrong
+    labels (arXiv 2403.00409); `hinge` (SLiC, arXiv 2305.10425); `ipo` (arXiv 2310.12036), per token; `simpo` (arXiv
+    2405.14734) and `orpo` (arXiv 2403.07691), per token and without a reference; `apo_zero` for chosen responses better
+    than the policy's own, `apo_down` for worse ones (arXiv 2408.06266)."""
     beta: Rate = 0.1
-    """Strength of the pull towards the reference."""
+    """Strength of the pull towards the reference; `ipo`'s tau, `orpo`'s weight of the odds ratio. `simpo` and
+    `sigmoid_norm`, being per token, ask for larger values: 2 to 10."""
+    label_smoothing: Annotated[Number, Field(ge=0.0, lt=0.5)] = 0.0
+    """Share of labels taken to be wrong: with `sigmoid` and `sigmoid_norm`, margins stop growing (conservative DPO);
+    with `robust`, which needs it, the bias of wrong labels is taken out of the loss."""
+    gamma: NonNegative | None = None
+    """By how much the chosen response's reward should be larger; needed with `simpo`, and only there. The paper takes
+    0.3 to 1.6."""
     sft_weight: NonNegative = 0.0
     """Weight of the mean negative log-likelihood of the chosen responses' tokens (arXiv 2404.19733, eq. 1); keeps their
-    probability from falling along with that of the rejected ones."""
+    probability from falling along with that of the rejected ones. With `orpo` it is part of the loss."""
+    reference: Literal["each_step", "once"] = "each_step"
+    """When the reference's log-probabilities are computed: in `each_step`, or `once` before training. Then they are
+    kept in the cache, where another run on the same pairs finds them."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares the policy with the reference."""
+        return self.loss not in self.WITHOUT_REFERENCE
+
+    @property
+    def supervised_weight(self) -> float:
+        """Weight of the supervised term, that of the loss itself included."""
+        return 1.0 if self.loss == "orpo" else self.sft_weight
+
+    @model_validator(mode="after")
+    def _options_fit_the_loss(self) -> DpoSettings:
+        if self.label_smoothing and self.loss not in self.SMOOTHED:
+            raise ValueError(
+                f"loss={self.loss} knows no label_smoothing: leave it out, or use {' or '.join(self.SMOOTHED)}"
+            )
+        if self.loss == "robust" and not self.label_smoothing:
+            raise ValueError("loss=robust needs label_smoothing, the share of wrong labels; without any, use sigmoid")
+        if (self.gamma is None) == (self.loss == "simpo"):
+            raise ValueError(
+                "loss=simpo needs gamma" if self.gamma is None else "gamma is for loss=simpo: leave it out"
+            )
+        if self.loss == "orpo" and self.sft_weight:
+            raise ValueError("loss=orpo has a supervised term of weight 1: leave out sft_weight, and weigh with beta")
+        if self.reference == "once" and not self.has_reference:
+            raise ValueError(f"loss={self.loss} has no reference: leave out reference=once")
+        return self
 
 
 class PpoSettings(Batching):
@@ -455,13 +548,123 @@ class EvaluateSettings(StageSettings):
         return self
 
 
+class TrlSettings(StageSettings):
+    """Any of TRL's trainers that `docs/trl.md` lists, on the same tokens as Baton's own stages."""
+
+    ROLES: ClassVar = {"policy": ("model", "adapter"), "reward": ("reward",)}
+    DATA: ClassVar = {"data": ("conversation", "preference", "rated", "prompt")}
+
+    kind: Literal["trl"] = "trl"
+    """Stage kind."""
+    trainer: str
+    """Name of the trainer: `KTO` is TRL's `KTOTrainer`."""
+    policy: str
+    """Model or adapter to start from; also the reference."""
+    data: Data
+    """Data source of what the trainer goes over (conversations, preferences, rated responses or prompts), or a
+    mixture."""
+    reward: str | None = None
+    """Reward stage that scores the responses of trainers that sample; its tokenizer and chat template must be the
+    policy's."""
+    gold: Literal["none", "world"] = "none"
+    """Programmatic reward of those responses; added to that of the reward stage where both are given."""
+    lora: Lora | None = Lora()
+    """The adapter; `null` trains all weights. A policy that begins as an adapter keeps that adapter's shape."""
+    examples_per_step: Positive = 32
+    """Examples of one optimizer step; for trainers that sample, prompts."""
+    examples_per_batch: Positive = 8
+    """Examples that go through the model at once; divides examples_per_step. Bounds memory."""
+    max_length: Positive = 1024
+    """Longest example in tokens, at most the model's positions. A longer prompt loses its beginning; a row whose
+    trained part alone is longer is dropped and counted."""
+    max_new_tokens: Positive | None = None
+    """Longest response of trainers that sample, end of turn included; they need it."""
+    epochs: Rate = 1.0
+    """Passes over the training rows."""
+    steps: Positive | None = None
+    """Take exactly this many optimizer steps instead, starting the rows over when they run out."""
+    optimizer: Optimizer = Optimizer()
+    """The optimizer: Baton's own, which the trainer steps."""
+    gradient_checkpointing: StrictBool = False
+    """Keep only the decoder layers' inputs for the backward pass and compute each layer a second time there: trades
+    time for memory."""
+    arguments: dict[str, Any] = {}
+    """What else the trainer's own configuration class takes, by its names there, such as `loss_type` or `beta`."""
+
+    @property
+    def method(self) -> Trainer:
+        """The trainer's entry in the table."""
+        return TRAINERS[self.trainer]
+
+    @property
+    def produces(self) -> str:
+        """Kind of artefact that the stage publishes."""
+        if self.trainer == "Reward":
+            return "reward"
+        return "adapter" if self.lora else "model"
+
+    def kinds(self, role: str) -> tuple[str, ...]:
+        return self.method.kinds
+
+    @model_validator(mode="after")
+    def _options_fit_the_trainer(self) -> TrlSettings:
+        if self.trainer in ABSENT:
+            raise ValueError(f"{self.trainer} cannot be a stage: it {ABSENT[self.trainer]}")
+        if self.trainer not in TRAINERS:
+            raise ValueError(
+                f"TRL has no trainer `{printable(self.trainer)}` for a stage{suggest(self.trainer, TRAINERS)}"
+            )
+        if self.trainer == "Reward" and self.lora is None:
+            raise ValueError("a reward model is an adapter and a head: give `lora`")
+        if self.optimizer.name == "muon":
+            raise ValueError("muon is two optimizers, and a trainer of TRL steps one: use optimizer.name=adamw")
+        if self.examples_per_step % self.examples_per_batch:
+            raise ValueError(
+                f"examples_per_batch={self.examples_per_batch} must divide examples_per_step={self.examples_per_step}"
+            )
+        if self.trainer == "KTO" and self.examples_per_batch == 1:
+            raise ValueError(
+                "KTO compares the examples of a batch with each other: give examples_per_batch of 2 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sampling_fits_the_trainer(self) -> TrlSettings:
+        given = [name for name in ("reward", "max_new_tokens") if getattr(self, name) is not None]
+        given += ["gold"] if self.gold != "none" else []
+        if not self.method.samples:
+            if given:
+                raise ValueError(f"{self.trainer} samples no responses: leave out {', '.join(given)}")
+            return self
+        if self.max_new_tokens is None:
+            raise ValueError(f"{self.trainer} samples responses: give max_new_tokens")
+        if self.reward is None and self.gold == "none":
+            raise ValueError(f"{self.trainer} learns from rewards: give `reward`, a reward stage, or `gold`")
+        _require_room(self.max_length, self.max_new_tokens)
+        return self
+
+    @model_validator(mode="after")
+    def _arguments_are_the_trainer_s(self) -> TrlSettings:
+        for name in self.arguments:
+            if reason := reserved(name):
+                raise ValueError(f"arguments.{printable(name)} is not free: {reason}")
+        return self
+
+
 def _require_room(max_length: int, max_new_tokens: int) -> None:
     if max_new_tokens >= max_length:
         raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in max_length={max_length}")
 
 
 Stage = Annotated[
-    TokenizerSettings | PretrainSettings | SftSettings | RewardSettings | DpoSettings | PpoSettings | EvaluateSettings,
+    TokenizerSettings
+    | PretrainSettings
+    | SftSettings
+    | RewardSettings
+    | DpoSettings
+    | PpoSettings
+    | EvaluateSettings
+    | TrlSettings,
     Field(discriminator="kind"),
 ]
 
@@ -494,6 +697,28 @@ class RunSettings(Settings):
                 if other not in self.data:
                     raise ValueError(f"data.{name}.prepare.decontaminate: no data source `{other}`")
         self._one_share_is_held_out()
+        self._results_fit_their_receivers()
+        return self
+
+    def _results_fit_their_receivers(self) -> None:
+        """What a trainer of TRL makes depends on which it is."""
+        for name, stage in self.stages.items():
+            for role, reference in stage.roles().items():
+                maker, needed = self.stages.get(reference), stage.ROLES[role.partition(".")[0]]
+                if isinstance(maker, TrlSettings) and maker.produces not in needed:
+                    what = f"the stage `{reference}` makes a {maker.produces}, this needs a {' or '.join(needed)}"
+                    raise ValueError(f"stages.{name}.{role}: {what}")
+
+    @model_validator(mode="after")
+    def _device_serves(self) -> RunSettings:
+        for name, stage in self.stages.items():
+            if isinstance(stage, SftSettings) and stage.quantization != "none" and self.device == "mps":
+                raise ValueError(f"stages.{name}.quantization: {stage.quantization} does not work on device=mps")
+            paged = isinstance(stage, Batching) and stage.optimizer.name == "paged_adamw8bit"
+            if paged and self.device in ("cpu", "mps"):
+                raise ValueError(
+                    f"stages.{name}.optimizer.name: paged_adamw8bit needs device=cuda, not {self.device}: use adamw"
+                )
         return self
 
     def _one_share_is_held_out(self) -> None:
@@ -542,5 +767,6 @@ PRODUCES: dict[str, tuple[str, ...]] = {
     "dpo": ("adapter",),
     "ppo": ("adapter",),
     "evaluate": ("evaluation",),
+    "trl": ("model", "adapter", "reward"),
 }
 """Stage kind -> kinds of artefact it can publish."""

@@ -228,7 +228,7 @@ def _limits(stage: Stage, name: str) -> Iterator[Limit]:
     """The limits of a stage for a source in each of its roles but those of text."""
     fields: dict[str, Any] = dict(stage)
     for role, source in stage.data_roles().items():
-        kinds = stage.DATA[role.partition(".")[0]]
+        kinds = stage.kinds(role)
         if source == name and kinds != ("text",):
             # A prompt leaves room for its answer.
             room = fields.get("max_new_tokens", 0) if kinds == ("prompt",) else 0

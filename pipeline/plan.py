@@ -295,7 +295,7 @@ def _check_data(settings: RunSettings, stage: StageSettings) -> None:
     from data import read
 
     for role, name in stage.data_roles().items():
-        read.check(settings.data[name], stage.DATA[role.partition(".")[0]])
+        read.check(settings.data[name], stage.kinds(role))
 
 
 def _published(run: RunDirectory, name: str) -> tuple[Manifest | None, list[Damage]]:

@@ -41,6 +41,8 @@ class Part:
     max_length: int = DEFAULT_LENGTH
     reserved: int = 0
     """Of `max_length`, what is kept for the answer to a prompt."""
+    layout: str = ""
+    """Which of a preference's responses are laid out, where it is not all: `pair`, `triple` or `verdict`."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +126,14 @@ def shown(subject: Subject, encoder: Encoder, max_length: int | None, rows: int)
         DataError: The data cannot be read, or not as the kind that was asked for.
     """
     from data.findings import BadRow
-    from data.tree import pair_tree, preference_tree
+    from data.tree import pair_tree, preference_tree, triple_tree
     from data.view import Viewer
 
-    tree = pair_tree if subject.stage == "dpo" else preference_tree
+    trees = {"pair": pair_tree, "triple": triple_tree, "verdict": pair_tree}
     found = []
     for part in subject.parts:
         room = min(part.max_length, encoder.positions or part.max_length) - part.reserved
+        tree = trees.get(part.layout, preference_tree)
         viewer = Viewer(encoder.template, max_length or max(1, room), tree=tree, blocks=not subject.evaluates)
         first = list(islice(_views(viewer, part, held_out_only=subject.evaluates), rows))
         usable = [each for each in first if not isinstance(each, BadRow)]
@@ -188,9 +191,10 @@ def _of_stage(settings: RunSettings, stage: Stage, tokenizer: str | None) -> Sub
 
 def _part(stage: Stage, role: str, source: DataSource) -> Part:
     fields: dict[str, Any] = dict(stage)
-    kinds = stage.DATA[role.partition(".")[0]]
+    kinds = stage.kinds(role)
     reserved = fields["max_new_tokens"] if kinds == ("prompt",) else 0
-    return Part(source, kinds, role, fields.get("max_length", DEFAULT_LENGTH), reserved)
+    layout = "pair" if stage.kind == "dpo" else stage.method.layout if stage.kind == "trl" else ""
+    return Part(source, kinds, role, fields.get("max_length", DEFAULT_LENGTH), reserved, layout)
 
 
 def _require_published(settings: RunSettings, origin: Origin) -> None:
@@ -254,11 +258,9 @@ def _preparer(source: DataSource) -> Preparer | None:
 
 def _viewed(viewer: Viewer, row: Row | LeftOut | BadRow, held_out: bool) -> View | LeftOut | BadRow:
     from data.findings import TEMPLATE_REFUSES, BadRow
-    from data.schema import Rated
 
     if isinstance(row, LeftOut | BadRow):
         return row
-    assert not isinstance(row, Rated)  # no stage reads such rows, so none of the kinds asked for is theirs
     try:
         return replace(viewer.view(row), held_out=held_out)
     except BadRow as problem:

@@ -1,33 +1,44 @@
-"""Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290).
+"""Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290) and its family.
 
 The policy learns from pairs without a reward model: the log-probability of the chosen response relative to the
-reference rises against that of the rejected one. The reference is the policy's own start, computed on the same
-base with the adapter off (or with the frozen adapter that the policy began as), in the same batch: at step 0
-the margin is exactly zero and the loss ln 2. An optional supervised term on the chosen responses (Pang et al.
-2024, arXiv 2404.19733) keeps them likely. Of a ranking of k responses, the first and the last make the pair.
-Left out: other losses, label smoothing, and reference log-probabilities kept between epochs.
+reference rises against that of the rejected one. How, the loss says; `stages/core/losses.py` has them all, with
+their formulas. The reference is the policy's own start, computed on the same base with the adapter off (or with the
+frozen adapter that the policy began as), in the same batch: at step 0 the margin is exactly zero and DPO's loss ln 2.
+Or it is computed once before training and kept. SimPO and ORPO need none: nothing is computed for it then, and the
+manifest names none. An optional supervised term on the chosen responses (Pang et al. 2024, arXiv 2404.19733) keeps
+them likely. Of a ranking of k responses, the first and the last make the pair.
+
+The margin is that of the loss's implicit reward, beta times what the loss is a function of: the log-ratio to the
+reference, or without one the log-probability; per token where the loss is.
+Left out: divergences other than the reverse KL, mixtures of losses, losses of unpaired responses, and references that
+follow the policy.
 
     python -m stages.dpo CONFIG [key=value ...]
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 import torch
+from torch import Tensor
 
 from data.batch import Layout, TreeBatch
+from data.mixture import Passes, stream
 from data.tree import Tree, pair_tree
 from pipeline.config import DpoSettings
 from pipeline.contract import Context, Result
 from pipeline.manifest import Metric
 from reward.intervals import mean_interval, proportion_interval
-from stages.core import device, loop, rows
-from stages.core.forward import choose_layout, token_logprobs
-from stages.core.losses import dpo_loss
+from stages.core import device, loop, optim, rows
+from stages.core.checkpointing import checkpoint_layers
+from stages.core.layout import choose_layout
+from stages.core.losses import PREFERENCE_LOSSES
 from stages.core.models import record
+from stages.core.reference import KeptReference, Reference, in_each_step, pair_logprobs
 from stages.core.roles import POLICY, REFERENCE, Roles, adaptation, open_role
-from stages.core.scoring import logprobs, on_device, record_probes, replay_probes
+from stages.core.scoring import on_device, record_probes, replay_probes
 
 
 def run(context: Context) -> Result:
@@ -37,17 +48,23 @@ def run(context: Context) -> Result:
         DataError: No row can be used.
         ArtifactError: The policy is damaged or not what its manifest says.
         NumericalError: A loss or gradient is not finite.
+        StorageError: The cache, where the reference is kept, cannot be written.
     """
     settings, compute = context.settings, device.choose(context.device, context.dtype)
+    optim.require_support(settings.optimizer, compute.device)
     loop.seed_everything(context.seed)
     policy = context.inputs["policy"]
     roles = open_role(policy, POLICY, settings.lora, compute)
+    if settings.gradient_checkpointing:
+        checkpoint_layers(roles.base)
     with roles.use(REFERENCE):
         replay_probes(policy, roles.base)
     examples = rows.examples(context, "data", pair_tree, roles.base)
     layout, warnings = choose_layout(roles.base.model, examples.train)
-    tokens = loop.follow(context, examples.passes, objective(roles, settings, layout), roles.parameters(POLICY))
-    metrics = _metrics(roles, examples.held_out, settings, layout)
+    reference = _kept(context, roles, layout, lambda: _taken(context, examples.passes))
+    parts = objective(roles, settings, layout, reference)
+    tokens = loop.follow(context, examples.passes, parts, roles.parameters(POLICY))
+    metrics = _metrics(context, roles, examples.held_out, layout)
     roles.save(POLICY, context.directory)
     with roles.use(POLICY):
         record_probes(context.directory, examples.held_out or examples.train, roles.base)
@@ -55,58 +72,103 @@ def run(context: Context) -> Result:
         kind="adapter",
         metrics=metrics,
         data=examples.cards,
-        adaptation=adaptation(policy, reference=policy),
+        adaptation=adaptation(policy, reference=policy if settings.has_reference else None),
         tokenizer=record(roles.base),
-        tokens=tokens,
+        tokens=tokens + (reference.tokens if reference else 0),
         compute=compute.record,
         warnings=warnings,
     )
 
 
-def objective(roles: Roles, settings: DpoSettings, layout: Layout) -> loop.Objective:
+def objective(
+    roles: Roles, settings: DpoSettings, layout: Layout, reference: Reference | None = None
+) -> loop.Objective:
     """Mean loss over the step's pairs, with the mean margin and the share of pairs whose margin is positive.
 
     `chosen_logprob` is the mean log-probability of the chosen responses' tokens: it falls when learning goes astray.
+
+    Args:
+        roles: The base with policy and reference.
+        settings: The stage's.
+        layout: How to lay out trees.
+        reference: The reference where it was kept; without, it is computed if the loss has one.
     """
+    loss = PREFERENCE_LOSSES[settings.loss]
+    forwards = 2 if settings.has_reference and reference is None else 1
+    reference = reference or _computed(roles, settings)
 
     def parts(examples: Sequence[Tree]) -> Iterator[loop.Part]:
         chosen_tokens = sum(tree.branches[0].reads for tree in examples)
         for batch in on_device(roles.base, examples, settings.tokens_per_batch, layout):
-            with torch.no_grad(), roles.use(REFERENCE):
-                reference = _pair_logprobs(roles, batch)
+            against = reference(batch) if reference else None
             with roles.use(POLICY):
-                policy = _pair_logprobs(roles, batch)
-                losses, margins = dpo_loss(policy, reference, settings.beta)
+                policy = pair_logprobs(roles.base, batch)
+                logprobs = loss.logprobs(policy, against, _read_tokens(batch))
+                margins = _margins(logprobs, settings)
                 likelihood = policy[:, 0].sum() / chosen_tokens
                 shares = {
                     "chosen_logprob": likelihood.item(),
                     "accuracy": (margins > 0).float().sum().item() / len(examples),
                     "margin": margins.sum().item() / len(examples),
                 }
-                loss = losses.sum() / len(examples) - settings.sft_weight * likelihood
-                yield loop.Part(loss, shares, 2 * batch.token_count)
+                losses = loss.function(logprobs, settings)
+                total = losses.sum() / len(examples) - settings.supervised_weight * likelihood
+                yield loop.Part(total, shares, forwards * batch.token_count)
 
     return parts
 
 
-def _pair_logprobs(roles: Roles, batch: TreeBatch) -> torch.Tensor:
-    """[pairs, 2] summed log-probabilities of (chosen, rejected)."""
-    with roles.base.compute.autocast():
-        return batch.sum_by_branch(token_logprobs(roles.base.model, batch)).view(-1, 2)
+def _computed(roles: Roles, settings: DpoSettings) -> Reference | None:
+    return in_each_step(roles) if settings.has_reference else None
 
 
-def _metrics(roles: Roles, examples: Sequence[Tree], settings: DpoSettings, layout: Layout) -> dict[str, Metric]:
+def _kept(context: Context, roles: Roles, layout: Layout, pairs: Callable[[], Iterable[Tree]]) -> KeptReference | None:
+    """The reference of these pairs from the cache, if the settings ask for it."""
+    settings: DpoSettings = context.settings
+    if settings.reference != "once":
+        return None
+    return KeptReference(
+        roles,
+        context.inputs["policy"],
+        pairs,
+        tokens_per_batch=settings.tokens_per_batch,
+        layout=layout,
+        say=context.say,
+    )
+
+
+def _taken(context: Context, passes: Passes[Tree]) -> Iterator[Tree]:
+    """The pairs that training will go over."""
+    steps = loop.total_steps(len(passes), context.settings)
+    return islice(stream(passes, context.seed), steps * context.settings.examples_per_step)
+
+
+def _read_tokens(batch: TreeBatch) -> Tensor:
+    """[pairs, 2] tokens of (chosen, rejected)."""
+    counts = [[branch.reads for branch in tree.branches] for tree in batch.trees]
+    return torch.tensor(counts, device=batch.tokens.device)
+
+
+def _margins(logprobs: Tensor, settings: DpoSettings) -> Tensor:
+    """[pairs] implicit reward of the chosen response less the rejected one's."""
+    return settings.beta * (logprobs[:, 0] - logprobs[:, 1]).detach()
+
+
+@torch.no_grad()
+def _metrics(context: Context, roles: Roles, examples: Sequence[Tree], layout: Layout) -> dict[str, Metric]:
     if not examples:
         return {}
-    with roles.use(POLICY):
-        policy = logprobs(roles.base, examples, settings.tokens_per_batch, layout)
-    with roles.use(REFERENCE):
-        reference = logprobs(roles.base, examples, settings.tokens_per_batch, layout)
-    margins = [
-        settings.beta
-        * (policy[tree.number][0] - reference[tree.number][0] - policy[tree.number][1] + reference[tree.number][1])
-        for tree in examples
-    ]
+    settings: DpoSettings = context.settings
+    loss = PREFERENCE_LOSSES[settings.loss]
+    reference = _kept(context, roles, layout, lambda: examples) or _computed(roles, settings)
+    found: dict[int, float] = {}
+    for batch in on_device(roles.base, examples, settings.tokens_per_batch, layout):
+        against = reference(batch) if reference else None
+        with roles.use(POLICY):
+            logprobs = loss.logprobs(pair_logprobs(roles.base, batch), against, _read_tokens(batch))
+        numbers = [tree.number for tree in batch.trees]
+        found.update(zip(numbers, _margins(logprobs, settings).tolist(), strict=True))
+    margins = [found[tree.number] for tree in examples]
     return {
         "pair_accuracy": proportion_interval(sum(margin > 0 for margin in margins), len(margins)),
         "margin": mean_interval(margins),

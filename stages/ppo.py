@@ -29,9 +29,10 @@ from pipeline.contract import Artifact, Context, Result
 from pipeline.errors import ArtifactError, ConfigError, DataError
 from pipeline.manifest import DataCard, Metric
 from reward import shaping
-from stages.core import device, loop, probes, rows
+from stages.core import device, loop, optim, probes, rows
 from stages.core.experience import Experience, collect, state_values, trees_of, whiten_advantages
-from stages.core.forward import choose_layout, token_logprobs
+from stages.core.forward import token_logprobs
+from stages.core.layout import choose_layout
 from stages.core.loop import Part, Updater
 from stages.core.losses import clipped_policy_loss, clipped_value_loss
 from stages.core.models import record
@@ -52,6 +53,7 @@ def run(context: Context) -> Result:
         NumericalError: A loss or gradient is not finite.
     """
     settings, compute = context.settings, device.choose(context.device, context.dtype)
+    optim.require_support(settings.optimizer, compute.device)
     loop.seed_everything(context.seed)
     roles = open_roles(context.inputs["policy"], context.inputs["reward"], settings, compute)
     longest = roles.base.longest(settings.max_length) - settings.max_new_tokens

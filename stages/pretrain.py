@@ -2,8 +2,9 @@
 
 Next-token prediction. Documents, each closed by the end token, are laid end to end in a shuffled order and cut
 into blocks of equal length; no token is padding and none is thrown away but the last incomplete block. Any
-causal architecture of `transformers` serves. Weights are float32; matrix products run in the run's precision.
-Left out: masks between the documents of a block, and distributed training.
+causal architecture of `transformers` serves. Weights are float32; matrix products run in the run's precision. With
+`document_masks` the documents of a block do not attend to each other, and the first token of each is not
+predicted. Left out: distributed training, and compiling the model, which docs/LOG.md has the figures of.
 
     python -m stages.pretrain CONFIG [key=value ...]
 """
@@ -23,7 +24,9 @@ from data.tokenizer import load_tokenizer
 from data.tree import Branch, Tree
 from pipeline.contract import Artifact, Context, Result
 from pipeline.errors import ConfigError, DataError
-from stages.core import device, loop, rows
+from stages.core import device, loop, optim, rows
+from stages.core.checkpointing import checkpoint_layers
+from stages.core.layout import choose_layout
 from stages.core.models import LanguageModel, load_model, record, require_plain_head
 from stages.core.scoring import loss_metrics, negative_mean, record_probes, replay_probes
 
@@ -38,21 +41,25 @@ def run(context: Context) -> Result:
         NumericalError: A loss or gradient is not finite.
     """
     settings, compute = context.settings, device.choose(context.device, context.dtype)
+    optim.require_support(settings.optimizer, compute.device)
     loop.seed_everything(context.seed)
     language_model = _open(context, compute)
+    if settings.gradient_checkpointing:
+        checkpoint_layers(language_model)
     documents = rows.documents(context, "data", language_model.tokenizer)
-    blocks = documents.train.blocks(settings.max_length)
+    blocks = documents.train.blocks(settings.max_length, settings.document_masks)
     if not len(blocks):
         raise DataError(
             f"less than {settings.max_length} tokens of text",
             where=", ".join(source.name for source in context.data.values()),
             hint=f"give more text or lower stages.{context.name}.max_length",
         )
-    objective = negative_mean(language_model, settings.tokens_per_batch, "plain")
+    layout, warnings = choose_layout(language_model.model, blocks.pass_(0)[:2])
+    objective = negative_mean(language_model, settings.tokens_per_batch, layout)
     tokens = loop.follow(context, blocks, objective, language_model.model.named_parameters())
     language_model.model.eval()
-    held_out = documents.held_out.blocks(settings.max_length).pass_(0)[:HELD_OUT_BLOCKS]
-    metrics = loss_metrics(language_model, held_out, settings.tokens_per_batch, "plain")
+    held_out = documents.held_out.blocks(settings.max_length, settings.document_masks).pass_(0)[:HELD_OUT_BLOCKS]
+    metrics = loss_metrics(language_model, held_out, settings.tokens_per_batch, layout)
     language_model.save(context.directory)
     _record_probes(context, compute, held_out or blocks.pass_(0)[:HELD_OUT_BLOCKS])
     return Result(
@@ -62,6 +69,7 @@ def run(context: Context) -> Result:
         tokenizer=record(language_model),
         tokens=tokens,
         compute=compute.record,
+        warnings=warnings,
     )
 
 

@@ -4,8 +4,12 @@ The score of a response is read at its last token. The loss is Bradley-Terry's (
 2203.02155, eq. 1) with an optional margin and centring, and for rankings of more than two responses
 Plackett-Luce's. Afterwards scores are shifted so that responses sampled from the policy itself score zero on
 average (Ziegler et al. 2019, arXiv 1909.08593). The head is created here once and stored; whoever loads the
-model reads it back and replays recorded scores, so it cannot be lost or made anew. Left out: ensembles, scaling
-to unit variance, and process rewards.
+model reads it back and replays recorded scores, so it cannot be lost or made anew.
+
+Several heads on the one adapter are an ensemble: each starts at random and takes the examples with weights of its own
+(the Bayesian bootstrap, Rubin 1981, doi 10.1214/aos/1176345338), so that where the data say little, the heads differ.
+The score is their mean; how far they differ on held-out responses, and whether more so where they are wrong, is
+measured. Left out: scaling to unit variance, ensembles of adapters, and process rewards.
 
     python -m stages.reward CONFIG [key=value ...]
 """
@@ -15,21 +19,27 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from data.batch import Layout
 from data.tree import Branch, Tree, preference_tree
 from pipeline.config import RewardSettings
 from pipeline.contract import Context, Result
 from pipeline.manifest import Metric
+from reward import disagreement
+from reward.disagreement import Ranking
+from reward.head import ScalarHead
 from reward.intervals import mean_interval, proportion_interval
-from stages.core import device, loop, probes, rows
-from stages.core.forward import choose_layout
+from stages.core import device, loop, optim, probes, rows
+from stages.core.checkpointing import checkpoint_layers
+from stages.core.layout import choose_layout
 from stages.core.losses import bradley_terry_loss, ranking_loss
 from stages.core.models import record
 from stages.core.roles import REFERENCE, REWARD, Roles, adaptation, open_role
 from stages.core.rollout import sample
-from stages.core.scoring import branch_scores, on_device, replay_probes, reward_scores, scores
+from stages.core.scoring import head_scores, on_device, replay_probes, reward_scores
 
 CENTRING_SAMPLES = 128
 
@@ -43,16 +53,19 @@ def run(context: Context) -> Result:
         NumericalError: A loss or gradient is not finite.
     """
     settings, compute = context.settings, device.choose(context.device, context.dtype)
+    optim.require_support(settings.optimizer, compute.device)
     loop.seed_everything(context.seed)
     policy = context.inputs["policy"]
     roles = open_role(policy, REWARD, settings.lora, compute)
-    roles.add_head(REWARD)
+    if settings.gradient_checkpointing:
+        checkpoint_layers(roles.base)
+    roles.heads[REWARD] = ScalarHead(roles.base.hidden_size, settings.heads).to(compute.device)
     with roles.use(REFERENCE):
         replay_probes(policy, roles.base)
     examples = rows.examples(context, "data", preference_tree, roles.base)
     layout, warnings = choose_layout(roles.base.model, examples.train)
     with roles.use(REWARD):
-        objective = _objective(roles, settings, layout)
+        objective = _objective(roles, settings, layout, context.seed)
         tokens = loop.follow(context, examples.passes, objective, roles.parameters(REWARD))
     centre = _centre(roles, examples.train, settings, layout, context.seed)
     metrics = {"sample_score": centre, **_metrics(roles, examples.held_out, settings, layout)}
@@ -71,31 +84,56 @@ def run(context: Context) -> Result:
     )
 
 
-def _objective(roles: Roles, settings: RewardSettings, layout: Layout) -> loop.Objective:
+def _objective(roles: Roles, settings: RewardSettings, layout: Layout, seed: int = 0) -> loop.Objective:
     """Mean loss over the step's preferences; `accuracy` is the share in which the best response scores highest."""
 
     def parts(examples: Sequence[Tree]) -> Iterator[loop.Part]:
         for batch in on_device(roles.base, examples, settings.tokens_per_batch, layout):
             with roles.base.compute.autocast():
-                found = branch_scores(roles, REWARD, batch)
+                found = head_scores(roles, REWARD, batch)
             groups = found.split([len(tree.branches) for tree in batch.trees])
-            losses = [_loss(group, tree, settings) for group, tree in zip(groups, batch.trees, strict=True)]
-            right = sum(float(group.argmax() == 0) for group in groups)
+            losses = torch.stack(
+                [_loss(group, tree, settings) for group, tree in zip(groups, batch.trees, strict=True)]
+            )
+            weights = losses.new_tensor([bootstrap_weights(seed, settings.heads, tree.number) for tree in batch.trees])
+            right = sum(float(group.mean(-1).argmax() == 0) for group in groups)
             shares = {"accuracy": right / len(examples)}
-            yield loop.Part(torch.stack(losses).sum() / len(examples), shares, batch.token_count)
+            loss = (weights * losses).mean(-1).sum() / len(examples)
+            yield loop.Part(loss, shares, batch.token_count)
 
     return parts
 
 
-def _loss(group: torch.Tensor, tree: Tree, settings: RewardSettings) -> torch.Tensor:
+def bootstrap_weights(seed: int, heads: int, number: int) -> list[float]:
+    """Every head's weight of the tree of a number: drawn from the exponential distribution of mean 1, the same at every
+    call. A single head takes every tree as it is."""
+    if heads == 1:
+        return [1.0]
+    return [random.Random(f"{seed} head {head} tree {number}").expovariate(1.0) for head in range(heads)]
+
+
+def _loss(group: Tensor, tree: Tree, settings: RewardSettings) -> Tensor:
+    """[heads] for the scores [k, heads] of a tree's branches."""
+    scores = group.T
     if len(group) > 2:
-        return ranking_loss(group) + settings.centring * group.sum().square()
+        return ranking_loss(scores) + settings.centring * scores.sum(-1).square()
     margin = group.new_tensor([tree.margin]) if settings.margin else None
-    return bradley_terry_loss(group[None], margin, settings.centring)[0]
+    return bradley_terry_loss(scores, margin, settings.centring)
 
 
 def _centre(roles: Roles, examples: Sequence[Tree], settings: RewardSettings, layout: Layout, seed: int) -> Metric:
-    """Shift scores so that the reference's own samples score zero; returns their mean score before the shift."""
+    """Shift scores so that the reference's own samples score zero under every head; returns their mean score before."""
+    found = _by_number(roles, _samples(roles, examples, settings, seed), settings, layout)
+    scores = torch.tensor([each[0] for each in found.values()], device=roles.base.compute.device)
+    before = mean_interval(scores.mean(-1).tolist())
+    head = roles.heads[REWARD]
+    head.align(scores.mean(0))
+    head.mean += before.value
+    return before
+
+
+def _samples(roles: Roles, examples: Sequence[Tree], settings: RewardSettings, seed: int) -> list[Tree]:
+    """Responses of the reference to some of the prompts."""
     chosen = random.Random(seed).sample(examples, min(CENTRING_SAMPLES, len(examples)))
     longest = max(len(branch.tokens) for tree in chosen for branch in tree.branches)
     room = roles.base.longest(settings.max_length) - longest
@@ -109,25 +147,36 @@ def _centre(roles: Roles, examples: Sequence[Tree], settings: RewardSettings, la
             seed=seed,
             tokens_per_batch=settings.tokens_per_batch,
         )
-    trees = [
+    return [
         Tree(tree.prompt, (Branch.of(each.tokens),), number)
         for number, (tree, each) in enumerate(zip(chosen, samples, strict=True))
     ]
-    found = scores(roles, REWARD, trees, settings.tokens_per_batch, layout)
-    before = mean_interval([found[tree.number][0] for tree in trees])
-    roles.heads[REWARD].mean += before.value
-    return before
+
+
+@torch.no_grad()
+def _by_number(
+    roles: Roles, trees: Sequence[Tree], settings: RewardSettings, layout: Layout
+) -> dict[int, list[list[float]]]:
+    """Every head's score of every branch, by tree number, in the trees' order."""
+    found: dict[int, list[list[float]]] = {tree.number: [] for tree in trees}
+    with roles.use(REWARD), roles.base.compute.autocast():
+        for batch in on_device(roles.base, trees, settings.tokens_per_batch, layout):
+            values = iter(head_scores(roles, REWARD, batch).tolist())
+            for tree in batch.trees:
+                found[tree.number] = [next(values) for _ in tree.branches]
+    return found
 
 
 def _metrics(roles: Roles, examples: Sequence[Tree], settings: RewardSettings, layout: Layout) -> dict[str, Metric]:
     if not examples:
         return {}
-    found = scores(roles, REWARD, examples, settings.tokens_per_batch, layout)
-    ranked = [found[tree.number] for tree in examples]
-    right = sum(each[0] > max(each[1:]) for each in ranked)
+    found = _by_number(roles, examples, settings, layout)
+    rankings = [Ranking(np.array(scores)) for scores in found.values()]
+    margins = [float(means[0] - means[-1]) for means in (each.scores.mean(1) for each in rankings)]
     return {
-        "pair_accuracy": proportion_interval(right, len(ranked)),
-        "score_margin": mean_interval([each[0] - each[-1] for each in ranked]),
+        "pair_accuracy": proportion_interval(sum(not each.wrong for each in rankings), len(rankings)),
+        "score_margin": mean_interval(margins),
+        **(disagreement.metrics(rankings) if settings.heads > 1 else {}),
     }
 
 

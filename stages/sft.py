@@ -2,8 +2,8 @@
 
 The loss is the mean negative log-likelihood of assistant tokens, each turn's stop token included; nothing else
 is trained on. With `lora` (Hu et al. 2021, arXiv 2106.09685) the adapter is merged into the stored weights at
-the end, so that the stages after it have a reference with adapters off; on a 4-bit base it is handed on
-unmerged, since merging would change the base. Left out: NEFTune, dropout, and packing with more than one
+the end, so that the stages after it have a reference with adapters off; on a base in 4 or 8 bits it is handed
+on unmerged, since merging would change the base. Left out: NEFTune, dropout, and packing with more than one
 conversation attending to another (there is none: trees).
 
     python -m stages.sft CONFIG [key=value ...]
@@ -11,16 +11,19 @@ conversation attending to another (there is none: trees).
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from data.batch import Layout
 from data.template import set_template
 from data.tree import Tree, conversation_tree
 from pipeline.contract import Artifact, Context, Result
-from stages.core import device, loop, rows
-from stages.core.forward import choose_layout
+from stages.core import device, loop, optim, rows
+from stages.core.checkpointing import checkpoint_layers
+from stages.core.layout import choose_layout
 from stages.core.models import load_model, record
 from stages.core.roles import POLICY, REFERENCE, Roles, adaptation
 from stages.core.scoring import loss_metrics, negative_mean, record_probes, replay_probes
@@ -32,28 +35,36 @@ def run(context: Context) -> Result:
     Raises:
         DataError: No row can be used.
         ArtifactError: The policy is damaged or not what its manifest says.
+        ConfigError: The adapter does not fit the model, or the device does not serve what is asked of it.
         NumericalError: A loss or gradient is not finite.
     """
     settings, compute = context.settings, device.choose(context.device, context.dtype)
+    optim.require_support(settings.optimizer, compute.device)
     loop.seed_everything(context.seed)
     policy = context.inputs["policy"]
     roles = _open(context, policy, compute)
+    if settings.gradient_checkpointing:
+        checkpoint_layers(roles.base)
     examples = rows.examples(context, "data", conversation_tree, roles.base)
     layout, warnings = choose_layout(roles.base.model, examples.train)
     with roles.use(POLICY if settings.lora else REFERENCE):
-        objective = negative_mean(roles.base, settings.tokens_per_batch, layout)
-        named = roles.parameters(POLICY) if settings.lora else roles.base.model.named_parameters()
-        tokens = loop.follow(context, examples.passes, objective, named)
+        tokens = _train(context, roles, examples, layout)
         metrics = loss_metrics(roles.base, examples.held_out, settings.tokens_per_batch, layout)
-    kind = _save(context, roles, policy)
-    _record_probes(context, roles, kind, compute, examples.held_out or examples.train)
+    kind, tokenizer = _save(context, roles, policy), record(roles.base)
+    probed = examples.held_out or examples.train
+    if kind == "adapter":
+        with roles.use(POLICY):
+            record_probes(context.directory, probed, roles.base)
+    else:
+        del roles
+        _record_as_loaded(context, compute, probed)
     merged = adaptation(policy, merged=kind == "model" and settings.lora is not None)
     return Result(
         kind=kind,
         metrics=metrics,
         data=examples.cards,
         adaptation=merged.model_copy(update={"quantization": settings.quantization}) if settings.lora else None,
-        tokenizer=record(roles.base),
+        tokenizer=tokenizer,
         tokens=tokens,
         compute=compute.record,
         warnings=warnings,
@@ -78,6 +89,14 @@ def _open(context: Context, policy: Artifact, compute: device.Compute) -> Roles:
     return roles
 
 
+def _train(context: Context, roles: Roles, examples: rows.Examples, layout: Layout) -> int:
+    """Take all steps; returns the tokens computed."""
+    settings = context.settings
+    objective = negative_mean(roles.base, settings.tokens_per_batch, layout)
+    named = roles.parameters(POLICY) if settings.lora else roles.base.model.named_parameters()
+    return loop.follow(context, examples.passes, objective, named)
+
+
 def _save(context: Context, roles: Roles, policy: Artifact) -> str:
     settings = context.settings
     if settings.lora is None:
@@ -90,14 +109,9 @@ def _save(context: Context, roles: Roles, policy: Artifact) -> str:
     return "model"
 
 
-def _record_probes(
-    context: Context, roles: Roles, kind: str, compute: device.Compute, examples: Sequence[Tree]
-) -> None:
-    """Record them on the result as the next stage will load it."""
-    if kind == "adapter":
-        with roles.use(POLICY):
-            record_probes(context.directory, examples, roles.base)
-        return
+def _record_as_loaded(context: Context, compute: device.Compute, examples: Sequence[Tree]) -> None:
+    """Record probes on the model as the next stage will load it, in the place of the one that was trained."""
+    gc.collect()  # modules refer to each other, so that letting go of a model does not free its memory
     saved = load_model(Artifact(context.directory, "model", ""), compute)
     record_probes(context.directory, examples, saved)
 

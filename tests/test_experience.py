@@ -18,7 +18,8 @@ from reward import shaping
 from stages import dpo, ppo
 from stages.core.device import Compute
 from stages.core.experience import Experience, collect, state_values, trees_of, whiten_advantages
-from stages.core.forward import LAYOUTS, token_logprobs
+from stages.core.forward import token_logprobs
+from stages.core.layout import LAYOUTS
 from stages.core.loop import Part, Updater
 from stages.core.roles import POLICY, REFERENCE, REWARD, VALUE, Roles, open_role
 from stages.core.rollout import Sample

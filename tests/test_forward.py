@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 from data.batch import Layout, batches
 from data.tree import Branch, Tree
 from stages.core import forward
-from stages.core.forward import choose_layout, entropies, hidden_states, logprobs_of, token_logprobs
+from stages.core.forward import hidden_states, token_logprobs
+from stages.core.layout import LAYOUTS, choose_layout
+from stages.core.likelihood import entropies, logprobs_of
 
 Values = dict[tuple[int, int], Tensor]
 

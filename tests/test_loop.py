@@ -16,7 +16,7 @@ from data.tree import Tree
 from pipeline.config import DpoSettings, Optimizer, RewardSettings, Training
 from stages import dpo, reward
 from stages.core import loop, optim
-from stages.core.forward import LAYOUTS
+from stages.core.layout import LAYOUTS
 from stages.core.loop import Part, Updater, total_steps, train
 from stages.core.roles import POLICY, REWARD, Roles
 from stages.core.scoring import negative_mean

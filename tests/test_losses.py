@@ -9,11 +9,18 @@ import pytest
 import torch
 
 from stages.core.losses import (
+    apo_down_loss,
+    apo_zero_loss,
     bradley_terry_loss,
     clipped_policy_loss,
     clipped_value_loss,
-    dpo_loss,
+    hinge_loss,
+    ipo_loss,
+    orpo_loss,
     ranking_loss,
+    robust_loss,
+    sigmoid_loss,
+    simpo_loss,
 )
 
 
@@ -21,30 +28,82 @@ def log_sigmoid(x: float) -> float:
     return -math.log1p(math.exp(-x))
 
 
-def test_dpo_is_minus_log_sigmoid_of_the_scaled_margin() -> None:
-    policy, reference = [[-3.0, -5.0], [-9.0, -2.0]], [[-4.0, -4.5], [-9.5, -3.0]]
-    losses, margins = dpo_loss(torch.tensor(policy), torch.tensor(reference), 0.3)
-    for loss, margin, (chosen, rejected), (old_chosen, old_rejected) in zip(
-        losses.tolist(), margins.tolist(), policy, reference, strict=True
-    ):
-        expected = 0.3 * ((chosen - old_chosen) - (rejected - old_rejected))
-        assert margin == pytest.approx(expected, rel=1e-5)
-        assert loss == pytest.approx(-log_sigmoid(expected), rel=1e-5)
+def expected(name: str, chosen: float, rejected: float) -> float:
+    """The formulas of the papers, with beta 0.3, a fifth of the labels wrong, and a SimPO margin of 0.7."""
+    beta, wrong, gamma = 0.3, 0.2, 0.7
+    margin = beta * (chosen - rejected)
+    return {
+        "sigmoid": -log_sigmoid(margin),
+        "conservative": -(1 - wrong) * log_sigmoid(margin) - wrong * log_sigmoid(-margin),
+        "robust": (-(1 - wrong) * log_sigmoid(margin) + wrong * log_sigmoid(-margin)) / (1 - 2 * wrong),
+        "hinge": max(0.0, 1 - margin),
+        "ipo": (chosen - rejected - 1 / (2 * beta)) ** 2,
+        "simpo": -log_sigmoid(margin - gamma),
+        "orpo": -beta * log_sigmoid(log_odds(chosen) - log_odds(rejected)),
+        "apo_zero": 1 - sigmoid(beta * chosen) + sigmoid(beta * rejected),
+        "apo_down": sigmoid(beta * chosen) + 1 - sigmoid(margin),
+    }[name]
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def log_odds(logprob: float) -> float:
+    chance = math.exp(logprob)
+    return math.log(chance / (1 - chance))
+
+
+PREFERENCES = {
+    "sigmoid": lambda pairs: sigmoid_loss(pairs, 0.3, 0.0),
+    "conservative": lambda pairs: sigmoid_loss(pairs, 0.3, 0.2),
+    "robust": lambda pairs: robust_loss(pairs, 0.3, 0.2),
+    "hinge": lambda pairs: hinge_loss(pairs, 0.3),
+    "ipo": lambda pairs: ipo_loss(pairs, 0.3),
+    "simpo": lambda pairs: simpo_loss(pairs, 0.3, 0.7),
+    "orpo": lambda pairs: orpo_loss(pairs, 0.3),
+    "apo_zero": lambda pairs: apo_zero_loss(pairs, 0.3),
+    "apo_down": lambda pairs: apo_down_loss(pairs, 0.3),
+}
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_a_preference_loss_is_its_formula(name: str) -> None:
+    pairs = [[-3.0, -5.0], [-9.0, -2.0], [-0.01, -0.5], [-2.0, -2.0], [-0.5, -8.0]]
+    for loss, pair in zip(PREFERENCES[name](torch.tensor(pairs)).tolist(), pairs, strict=True):
+        assert loss == pytest.approx(expected(name, *pair), rel=1e-5, abs=1e-6)
 
 
 def test_dpo_without_a_difference_is_ln_2() -> None:
-    logprobs = torch.tensor([[-3.0, -5.0]])
-    loss, margin = dpo_loss(logprobs, logprobs, 0.7)
-    assert loss.item() == pytest.approx(math.log(2), abs=1e-7)
-    assert margin.item() == 0.0
+    assert sigmoid_loss(torch.zeros(1, 2), 0.7, 0.0).item() == pytest.approx(math.log(2), abs=1e-7)
 
 
 def test_dpo_pushes_the_chosen_up_and_the_rejected_down_equally() -> None:
-    policy = torch.tensor([[-3.0, -5.0]], requires_grad=True)
-    dpo_loss(policy, torch.tensor([[-2.0, -7.0]]), 0.5)[0].sum().backward()
-    chosen, rejected = policy.grad[0].tolist()
+    ratios = torch.tensor([[-1.0, 2.0]], requires_grad=True)
+    sigmoid_loss(ratios, 0.5, 0.0).sum().backward()
+    chosen, rejected = ratios.grad[0].tolist()
     assert chosen < 0 < rejected
     assert chosen == -rejected
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.45])
+def test_label_smoothing_settles_where_the_model_is_as_sure_as_the_labels(share: float) -> None:
+    margin = torch.tensor(math.log((1 - share) / share) / 0.3, dtype=torch.float64, requires_grad=True)
+    sigmoid_loss(torch.stack([margin, torch.zeros_like(margin)])[None], 0.3, share).sum().backward()
+    assert margin.grad.item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.45])
+def test_the_robust_loss_of_flipped_labels_is_on_average_the_loss_of_the_true_ones(share: float) -> None:
+    pairs = torch.randn(50, 2, dtype=torch.float64)
+    noisy = (1 - share) * robust_loss(pairs, 0.3, share) + share * robust_loss(pairs.flip(1), 0.3, share)
+    assert torch.allclose(noisy, sigmoid_loss(pairs, 0.3, 0.0))
+
+
+def test_ipo_is_least_at_a_margin_of_half_of_1_over_beta() -> None:
+    margins = torch.linspace(0, 10, 1001)
+    losses = ipo_loss(torch.stack([margins, torch.zeros_like(margins)], 1), 0.1)
+    assert margins[losses.argmin()].item() == pytest.approx(5)
 
 
 @pytest.mark.parametrize("margin", [None, 0.75])
@@ -78,6 +137,21 @@ def test_the_chances_of_all_rankings_add_up_to_1() -> None:
     scores = torch.randn(4, dtype=torch.float64)
     chances = [math.exp(-ranking_loss(scores[list(order)]).item()) for order in itertools.permutations(range(4))]
     assert sum(chances) == pytest.approx(1)
+
+
+def test_several_rankings_have_each_its_own_loss() -> None:
+    scores = torch.randn(6, 4, dtype=torch.float64)
+    assert torch.allclose(ranking_loss(scores), torch.stack([ranking_loss(each) for each in scores]))
+
+
+def test_the_chance_of_a_ranking_is_that_of_its_scores_with_gumbel_noise_in_order() -> None:
+    """Yellott 1977: scores with independent Gumbel noise come out in order with Plackett-Luce's chance."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.tensor([1.0, 0.2, -0.5])
+    noise = -torch.log(torch.empty(200_000, 3).exponential_(generator=generator))
+    noisy = scores + noise
+    in_order = ((noisy[:, 0] > noisy[:, 1]) & (noisy[:, 1] > noisy[:, 2])).float().mean().item()
+    assert math.exp(-ranking_loss(scores).item()) == pytest.approx(in_order, abs=0.005)
 
 
 def test_a_ranking_depends_on_differences_only() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data.tree import Branch, Tree
-from stages.core.forward import LAYOUTS
+from stages.core.layout import LAYOUTS
 from stages.core.roles import REWARD, Roles
 from stages.core.scoring import exponential, logprobs, loss_metrics, mean_logprobs, reward_scores, scores
 

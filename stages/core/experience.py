@@ -17,7 +17,8 @@ from data.batch import Layout, TreeBatch
 from data.tree import Branch, Tree
 from pipeline.config import PpoSettings
 from reward import shaping
-from stages.core.forward import entropies, hidden_states, logprobs_of
+from stages.core.forward import hidden_states
+from stages.core.likelihood import entropies, logprobs_of
 from stages.core.roles import POLICY, REFERENCE, REWARD, VALUE, Roles
 from stages.core.rollout import Sample
 from stages.core.scoring import branch_scores, on_device

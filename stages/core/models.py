@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -20,12 +21,14 @@ from data.template import ChatTemplate, tokenizer_record
 from data.tokenizer import load_tokenizer
 from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError, ConfigError
-from stages.core import guards
+from stages.core import guards, norms
 from stages.core.device import Compute
-from stages.core.forward import logits_of
+from stages.core.likelihood import logits_of
 
 HEAD_TOLERANCE = 0.05
 """Logits that the head alone explains differ by rounding at most, also in bfloat16."""
+QUANTIZED = ("cuda", "cpu")
+"""Devices on which bitsandbytes computes with quantized weights and passes gradients on."""
 
 # bitsandbytes tells at import of an optional kernel that it could not fetch.
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
@@ -40,6 +43,9 @@ class LanguageModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     compute: Compute
+
+    def __post_init__(self) -> None:
+        norms.speed_up(self.model)
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -73,14 +79,15 @@ def load_model(
         compute: Device and precision.
         dtype: Precision of the weights; by default `compute.dtype`, which is right for frozen ones; `auto` is the
             stored one.
-        quantization: `4bit` for NF4.
+        quantization: `4bit` for NF4, `8bit` for LLM.int8.
 
     Raises:
         ArtifactError: A tensor is missing, unexpected or of another shape; the vocabulary does not cover the tokenizer.
+        ConfigError: The quantization is not to be had here.
     """
     options: dict[str, Any] = {"dtype": dtype or compute.dtype}
-    if quantization == "4bit":
-        options |= _four_bit(compute)
+    if quantization != "none":
+        options |= _quantized(quantization, compute)
     # With `output_loading_info` it returns a pair, which its annotation leaves out.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         artifact.directory,
@@ -129,20 +136,44 @@ def record(language_model: LanguageModel) -> dict[str, Any]:
     return tokenizer_record(language_model.tokenizer)
 
 
-def _four_bit(compute: Compute) -> dict[str, Any]:
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers, lowest first.
+
+    Raises:
+        ConfigError: The architecture does not keep them in one list.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return list(module)
+    raise ConfigError(
+        f"{type(model).__name__} does not keep its {count} decoder layers in one list",
+        where="architecture",
+        hint="leave out gradient_checkpointing and lora.top_layers, or use an architecture such as Llama or Qwen",
+    )
+
+
+def _quantized(quantization: str, compute: Compute) -> dict[str, Any]:
+    if compute.device.type not in QUANTIZED:
+        raise ConfigError(
+            f"quantization={quantization} does not work on {compute.device.type}",
+            where="quantization",
+            hint=f"use quantization=none, or device={' or '.join(QUANTIZED)}",
+        )
     try:
         import bitsandbytes  # noqa: F401
         from transformers import BitsAndBytesConfig
     except ImportError as error:
         raise ConfigError(
-            "quantization=4bit needs bitsandbytes", where="quantization", hint="pip install bitsandbytes"
+            f"quantization={quantization} needs bitsandbytes", where="quantization", hint="pip install bitsandbytes"
         ) from error
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute.dtype,
-    )
+    four_bit = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": compute.dtype,
+    }
+    settings = BitsAndBytesConfig(**(four_bit if quantization == "4bit" else {"load_in_8bit": True}))
     return {"quantization_config": settings, "device_map": {"": compute.device}}
 
 

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Muon
+from torch.optim import AdamW
 
 from pipeline.config import Optimizer
+from pipeline.errors import ConfigError
+from stages.core.muon import Muon
 
 Named = Iterable[tuple[str, nn.Parameter]]
 # Rows of these are looked up or scored one by one, so orthogonalising the whole matrix has no meaning.
 NOT_FOR_MUON = ("embed", "wte", "wpe", "lm_head", "head.")
+EPSILON = 1e-8
+FUSED = ("cpu", "cuda")
+"""Devices on which one kernel takes AdamW's whole step."""
 
 
 def build(named: Named, settings: Optimizer) -> list[torch.optim.Optimizer]:
     """The optimizers for the parameters that are trained.
 
-    Weight decay is for matrices only. With `muon` (Jordan et al. 2024; torch.optim.Muon), matrices other than
-    embeddings and heads are orthogonalised, scaled to AdamW's update size so that one learning rate serves
-    both.
+    Weight decay is for matrices only. With `muon`, matrices other than embeddings and heads are orthogonalised, scaled
+    to AdamW's update size so that one learning rate serves both.
+
+    Raises:
+        ConfigError: The device of the parameters does not serve the optimizer.
     """
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     matrices = [parameter for name, parameter in trained if parameter.ndim == 2 and _for_muon(name, settings)]
@@ -29,22 +37,26 @@ def build(named: Named, settings: Optimizer) -> list[torch.optim.Optimizer]:
     rest = [parameter for _, parameter in trained if id(parameter) not in chosen]
     built: list[torch.optim.Optimizer] = []
     if matrices:
-        built.append(
-            Muon(
-                matrices,
-                lr=settings.learning_rate,
-                weight_decay=settings.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        built.append(Muon(matrices, settings.learning_rate, settings.weight_decay))
     if rest:
-        groups = [
-            {"params": [each for each in rest if each.ndim >= 2], "weight_decay": settings.weight_decay},
-            {"params": [each for each in rest if each.ndim < 2], "weight_decay": 0.0},
-        ]
-        filled = [group for group in groups if group["params"]]
-        built.append(AdamW(filled, lr=settings.learning_rate, betas=settings.betas, eps=1e-8))
+        built.append(_adamw(rest, settings))
     return built
+
+
+def require_support(settings: Optimizer, device: torch.device) -> None:
+    """Raise ConfigError where the optimizer does not run on the device; cheap, so that stages ask before all else."""
+    if settings.name == "paged_adamw8bit" and device.type != "cuda":
+        raise ConfigError(
+            f"paged_adamw8bit needs a CUDA device, this is {device.type}",
+            where="optimizer.name",
+            hint="use device=cuda, or optimizer.name=adamw",
+        )
+    if settings.name == "adamw8bit" and not _takes_a_step(device):
+        raise ConfigError(
+            f"the installed bitsandbytes has no adamw8bit for {device.type}",
+            where="optimizer.name",
+            hint="use optimizer.name=adamw, device=cuda, or bitsandbytes 0.50",
+        )
 
 
 def scale(settings: Optimizer, step: int, total: int) -> float:
@@ -52,12 +64,52 @@ def scale(settings: Optimizer, step: int, total: int) -> float:
     warmup = math.ceil(settings.warmup * total)
     if step < warmup:
         return (step + 1) / warmup
+    if settings.schedule == "wsd":
+        return min(1.0, (total - step) / max(1, math.ceil(settings.decay * total)))
     progress = (step - warmup) / max(1, total - warmup)
     if settings.schedule == "constant":
         return 1.0
     if settings.schedule == "linear":
         return 1.0 - progress
     return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _adamw(parameters: list[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [each for each in parameters if each.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [each for each in parameters if each.ndim < 2], "weight_decay": 0.0},
+    ]
+    filled = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas, "eps": EPSILON}
+    device = parameters[0].device
+    if settings.name not in ("adamw8bit", "paged_adamw8bit"):
+        return AdamW(filled, fused=device.type in FUSED, **options)
+    require_support(settings, device)
+    from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
+
+    kind = PagedAdamW8bit if settings.name == "paged_adamw8bit" else AdamW8bit
+    made: torch.optim.Optimizer = kind(filled, **options)
+    return made
+
+
+def _takes_a_step(device: torch.device) -> bool:
+    """Whether bitsandbytes' 8-bit AdamW runs on a device: it is tried on a vector large enough to be kept in 8 bits.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    try:
+        from bitsandbytes.optim.adamw import AdamW8bit
+    except ImportError as error:
+        hint = "pip install bitsandbytes, or use optimizer.name=adamw"
+        raise ConfigError("adamw8bit needs bitsandbytes", where="optimizer.name", hint=hint) from error
+    vector = nn.Parameter(torch.zeros(4096, device=device))
+    vector.grad = torch.ones_like(vector)
+    try:
+        AdamW8bit([vector]).step()
+    except (NotImplementedError, RuntimeError):
+        return False
+    return bool((vector < 0).all())
 
 
 def _for_muon(name: str, settings: Optimizer) -> bool:

@@ -27,8 +27,9 @@ from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.manifest import Adaptation
 from reward.head import ScalarHead
-from stages.core import guards
+from stages.core import adapters, guards
 from stages.core.device import Compute
+from stages.core.lora import speed_up
 from stages.core.models import LanguageModel, load_model
 
 POLICY, REFERENCE, REWARD, VALUE = "policy", "reference", "reward", "value"
@@ -50,8 +51,14 @@ class Roles:
         self._trained: set[str] = set()
 
     def add(self, role: str, lora: Lora) -> None:
-        """A fresh adapter to train; its update starts at zero."""
-        self._inject(role, _peft_config(lora))
+        """A fresh adapter to train; its update starts at zero.
+
+        Raises:
+            ConfigError: The adapter does not fit the model.
+        """
+        self._inject(role, adapters.peft_config(lora, self.base.model))
+        if lora.initialisation == "pissa":
+            adapters.start_principal(self._layers(), role)
         self._trained.add(role)
         self._freeze_the_rest()
 
@@ -72,8 +79,7 @@ class Roles:
         """A new adapter to train that starts as a copy of another role's, head included."""
         assert self._peft is not None
         self._inject(role, self._config(source))
-        tensors = get_peft_model_state_dict(self._peft, adapter_name=source)
-        self._fill(role, {name: tensor.clone() for name, tensor in tensors.items()}, Path(source))
+        self._fill(role, self._tensors(source), Path(source))
         if source in self.heads:
             self.add_head(role)
             self.heads[role].load_state_dict(self.heads[source].state_dict())
@@ -116,8 +122,7 @@ class Roles:
         """
         assert self._peft is not None
         guards.require_finite_weights(self.parameters(role))
-        tensors = get_peft_model_state_dict(self._peft, adapter_name=role)
-        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors(role).items()}
         save_file(kept, directory / ADAPTER_FILE, metadata={"format": "pt"})
         config = self._config(role)
         config.base_model_name_or_path = None
@@ -132,15 +137,16 @@ class Roles:
     def merged(self, role: str, artifact: Artifact) -> LanguageModel:
         """A model of its own, in the precision it was stored in, with the role's adapter merged into the weights.
 
-        The weights are read again rather than merged in place: this base may be held in a lower precision.
+        The weights are read again rather than merged in place: this base may be held in a lower precision. They are
+        read into the host's memory, so that an accelerator need not hold both.
         """
         assert self._peft is not None
-        stored = Roles(load_model(artifact, self.base.compute, dtype="auto"))
+        host = replace(self.base.compute, device=torch.device("cpu"))
+        stored = Roles(load_model(artifact, host, dtype="auto"))
         stored._inject(role, self._config(role))
-        tensors = get_peft_model_state_dict(self._peft, adapter_name=role)
-        stored._fill(role, tensors, artifact.directory)
+        stored._fill(role, self._tensors(role), artifact.directory)
         assert stored._peft is not None
-        return LanguageModel(stored._peft.merge_and_unload(), self.base.tokenizer, self.base.compute)
+        return LanguageModel(stored._peft.merge_and_unload(), self.base.tokenizer, host)
 
     def _inject(self, role: str, config: LoraConfig) -> None:
         with warnings.catch_warnings():
@@ -156,9 +162,19 @@ class Roles:
             except ValueError as error:
                 reason = " ".join(str(error).split())[:300]
                 raise ConfigError(f"the adapter does not fit the model: {reason}", where="lora.targets") from error
+        adapters.install_norms(self._layers(), role)
         # peft puts new adapters on the processor and leaves the model in train mode.
         self._peft.to(self.base.compute.device)
         self._peft.eval()
+        speed_up(self.base.model)
+
+    def _tensors(self, role: str) -> dict[str, Tensor]:
+        """A role's adapter by peft's names."""
+        assert self._peft is not None
+        found: dict[str, Tensor] = get_peft_model_state_dict(
+            self._peft, state_dict=adapters.state_of(self._peft), adapter_name=role
+        )
+        return found
 
     def _fill(self, role: str, tensors: dict[str, Tensor], origin: Path) -> None:
         assert self._peft is not None
@@ -237,17 +253,6 @@ def adaptation(artifact: Artifact, *, reference: Artifact | None = None, merged:
         reference=reference.digest if reference else None,
         merged=merged,
         quantization=quantization,
-    )
-
-
-def _peft_config(lora: Lora) -> LoraConfig:
-    # No dropout: policy and reference must agree exactly at the start, and PPO's ratio must be 1.
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float is as good
-        target_modules=lora.targets,
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
     )
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from stages.core.forward import device_of, logits_of
+from stages.core.forward import device_of
+from stages.core.likelihood import logits_of
 
 CACHED_TOKENS = 8
 

@@ -122,7 +122,7 @@ def open_source(
     context: Context, role: str, template: ChatTemplate | None = None, max_length: int | None = None
 ) -> Intake:
     """A source on its way into the stage; with a template, the doctor counts tokens, too."""
-    kinds = context.settings.DATA[role.partition(".")[0]]
+    kinds = context.settings.kinds(role)
     return Intake(context.data[role], kinds, context.sources, context.evaluated, template, max_length)
 
 
@@ -223,7 +223,7 @@ def _cached(
         data=_identity(context, source),
         tokenizer=tokenizer["digest"],
         template=tokenizer["chat_template"],
-        options={**options, "kinds": context.settings.DATA[role.partition(".")[0]], "evaluated": against},
+        options={**options, "kinds": context.settings.kinds(role), "evaluated": against},
     )
     return cache.cached(key, make, context.say)
 

@@ -15,7 +15,7 @@ from pipeline.contract import Artifact
 from pipeline.manifest import Metric
 from reward.intervals import ratio_interval
 from stages.core import probes
-from stages.core.forward import hidden_states, token_logprobs
+from stages.core.forward import hidden_states, summed_token_logprobs, token_logprobs
 from stages.core.loop import Objective, Part
 from stages.core.models import LanguageModel
 from stages.core.roles import Roles
@@ -23,12 +23,17 @@ from stages.core.roles import Roles
 
 def branch_scores(roles: Roles, role: str, batch: TreeBatch) -> Tensor:
     """The role's score of every branch, read at its last token: [branches], float32. The role must be in use."""
-    return roles.heads[role](hidden_states(roles.base.model, batch).index_select(0, batch.ends))
+    return head_scores(roles, role, batch).mean(-1)
+
+
+def head_scores(roles: Roles, role: str, batch: TreeBatch) -> Tensor:
+    """The same by each of the role's heads: [branches, heads]."""
+    return roles.heads[role].each(hidden_states(roles.base.model, batch).index_select(0, batch.ends))
 
 
 @torch.no_grad()
 def scores(
-    roles: Roles, role: str, trees: Sequence[Tree], tokens_per_batch: int = 8192, layout: Layout = "tree"
+    roles: Roles, role: str, trees: Sequence[Tree], tokens_per_batch: int = 8192, layout: Layout = "packed"
 ) -> dict[int, list[float]]:
     """The role's score of every branch, by tree number."""
     with roles.use(role), roles.base.compute.autocast():
@@ -40,7 +45,7 @@ def logprobs(
     language_model: LanguageModel,
     trees: Sequence[Tree],
     tokens_per_batch: int = 8192,
-    layout: Layout = "tree",
+    layout: Layout = "packed",
     temperature: float = 1.0,
 ) -> dict[int, list[float]]:
     """Summed log-probability of the read tokens of every branch, by tree number, under the role in use."""
@@ -79,8 +84,10 @@ def loss_metrics(
     """Held-out loss in nats per read token, and perplexity; empty without trees."""
     if not trees:
         return {}
-    found = logprobs(language_model, trees, tokens_per_batch, layout)
-    loss = ratio_interval([-found[tree.number][0] for tree in trees], [tree.reads for tree in trees])
+    apart = [tree.documents() for tree in trees]
+    found = logprobs(language_model, [each for documents in apart for each in documents], tokens_per_batch, layout)
+    losses = [-sum(found.get(tree.number, ())) for tree in trees]
+    loss = ratio_interval(losses, [sum(each.reads for each in documents) for documents in apart])
     return {"held_out_loss": loss, "held_out_perplexity": exponential(loss)}
 
 
@@ -94,11 +101,12 @@ def negative_mean(language_model: LanguageModel, tokens_per_batch: int, layout: 
     """The objective of language modelling: mean negative log-likelihood over the read tokens of the whole step."""
 
     def parts(examples: Sequence[Tree]) -> Iterator[Part]:
-        reads = sum(tree.reads for tree in examples)
-        for batch in on_device(language_model, examples, tokens_per_batch, layout):
+        documents = [each for tree in examples for each in tree.documents()]
+        reads = sum(tree.reads for tree in documents)
+        for batch in on_device(language_model, documents, tokens_per_batch, layout):
             with language_model.compute.autocast():
-                values = token_logprobs(language_model.model, batch)
-            yield Part(-values.sum() / reads, tokens=batch.token_count)
+                total = summed_token_logprobs(language_model.model, batch)
+            yield Part(-total / reads, tokens=batch.token_count)
 
     return parts
 

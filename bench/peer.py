@@ -1,0 +1,257 @@
+"""The peer's side of a comparison: TRL's trainers, and for pretraining the Trainer of transformers.
+
+`python -m bench.peer JOB` trains on `drawn.jsonl` in its order, given as conversations, and refuses to run when the
+trainer has made other tokens of them than Baton. A job's `variant` says which of the trainer's
+ways to compute is taken:
+
+padding-WEIGHTS       rows are padded to the longest of the step
+padding_free-WEIGHTS  sft: the step's rows are laid end to end
+bfd-WEIGHTS           sft: rows are packed beforehand, each kept whole; a step takes one packed row
+wrapped-WEIGHTS       sft: as `bfd`, but rows are cut where a packed row ends, and attend to the rows before them
+eager, compiled       pretrain: with `torch_compile` or without
+
+WEIGHTS is the precision that the frozen base is held in, `float32` or `bfloat16`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+from bench import processes
+from bench.job import Job
+from bench.rows import IGNORED, Row, by_step, labels, paths, plain_counts, read
+from bench.watch import Watch
+from data.tokenizer import load_tokenizer
+
+Rows = Sequence[Row]
+PACKED = ("bfd", "wrapped")
+LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+
+
+class Steps(TrainerCallback):
+    """Follows the steps of a trainer."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self.losses: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """The optimizer has moved."""
+        self._watch.step()
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        """A step's figures; the last ones are of the whole training and have no `loss`."""
+        if "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+
+
+def train(job: Job, watch: Watch) -> dict[str, Any]:
+    """Train; returns the losses and what each step trains on."""
+    rows = read(job.directory / "drawn.jsonl")[: job.steps * job.examples_per_step]
+    trainer = MAKE[job.kind](job, rows)
+    counts = CHECK[job.kind](job, rows, trainer.train_dataset)
+    steps = Steps(watch)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(steps)
+    trainer.train()
+    if job.result:
+        trainer.save_model(job.result)
+    return {"losses": steps.losses, **counts}
+
+
+def make_sft(job: Job, rows: Rows) -> Trainer:
+    """Every assistant turn is trained on, as by Baton."""
+    way = _way(job)
+    longest = max(len(path) for row in rows for path in paths(row))
+    mean = sum(len(path) for row in rows for path in paths(row)) / len(rows)
+    options = {
+        "padding": {"max_length": job.max_length},
+        "padding_free": {"max_length": None, "padding_free": True},
+    }.get(way, {"max_length": max(longest, round(mean * job.examples_per_step)), "packing": True})
+    arguments = _arguments(SFTConfig, job, assistant_only_loss=True, **options)
+    if way in PACKED:
+        arguments.packing_strategy = way
+        arguments.per_device_train_batch_size = 1
+        arguments.max_steps, arguments.num_train_epochs = -1, 1
+    dataset = Dataset.from_list([{"messages": row["prompt"] + row["chosen"]} for row in rows])
+    return SFTTrainer(
+        model=_causal(job, _weights(job)),
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=load_tokenizer(job.base),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
+    )
+
+
+def make_reward(job: Job, rows: Rows) -> Trainer:
+    """The head is trained with the adapter, in float32."""
+    model = AutoModelForSequenceClassification.from_pretrained(job.base, num_labels=1, dtype=_weights(job))
+    model.score.float()
+    return RewardTrainer(
+        model=model,
+        args=_arguments(RewardConfig, job, max_length=job.max_length),
+        train_dataset=_pairs(rows),
+        processing_class=load_tokenizer(job.base),
+        peft_config=LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], **LORA),
+    )
+
+
+def make_dpo(job: Job, rows: Rows) -> Trainer:
+    """The reference is the base with the adapter off, computed in every step."""
+    return DPOTrainer(
+        model=_causal(job, _weights(job)),
+        args=_arguments(DPOConfig, job, max_length=job.max_length, beta=0.1, precompute_ref_log_probs=False),
+        train_dataset=_pairs(rows),
+        processing_class=load_tokenizer(job.base),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
+    )
+
+
+def make_pretrain(job: Job, rows: Rows) -> Trainer:
+    """All weights are trained, and held in float32."""
+    blocks = [path for row in rows for path in paths(row)]
+    return Trainer(
+        model=_causal(job, torch.float32),
+        args=_arguments(TrainingArguments, job, torch_compile=job.variant == "compiled"),
+        train_dataset=Dataset.from_list([{"input_ids": block, "labels": block} for block in blocks]),
+        data_collator=default_data_collator,
+    )
+
+
+def check_sft(job: Job, rows: Rows, made: Dataset) -> dict[str, list[int]]:
+    """Tokens, trained tokens and examples of every step."""
+    wanted = [(path, label) for row in rows for path, label in zip(paths(row), labels(row), strict=True)]
+    packed = _way(job) in PACKED
+    size = 1 if packed else job.examples_per_step
+    if _way(job) == "wrapped":
+        laid = list(chain.from_iterable(made["input_ids"]))
+        _require_same(list(chain.from_iterable(ids for ids, _ in wanted))[: len(laid)], laid)
+    elif packed:
+        _require_same(sorted(wanted), sorted(_unpacked(made)))
+    else:
+        _require_same(wanted, list(zip(made["input_ids"], made["labels"], strict=True)))
+    tokens = [len(ids) for ids in made["input_ids"]]
+    reads = [sum(label != IGNORED for label in row) for row in made["labels"]]
+    return {"tokens": by_step(tokens, size), "reads": by_step(reads, size)}
+
+
+def check_reward(job: Job, rows: Rows, made: Dataset) -> dict[str, list[int]]:
+    """Tokens and scored tokens of every step."""
+    columns = (made["chosen_ids"], made["rejected_ids"])
+    _require_same([paths(row) for row in rows], [list(each) for each in zip(*columns, strict=True)])
+    return plain_counts(rows, job.examples_per_step)
+
+
+def check_dpo(job: Job, rows: Rows, made: Dataset) -> dict[str, list[int]]:
+    """Tokens and trained tokens of every step."""
+    wanted = [[row["prompt_tokens"], *(each["tokens"] for each in row["responses"])] for row in rows]
+    columns = (made["prompt_ids"], made["chosen_ids"], made["rejected_ids"])
+    _require_same(wanted, [list(each) for each in zip(*columns, strict=True)])
+    return plain_counts(rows, job.examples_per_step)
+
+
+def check_pretrain(job: Job, rows: Rows, made: Dataset) -> dict[str, list[int]]:
+    """Tokens and predicted tokens of every step; the blocks were given as tokens."""
+    _require_same([path for row in rows for path in paths(row)], list(made["input_ids"]))
+    return plain_counts(rows, job.examples_per_step)
+
+
+MAKE = {"sft": make_sft, "reward": make_reward, "dpo": make_dpo, "pretrain": make_pretrain}
+CHECK = {"sft": check_sft, "reward": check_reward, "dpo": check_dpo, "pretrain": check_pretrain}
+
+
+def main() -> None:
+    """Run one job; a variant that does not run here says why."""
+    job = Job.read(Path(sys.argv[1]))
+    disable_progress_bars()
+    watch = Watch(job)
+    try:
+        found = train(job, watch)
+    except Exception as error:  # whatever it is, it is the answer to whether this variant runs
+        processes.report(failed=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return
+    watch.report(**found)
+
+
+def _arguments(kind: type[TrainingArguments], job: Job, **options: Any) -> Any:
+    """The trainer's arguments: what Baton's stage is given, no evaluation, nothing stored in between."""
+    return kind(
+        output_dir=str(job.directory / "peer"),
+        max_steps=job.steps,
+        per_device_train_batch_size=job.examples_per_step,
+        learning_rate=job.learning_rate,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        weight_decay=0.0,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        seed=job.seed,
+        bf16=job.dtype == "bfloat16",
+        use_cpu=job.device == "cpu",
+        train_sampling_strategy="sequential",
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=job.device == "cuda",
+        **options,
+    )
+
+
+def _causal(job: Job, dtype: torch.dtype) -> Any:
+    return AutoModelForCausalLM.from_pretrained(job.base, dtype=dtype)
+
+
+def _pairs(rows: Rows) -> Dataset:
+    return Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows])
+
+
+def _way(job: Job) -> str:
+    return job.variant.partition("-")[0]
+
+
+def _weights(job: Job) -> torch.dtype:
+    return getattr(torch, job.variant.partition("-")[2])
+
+
+def _unpacked(made: Dataset) -> list[tuple[list[int], list[int]]]:
+    """The rows within packed rows."""
+    found = []
+    for row in made:
+        start = 0
+        for length in row["seq_lengths"]:
+            found.append((row["input_ids"][start : start + length], row["labels"][start : start + length]))
+            start += length
+    return found
+
+
+def _require_same(ours: list[Any], theirs: list[Any]) -> None:
+    if ours == theirs:
+        return
+    differing = sum(one != other for one, other in zip(ours, theirs, strict=False))
+    raise ValueError(f"other tokens than Baton's: {len(theirs)} rows for {len(ours)}, {differing} of them differ")
+
+
+if __name__ == "__main__":
+    main()

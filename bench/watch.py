@@ -1,0 +1,61 @@
+"""What a training process notes of itself, the same way on both sides."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench import processes
+from bench.job import Job
+
+MATRIX = {"cpu": 2048, "cuda": 8192}
+"""Rows and columns of the matrices whose product is the measure of what the machine can do."""
+PRODUCTS = 5
+
+
+class Watch:
+    """Made when everything is imported and nothing is loaded; `step` is called at the end of every optimizer step."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._began = time.perf_counter()
+        self._imports_mib = processes.resident_mib()
+        self._ends: list[float] = []
+        self._memory: dict[str, float] = {}
+
+    def step(self) -> None:
+        """Note the time and the memory, after the device has done all that it was given."""
+        if self._job.device == "cuda":
+            torch.cuda.synchronize()
+            self._memory["device_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        self._ends.append(time.perf_counter() - self._began)
+        self._memory["resident_mib"] = processes.resident_mib()
+
+    def report(self, losses: list[float], **figures: Any) -> None:
+        """Print what was noted, with the losses of the steps and what the machine can do."""
+        processes.report(
+            ends=self._ends,
+            losses=losses,
+            imports_mib=self._imports_mib,
+            **self._memory,
+            peak=matmul_peak(self._job.device, self._job.dtype),
+            device=f"on {torch.cuda.get_device_name()}" if self._job.device == "cuda" else "on the processor",
+            **figures,
+        )
+
+
+def matmul_peak(device: str, dtype: str) -> float:
+    """FLOP/s of the product of two large square matrices in this process: the median of several."""
+    size = MATRIX[device]
+    matrix = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+    rates = []
+    for _ in range(PRODUCTS):
+        began = time.perf_counter()
+        matrix @ matrix
+        if device == "cuda":
+            torch.cuda.synchronize()
+        rates.append(2 * size**3 / (time.perf_counter() - began))
+    return median(rates)

@@ -1,0 +1,254 @@
+"""Attention within packed trees: each tree's tokens see its prompt and their own branch, and nothing of other trees.
+
+On a processor, trees of similar length are padded to one width, for the attention alone. On CUDA, trees of one
+branch are the sequences of variable-length flash attention, others go through FlexAttention with a block mask.
+`replaced` puts this in the place of a model's own attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from data.packing import Group, Packing
+
+NAME = "packed_trees"
+PRODUCTS_WIDTH = 512
+"""Up to this width, products of matrices in bfloat16 beat the processor's fused attention, backward above all."""
+KEPT = 4
+"""Batches of which masks and orders are kept, from layer to layer and from role to role."""
+
+
+@contextmanager
+def replaced(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model's forward takes `packing`, and its layers attend within the trees of that."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packing: Packing,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention as `transformers` calls it, for one packed row.
+
+    Args:
+        module: The layer.
+        query: [1, heads, tokens, size].
+        key: [1, key heads, tokens, size]; a key head serves as many heads as it takes.
+        value: [1, key heads, tokens, size].
+        attention_mask: None; `packing` says it all.
+        packing: Where the trees stand.
+        scaling: Factor of the scores, by default 1 / sqrt(size).
+        options: What other attentions take. Where one of them matters, the layouts differ when they are compared.
+
+    Returns:
+        [1, tokens, heads, size], and None for the weights.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # Rotary embeddings in float32 raise what a product in lower precision gave.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if query.device.type != "cuda":
+        return padded_attention(query, key, value, packing, scale), None
+    if packing.causal:
+        return _variable_length(query, key, value, packing, scale), None
+    return flexible_attention(query, key, value, packing, scale), None
+
+
+AttentionInterface.register(NAME, packed_attention)
+
+
+def padded_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
+    """Attention in groups of trees, each padded to one width: [1, tokens, heads, size]."""
+    heads, size = query.shape[1], query.shape[3]
+    biases = _biases(packing, query.dtype, query.device)
+    parts = zip(*(_padded(each, packing) for each in (query, key, value)), biases, strict=True)
+    attended = [_attend(*each, scale) for each in parts]
+    order = _order(packing, heads, query.device)
+    rows = torch.cat([each.reshape(-1, size) for each in attended])
+    return _Rearranged.apply(rows, order.slots, order.rows, order.padding).view(1, -1, heads, size)
+
+
+def flexible_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
+    """FlexAttention with a block mask, compiled on CUDA: [1, tokens, heads, size]."""
+    mask = _block_mask(packing, query.device)
+    compute = _compiled_flex_attention() if query.device.type == "cuda" else flex_attention
+    grouped = query.shape[1] != key.shape[1]
+    return compute(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
+
+
+def _variable_length(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
+    """Flash attention over sequences of different lengths, without padding: [1, tokens, heads, size]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    starts, longest = _sequences(packing, query.device)
+    rows = (each[0].transpose(0, 1) for each in (query, key, value))
+    grouped = query.shape[1] != key.shape[1]
+    found: Tensor = varlen_attn(
+        *rows, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped
+    )
+    return found[None]
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Attention of padded trees: query [trees, heads, width, size], key and value [trees, key heads, width, size]."""
+    if bias is not None and _products_pay(query.shape[2], query.dtype):
+        return _products(query, key, value, bias, scale)
+    grouped = query.shape[1] != key.shape[1]
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, is_causal=bias is None, scale=scale, enable_gqa=grouped
+    )
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """softmax(q k^T scale + bias) v, heads that share a key head stacked."""
+    trees, heads, width, size = query.shape
+    stacked = (query * scale).view(trees * key.shape[1], -1, size)
+    key, value = (each.view(trees * each.shape[1], width, size) for each in (key, value))
+    scores = torch.bmm(stacked, key.transpose(1, 2)).view(trees, heads, width, width)
+    weights = scores.add_(bias).softmax(-1)
+    return torch.bmm(weights.view(*stacked.shape[:2], width), value).view(trees, heads, width, size)
+
+
+def _padded(states: Tensor, packing: Packing) -> list[Tensor]:
+    """[1, heads, tokens, size] to one [trees, heads, width, size] for each group."""
+    heads, size = states.shape[1], states.shape[3]
+    order = _order(packing, heads, states.device)
+    rows = states.transpose(1, 2).reshape(-1, size)
+    padded = _Rearranged.apply(rows, order.rows, order.slots, None)
+    shapes = [(len(group.spans), heads, group.width, size) for group in packing.groups]
+    parts = padded.split([trees * heads * width for trees, _, width, _ in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+class _Rearranged(torch.autograd.Function):
+    """Rows in another order, padding added or taken away.
+
+    A row has one place, so that the backward pass is a selection too, much faster than adding rows up. Padding
+    is a copy of row 0 on the way there, which no result depends on, and zero on the way back.
+    """
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor, there: Tensor, back: Tensor, padding: Tensor | None) -> Tensor:
+        context.back, context.padding = back, padding
+        return rows.index_select(0, there)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        found = gradient.index_select(0, context.back)
+        if context.padding is not None:
+            found.index_fill_(0, context.padding, 0.0)
+        return found, None, None, None
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Between rows [tokens x heads] and slots [groups x trees x heads x width]."""
+
+    rows: Tensor
+    """[slots] the row that is put there; 0 for padding."""
+    slots: Tensor
+    """[rows] where each is put."""
+    padding: Tensor
+    """Slots that are padding."""
+
+
+@lru_cache(KEPT)
+def _order(packing: Packing, heads: int, device: torch.device) -> _Order:
+    tokens, real = zip(*(_tokens(group, heads) for group in packing.groups), strict=True)
+    head = torch.cat([_heads(group, heads) for group in packing.groups])
+    taken = torch.cat(real)
+    rows = torch.where(taken, torch.cat(tokens) * heads + head, 0)
+    slots = torch.empty(int(taken.sum()), dtype=torch.long)
+    slots[rows[taken]] = taken.nonzero().squeeze(1)
+    padding = (~taken).nonzero().squeeze(1)
+    return _Order(rows.to(device), slots.to(device), padding.to(device))
+
+
+def _tokens(group: Group, heads: int) -> tuple[Tensor, Tensor]:
+    """[trees x heads x width] the token of each slot, and whether it is one of the tree's."""
+    starts = torch.tensor([span.start for span in group.spans])[:, None, None]
+    lengths = torch.tensor([span.length for span in group.spans])[:, None, None]
+    place = torch.arange(group.width).expand(len(group.spans), heads, -1)
+    return (starts + place).flatten(), (place < lengths).flatten()
+
+
+def _heads(group: Group, heads: int) -> Tensor:
+    return torch.arange(heads)[None, :, None].expand(len(group.spans), -1, group.width).flatten()
+
+
+def _products_pay(width: int, dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and width <= PRODUCTS_WIDTH
+
+
+@lru_cache(KEPT)
+def _biases(packing: Packing, dtype: torch.dtype, device: torch.device) -> list[Tensor | None]:
+    """For each group what is added to its scores; None where fused attention needs nothing but to be causal."""
+    return [
+        None if group.causal and not _products_pay(group.width, dtype) else _bias(group, dtype).to(device)
+        for group in packing.groups
+    ]
+
+
+def _bias(group: Group, dtype: torch.dtype) -> Tensor:
+    """[trees, 1, width, width] 0 where attention is allowed, else the lowest number."""
+    allowed = torch.zeros(len(group.spans), group.width, group.width, dtype=torch.bool)
+    for tree, span in enumerate(group.spans):
+        allowed[tree, : span.length, : span.prompt] = True
+        begin = span.prompt
+        for length in span.branches:
+            allowed[tree, begin : begin + length, begin : begin + length] = True
+            begin += length
+    allowed = allowed.tril()
+    allowed[:, :, 0] = True  # padding sees something, so that no softmax is over nothing
+    bias = torch.full(allowed.shape, torch.finfo(dtype).min, dtype=dtype)
+    return bias.masked_fill_(allowed, 0.0)[:, None]
+
+
+@lru_cache(KEPT)
+def _sequences(packing: Packing, device: torch.device) -> tuple[Tensor, int]:
+    """Where each sequence begins and the last one ends, and the length of the longest."""
+    lengths = [span.length for span in packing.spans]
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device), max(lengths)
+
+
+@lru_cache(KEPT)
+def _block_mask(packing: Packing, device: torch.device) -> BlockMask:
+    lengths = torch.tensor([span.length for span in packing.spans])
+    tree = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(device)
+    parts = torch.tensor([part for span in packing.spans for part in (span.prompt, *span.branches)])
+    numbers = torch.tensor([number for span in packing.spans for number in range(1 + len(span.branches))])
+    branch = torch.repeat_interleave(numbers, parts).to(device)
+
+    def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same_path = (branch[key] == 0) | (branch[query] == branch[key])
+        return (query >= key) & (tree[query] == tree[key]) & same_path
+
+    return create_block_mask(allowed, None, None, len(tree), len(tree), device=device)
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=True)

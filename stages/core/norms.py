@@ -1,0 +1,59 @@
+"""Root-mean-square normalisation in a few passes over memory instead of a dozen.
+
+y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019, arXiv 1910.07467), statistics in float32. The gradient is
+written out: with n = 1 / sqrt(mean(x^2) + eps) and v = g * w, it is n v - n^3 mean(v x) x.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SIZE = 8
+"""Rows on which a module is compared with the formula before it is replaced."""
+
+
+def speed_up(model: nn.Module) -> None:
+    """Give the model's normalisations that compute just this formula this forward."""
+    for module in model.modules():
+        if _is_the_formula(module):
+            module.forward = MethodType(_forward, module)
+
+
+def _forward(module: nn.Module, states: Tensor) -> Tensor:
+    found: Tensor = _Normalised.apply(states, module.weight, module.variance_epsilon)
+    return found
+
+
+@torch.no_grad()
+def _is_the_formula(module: nn.Module) -> bool:
+    """Whether a module is named as such a normalisation and computes the same: some add 1 to the weight."""
+    if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
+        return False
+    weight = module.weight
+    states = torch.linspace(-3, 3, SIZE * len(weight), device=weight.device, dtype=weight.dtype).view(SIZE, -1)
+    return torch.allclose(module(states), _forward(module, states), rtol=0.02, atol=1e-3)
+
+
+class _Normalised(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        length = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(length.square() / states.shape[-1] + epsilon)
+        context.save_for_backward(states, weight, scale)
+        return (states * scale).to(states.dtype) * weight
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        states, weight, scale = context.saved_tensors
+        weighted = gradient * weight
+        mean = (weighted * states).sum(-1, keepdim=True, dtype=torch.float32) / states.shape[-1]
+        for_states = (weighted * scale).sub_(states * (scale.pow(3) * mean)).to(states.dtype)
+        if not context.needs_input_grad[1]:
+            return for_states, None, None
+        normalised = (states * scale).to(states.dtype)
+        for_weight = (gradient * normalised).flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype)
+        return for_states, for_weight, None

@@ -1,0 +1,192 @@
+"""The benchmarks run from their command lines, and what they say is what the stages themselves found."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from importlib import import_module
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+
+from bench import base, figures, judge, material, processes, quickstart, scale, shakespeare
+from bench.figures import Passes
+from bench.job import Job
+from bench.ours import stage_context
+from bench.processes import Measured
+from bench.rows import labels, paths, plain_counts, shared_counts
+from pipeline import cli
+
+SHAPE = """\
+architecture: {model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2,
+  num_key_value_heads: 2, max_position_embeddings: 2048, tie_word_embeddings: true}
+tokens: 300
+"""
+ONE_STAGE = """\
+output: runs/one
+data: {corpus: {source: "world:corpus", rows: 50}}
+stages: {tokenizer: {kind: tokenizer, data: corpus, vocab_size: 300}}
+"""
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shape of model, pairs, and a base that is made of them."""
+    folder = tmp_path_factory.mktemp("bench")
+    (folder / "shape.yaml").write_text(SHAPE)
+    rows = [
+        {
+            "prompt": f"How much is {number} and {number % 7}?",
+            "chosen": f"It is {number + number % 7}.",
+            "rejected": "No!",
+        }
+        for number in range(80)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base.make(folder / "shape.yaml", folder / "pairs.jsonl", folder / "base", "cpu", pretrained=False)
+    return folder
+
+
+def make_job(folder: Path, kind: str) -> Job:
+    """A tiny training whose result is kept, with its material."""
+    job = Job(
+        kind=kind,
+        material=str(folder / kind),
+        data=str(folder / "pairs.jsonl"),
+        steps=STEPS,
+        examples_per_step=4,
+        max_length=32 if kind == "pretrain" else 128,
+        learning_rate=0.03,
+        device="cpu",
+        dtype="float32",
+        result=str(folder / kind / "result"),
+    )
+    job.directory.mkdir()
+    material.link_base(job, folder / "shape.yaml", folder / "base")
+    material.make(job, held_out=20)
+    return job
+
+
+@pytest.mark.parametrize(
+    ("kind", "figure"),
+    [("sft", "held_out_loss"), ("reward", "pair_accuracy"), ("dpo", "pair_accuracy"), ("pretrain", "held_out_loss")],
+)
+def test_the_judge_finds_what_the_stage_found(folder: Path, kind: str, figure: str) -> None:
+    job = make_job(folder, kind)
+    found = import_module(f"stages.{kind}").run(stage_context(job, "ours")).metrics[figure]
+
+    _, judged = judge.judge(job)
+
+    assert judged.n == found.n
+    assert judged.value == pytest.approx(found.value, rel=1e-4)
+
+
+def test_both_sides_train_on_the_same_tokens(folder: Path, tmp_path: Path) -> None:
+    options = ["--repeats", "1", "--steps", "1", "--warmup", "1", "--batch", "4", "--threads", "1"]
+    options += ["--dtype", "float32", "--learning-steps", "0"]
+    files = ["--model", folder / "shape.yaml", "--data", folder / "pairs.jsonl", "--output", tmp_path]
+    said = subprocess.run(
+        [sys.executable, "-m", "bench.sft", *options, *files, "--variant", "padding-float32"],
+        cwd=REPOSITORY,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+    record = json.loads((tmp_path / "sft-float32-shape.json").read_text())
+    ours, peer = record["runs"]["ours"][0], record["runs"]["peer"][0]
+    assert ours["timed_tokens"] == peer["timed_tokens"] == peer["tokens"][1]
+    assert ours["losses"][0] == pytest.approx(peer["losses"][0], abs=1e-5)  # of the same weights on the same rows
+    assert ours["losses"][1] == pytest.approx(peer["losses"][1], abs=2e-4)
+    assert (tmp_path / "sft-float32-shape.md").read_text() == said
+    ratio = ours["tokens_per_second"] / peer["tokens_per_second"]
+    assert f"**{processes.spread([ratio], 2)} times the speed" in said
+
+
+def test_a_step_counts_prompts_once_for_each_response_or_once_in_all() -> None:
+    responses = [{"tokens": [4, 5], "read": [True, True]}, {"tokens": [6], "read": [True]}]
+    row = {"prompt_tokens": [1, 2, 3], "responses": responses}
+
+    assert paths(row) == [[1, 2, 3, 4, 5], [1, 2, 3, 6]]
+    assert labels(row) == [[-100, -100, -100, 4, 5], [-100, -100, -100, 6]]
+    assert plain_counts([row] * 3, 2) == {"tokens": [18, 9], "reads": [6, 3]}
+    assert shared_counts([row] * 3, 2) == [12, 6]
+
+
+def test_the_warm_up_does_not_count() -> None:
+    counts = {"tokens": [9, 10, 30], "reads": [9, 2, 6], "computed": [9, 5, 15], "body": 7, "head": 3, "example": 20}
+
+    found = figures.rates(Passes(body=4, head=2), counts, [5.0, 6.0, 9.0], warmup=1)
+
+    assert found["seconds"] == 4.0
+    assert found["tokens_per_second"] == 10.0
+    assert found["examples_per_second"] == 0.5
+    assert found["flops_per_second"] == (4 * 7 * 20 + 2 * 3 * 8) / 4
+    with pytest.raises(ValueError, match="2 steps were taken of 3"):
+        figures.rates(Passes(body=4, head=2), counts, [5.0, 6.0], warmup=1)
+
+
+def test_a_model_that_knows_nothing_loses_the_logarithm_of_its_vocabulary(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from data.tokenizer import load_tokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "base"), load_tokenizer(folder / "base")
+    model.get_input_embeddings().weight.data.zero_()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("It is the last tenth that counts. " * 100)
+
+    found = shakespeare.held_out_loss(tmp_path, text, length=16)
+
+    tokens = len(tokenizer(text.read_text()[-340:])["input_ids"])
+    assert (found["characters"], found["tokens"]) == (340, tokens)
+    assert found["loss"] == pytest.approx(math.log(model.config.vocab_size) * tokens / 340, rel=1e-5)
+
+
+def test_every_size_takes_the_same_number_of_steps(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_this_process(module: str, *arguments: str | Path, **_: str) -> Measured:
+        with redirect_stdout(StringIO()) as said:
+            import_module(module).main(list(map(str, arguments)))
+        return Measured(0.0, 0.0, 0.0, json.loads(said.getvalue()))
+
+    monkeypatch.setattr(processes, "run", in_this_process)
+    options = ["--sizes", "20", "30", "--repeats", "1", "--steps", "1", "--warmup", "1", "--batch", "2"]
+    scale.main([*options, "--model", str(folder / "shape.yaml"), "--dtype", "float32", "--output", str(tmp_path)])
+
+    runs = json.loads((tmp_path / "scale.json").read_text())["runs"]
+    assert {size: len(run["ends"]) for size, (run,) in runs.items()} == {"20": 2, "30": 2}
+    assert all(len(run["tokens"]) == 2 for (run,) in runs.values())
+
+
+def test_the_quickstart_s_stages_are_timed_by_their_manifests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_this_process(*arguments: str | Path, **_: str) -> float:
+        assert cli.execute(cli.app, list(map(str, arguments))) == 0
+        return 7.0
+
+    def run(*arguments: Any) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["quickstart", *map(str, arguments)])
+        quickstart.main()
+        return json.loads((tmp_path / "quickstart.json").read_text())["runs"][0]
+
+    monkeypatch.setattr(processes, "baton", in_this_process)
+    config = tmp_path / "one.yaml"
+    config.write_text(ONE_STAGE)
+
+    found = run("--config", config, "--repeats", "1", "--output", tmp_path, "data.corpus.rows=40")
+
+    assert found["seconds"] == 7.0
+    assert list(found["stages"]) == ["tokenizer"]
+    assert "| tokenizer |" in (tmp_path / "quickstart.md").read_text()

@@ -92,7 +92,7 @@ def test_roles_of_all_kinds_share_a_base_without_being_felt_by_each_other(tmp_pa
     for name, options in OPTIONS.items():
         together.add(name, lora(options))
         shift(together.parameters(name))
-    assert torch.equal(logits(together, REFERENCE), models.model(kind)(PATHS).logits)
+    assert torch.equal(logits(together, REFERENCE), models.language_model(kind).model(PATHS).logits)
     for name in OPTIONS:
         directory = tmp_path / name
         directory.mkdir()

@@ -1,26 +1,27 @@
-"""The tree forward against plain rows and against one sequence at a time."""
+"""The forward in every layout against one sequence at a time."""
 
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import replace
+from typing import cast
 
+import architectures
 import models
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from data.batch import Layout, batches
+from data.batch import Layout, TreeBatch, batches, packed
 from data.tree import Branch, Tree
-from stages.core import forward
-from stages.core.forward import hidden_states, token_logprobs
-from stages.core.layout import LAYOUTS, choose_layout
-from stages.core.likelihood import entropies, logprobs_of
+from stages.core import attention
+from stages.core.forward import hidden_states, summed_token_logprobs, token_logprobs
+from stages.core.layout import LAYOUTS, TOLERANCE
 
 Values = dict[tuple[int, int], Tensor]
+each_packed = pytest.mark.parametrize("kind", architectures.PACKED)
 
 
 def one_at_a_time(model: PreTrainedModel, trees: Iterable[Tree], temperature: float = 1.0) -> Values:
@@ -29,7 +30,7 @@ def one_at_a_time(model: PreTrainedModel, trees: Iterable[Tree], temperature: fl
     for tree in trees:
         for index, branch in enumerate(tree.branches):
             path = torch.tensor([[*tree.prompt, *branch.tokens]])
-            logs = torch.log_softmax(model(path).logits[0].double() / temperature, -1)
+            logs = torch.log_softmax(model(path, use_cache=False).logits[0].double() / temperature, -1)
             start = len(tree.prompt)
             values = [
                 logs[start + place - 1, token]
@@ -40,16 +41,20 @@ def one_at_a_time(model: PreTrainedModel, trees: Iterable[Tree], temperature: fl
     return found
 
 
+def by_branch(batch: TreeBatch, values: Tensor) -> Values:
+    keys = [(tree.number, index) for tree in batch.trees for index in range(len(tree.branches))]
+    assert len(keys) == batch.branches
+    return {key: values[batch.branch_of_read == branch] for branch, key in enumerate(keys)}
+
+
 def in_batches(model: PreTrainedModel, trees: list[Tree], budget: int, layout: Layout) -> Values:
     found: Values = {}
     for batch in batches(trees, budget, layout):
         assert layout == "tree" or batch.mask is None
-        values = token_logprobs(model, batch)
-        keys = [(tree.number, index) for tree in batch.trees for index in range(len(tree.branches))]
-        assert len(keys) == batch.branches
-        assert not found.keys() & set(keys)
-        for branch, key in enumerate(keys):
-            found[key] = values[batch.branch_of_read == branch]
+        assert (layout == "packed") == (batch.packing is not None)
+        some = by_branch(batch, token_logprobs(model, batch))
+        assert not found.keys() & some.keys()
+        found |= some
     return found
 
 
@@ -58,8 +63,20 @@ def largest_gap(found: Values, expected: Values) -> float:
     return max((found[key] - expected[key]).abs().max().item() for key in expected)
 
 
+def gradients(model: PreTrainedModel, values: Values) -> dict[str, Tensor]:
+    """Of an uneven weighting of all tokens, by every weight's name."""
+    model.zero_grad()
+    ordered = torch.cat([values[key] for key in sorted(values)])
+    (ordered * torch.linspace(-1.0, 2.0, len(ordered))).sum().backward()
+    return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+
+
+def root_mean_square(found: Values, exact: Values) -> float:
+    return torch.cat([found[key] - exact[key] for key in exact]).square().mean().sqrt().item()
+
+
 @pytest.mark.parametrize("kind", models.KINDS)
-@pytest.mark.parametrize("layout", forward.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("budget", [1, 60, 200, 4096])
 @torch.no_grad()
 def test_every_layout_and_budget_gives_the_logprobs_of_one_sequence_at_a_time(
@@ -70,13 +87,144 @@ def test_every_layout_and_budget_gives_the_logprobs_of_one_sequence_at_a_time(
     assert largest_gap(in_batches(model, trees, budget, layout), expected) < 1e-5
 
 
+@each_packed
+@pytest.mark.parametrize(("count", "branches"), [(1, (1,)), (1, (4,)), (6, (1,)), (9, (1, 2, 3, 4))])
+def test_a_packed_row_has_values_and_gradients_of_each_branch_behind_its_prompt(
+    kind: str, count: int, branches: tuple[int, ...]
+) -> None:
+    model, trees = architectures.model(kind), architectures.ragged(count, seed=count, branches=branches)
+    alone = one_at_a_time(model, trees)
+    exact = gradients(model, alone)
+    found = in_batches(model, trees, 100_000, "packed")
+    assert largest_gap(found, alone) < 1e-5
+    mine = gradients(model, found)
+    assert mine.keys() == exact.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in exact.items():
+        # The gradient of an attention's key bias is zero but for rounding.
+        assert (mine[name] - gradient).norm() < 1e-5 * max(gradient.norm(), 10.0), name
+
+
+def test_prompts_and_branches_of_one_token_are_packed() -> None:
+    trees = [
+        Tree((7,), (Branch.of((8,)),), 0),
+        Tree((9,), (Branch.of((10,)), Branch.of((11,))), 1),
+        Tree((12,), (Branch.of(tuple(range(13, 80))),), 2),
+        Tree(tuple(range(20, 90)), (Branch.of((5,)), Branch.of((6,))), 3),
+    ]
+    model = architectures.model("grouped")
+    assert largest_gap(in_batches(model, trees, 100_000, "packed"), one_at_a_time(model, trees)) < 1e-5
+
+
+@each_packed
+def test_bfloat16_is_as_exact_packed_as_in_plain_rows(kind: str) -> None:
+    model, trees = architectures.model(kind, torch.bfloat16), architectures.ragged(9, seed=1)
+    exact_model = cast(PreTrainedModel, architectures.model(kind).to(torch.float32))
+    exact_model.load_state_dict(model.state_dict())
+    exact = one_at_a_time(exact_model, trees)
+    plain, row = (in_batches(model, trees, 100_000, layout) for layout in ("plain", "packed"))
+    assert root_mean_square(row, exact) < 1.5 * root_mean_square(plain, exact)
+    truth = gradients(exact_model, exact)
+    its, mine = gradients(model, plain), gradients(model, row)
+    for name, gradient in truth.items():
+        assert mine[name].dtype == torch.bfloat16
+        scale = max(gradient.norm(), 10.0)
+        assert (mine[name] - gradient).norm() < 2.0 * (its[name] - gradient).norm() + 0.01 * scale, name
+
+
+@each_packed
+def test_products_and_fused_attention_agree(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, trees = architectures.model(kind, torch.bfloat16), architectures.ragged(9, seed=2)
+    products = in_batches(model, trees, 100_000, "packed")
+    of_products = gradients(model, products)
+    monkeypatch.setattr(attention, "PRODUCTS_WIDTH", 0)
+    fused = in_batches(model, trees, 100_000, "packed")
+    assert not all(torch.equal(products[key], fused[key]) for key in fused)
+    assert largest_gap(products, fused) < TOLERANCE[torch.bfloat16]
+    for name, gradient in gradients(model, fused).items():
+        assert (of_products[name] - gradient).norm() < 0.05 * max(gradient.norm(), 10.0), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changed", [0, 4])
+@torch.no_grad()
+def test_a_tree_changes_nothing_for_the_others(changed: int, dtype: torch.dtype) -> None:
+    model, trees = architectures.model("grouped", dtype), architectures.ragged(9, seed=3)
+    tree = trees[changed]
+    other = replace(
+        tree,
+        prompt=tuple(token + 1 for token in tree.prompt[::-1]),
+        branches=tuple(Branch.of(tuple(token - 1 for token in branch.tokens[::-1])) for branch in tree.branches),
+    )
+    before, after = (
+        by_branch(batch, token_logprobs(model, batch))
+        for batch in (packed(trees), packed([*trees[:changed], other, *trees[changed + 1 :]]))
+    )
+    for key, values in before.items():
+        assert torch.equal(after[key], values) == (key[0] != changed)
+
+
+@pytest.mark.parametrize("changed", [0, 4])
+def test_a_nan_spoils_its_own_tree_only(changed: int) -> None:
+    model, trees = architectures.model("grouped"), architectures.ragged(9, seed=4)
+    trees[changed] = replace(trees[changed], prompt=(1, *trees[changed].prompt))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[1] = torch.nan
+    batch = packed(trees)
+    for key, values in by_branch(batch, token_logprobs(model, batch)).items():
+        assert values.isfinite().all() == (key[0] != changed)
+
+
+def test_the_models_attention_is_back_after_a_forward_that_raised() -> None:
+    model, batch = architectures.model("grouped"), packed(architectures.ragged(2))
+    hook = model.base_model.layers[1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hidden_states(model, batch)
+    assert model.config._attn_implementation == "sdpa"
+    hook.remove()
+    assert hidden_states(model, batch).isfinite().all()
+
+
+@each_packed
+@torch.no_grad()
+def test_a_rollout_is_the_same_before_and_after_a_packed_forward(kind: str) -> None:
+    model, prompt = architectures.model(kind), torch.arange(5, 15)[None]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    before = model.generate(prompt, **options)
+    token_logprobs(model, packed(architectures.ragged(5)))
+    assert torch.equal(model.generate(prompt, **options), before)
+    tree = Tree(tuple(before[0, :10].tolist()), (Branch.of(tuple(before[0, 10:].tolist())),))
+    assert largest_gap(in_batches(model, [tree], 100, "packed"), one_at_a_time(model, [tree])) < 1e-5
+
+
+@torch.no_grad()
+def test_capped_scores_are_computed_with_a_mask() -> None:
+    model, trees = architectures.model("gemma2"), architectures.ragged(9, seed=5)
+    assert largest_gap(in_batches(model, trees, 400, "tree"), one_at_a_time(model, trees)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["grouped", "qwen2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_sum_has_the_value_and_gradients_of_the_parts(kind: str, layout: Layout) -> None:
+    model, trees = architectures.model(kind), architectures.ragged(5)
+    (batch,) = batches(trees, 100_000, layout)
+    found = []
+    for compute in (lambda: token_logprobs(model, batch).sum(), lambda: summed_token_logprobs(model, batch)):
+        model.zero_grad()
+        total = compute()
+        total.backward()
+        found.append([total.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for mine, exact in zip(*found, strict=True):
+        assert (mine - exact).norm() < 1e-5 * max(exact.norm(), 10.0)
+
+
 @pytest.mark.parametrize("branches", [1, 2, 3, 4])
 @torch.no_grad()
 def test_any_number_of_branches_gives_the_same_logprobs_as_plain_rows(branches: int) -> None:
     model = models.model("llama")
     trees = [tree for tree in models.forest(60, seed=branches) if len(tree.branches) == branches]
     plain = in_batches(model, trees, 500, "plain")
-    assert largest_gap(in_batches(model, trees, 500, "tree"), plain) < 1e-5
+    for layout in ("tree", "packed"):
+        assert largest_gap(in_batches(model, trees, 500, cast(Layout, layout)), plain) < 1e-5
 
 
 @pytest.mark.parametrize("kind", models.KINDS)
@@ -85,9 +233,8 @@ def test_several_trees_in_a_row_do_not_see_each_other(kind: str) -> None:
     model = models.model(kind)
     long, *short = sorted(models.forest(8, seed=3, longest=8), key=lambda tree: -tree.length)
     wide = Tree(long.prompt * 20, long.branches, long.number)
-    (batch,) = batches([wide, *short], 10_000)
-    rows = len(batch.tokens)
-    assert rows < len(batch.trees)
+    (batch,) = batches([wide, *short], 10_000, "tree")
+    assert len(batch.tokens) < len(batch.trees)
     found = in_batches(model, [wide, *short], 10_000, "tree")
     assert largest_gap(found, one_at_a_time(model, [wide, *short])) < 1e-5
 
@@ -101,132 +248,20 @@ def test_temperature_divides_the_logits() -> None:
     assert torch.allclose(found, torch.cat([expected[tree.number, 0] for tree in batch.trees]), atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [1, 900, 2000])
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_a_chunked_head_has_the_same_values_and_gradients(
-    kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (batch,) = batches(models.forest(4), 1000)
-
-    def values_and_gradients() -> tuple[Tensor, dict[str, Tensor]]:
-        model = models.model(kind).requires_grad_(True)
-        values = token_logprobs(model, batch, 0.9)
-        (values * torch.arange(len(values))).sum().backward()
-        return values.detach(), {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
-
-    whole, gradients = values_and_gradients()
-    monkeypatch.setattr(forward, "CHUNK_LOGITS", chunk)
-    chunked, parts = values_and_gradients()
-    assert torch.allclose(chunked, whole, atol=1e-6)
-    assert parts.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        assert torch.allclose(parts[name], gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max().item()), name
-
-
-def test_the_whole_matrix_of_logits_never_exists(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, sizes = models.model().requires_grad_(True), []
-    monkeypatch.setattr(forward, "CHUNK_LOGITS", 4 * len(models.tokenizer()))
-    model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
-    (batch,) = batches(models.forest(4), 1000)
-    token_logprobs(model, batch).sum().backward()
-    assert sum(sizes) >= 2 * len(batch.targets)
-    assert max(sizes) <= 4
-
-
+@pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_the_head_runs_on_read_positions_only() -> None:
+def test_the_head_runs_on_read_positions_only(layout: Layout) -> None:
     model, sizes = models.model(), []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
-    (batch,) = batches(models.forest(4), 1000)
+    cast(nn.Module, model.lm_head).register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    (batch,) = batches(models.forest(4), 1000, layout)
     token_logprobs(model, batch)
     assert sizes == [len(batch.targets)]
 
 
-@pytest.mark.parametrize("chunk", [1, 1000, 1 << 25])
+@pytest.mark.parametrize("layout", ["tree", "packed"])
 @torch.no_grad()
-def test_entropy_is_minus_the_expected_logprob(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "CHUNK_LOGITS", chunk)
-    model = models.model()
-    (batch,) = batches(models.responses(3), 1000)
-    states = hidden_states(model, batch)[batch.sources]
-    everything = torch.arange(len(models.tokenizer()))
-    slow = []
-    for state in states:
-        logs = logprobs_of(model, state.expand(len(everything), -1), everything, 0.7)
-        slow.append(-(logs.exp() * logs).sum())
-    assert torch.allclose(entropies(model, states, 0.7), torch.stack(slow), atol=1e-5)
-
-
-@torch.no_grad()
-def test_no_read_token_gives_no_entropy() -> None:
-    assert entropies(models.model(), torch.zeros(0, 32)).shape == (0,)
-
-
-@pytest.mark.parametrize("kind", models.KINDS)
-@pytest.mark.parametrize("branches", [1, 2])
-def test_ordinary_models_compute_trees(kind: str, branches: int) -> None:
-    trees = [tree for tree in models.forest(20) if len(tree.branches) == branches]
-    assert choose_layout(models.model(kind), trees) == ("tree", [])
-
-
-@pytest.mark.parametrize("branches", [1, 2, 4])
-def test_a_model_that_ignores_masks_is_given_plain_rows(branches: int) -> None:
-    model, trees = models.model(), [tree for tree in models.forest(40) if len(tree.branches) == branches]
-    compute = model.base_model.forward
-
-    def without_mask(input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        return compute(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **kwargs)
-
-    model.base_model.forward = without_mask
-    with pytest.warns(UserWarning, match="using plain rows"):
-        layout, found = choose_layout(model, trees)
-    assert layout == "plain"
-    assert "LlamaForCausalLM" in found[0]
-
-
-def test_a_model_that_computes_nan_on_trees_is_given_plain_rows() -> None:
-    model = models.model()
-    compute = model.base_model.forward
-
-    def spoiled(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        output = compute(*args, attention_mask=attention_mask, **kwargs)
-        if attention_mask is not None:
-            output.last_hidden_state.fill_(torch.nan)
-        return output
-
-    model.base_model.forward = spoiled
-    with pytest.warns(UserWarning, match="using plain rows"):
-        assert choose_layout(model, models.pairs(3))[0] == "plain"
-
-
-@torch.no_grad()
-def test_a_model_with_a_sliding_window_is_given_plain_rows_even_if_short_examples_fit_the_window() -> None:
-    model = models.model("mistral")
-    short = [Tree((7,), (Branch.of((8, 9)),), 0), Tree((5, 6), (Branch.of((7,)),), 1)]
-    long = Tree(tuple(range(5, 45)), (Branch.of((50, 51)), Branch.of((60, 61, 62))), 2)
-    with pytest.warns(UserWarning, match="8 tokens at most; using plain rows"):
-        assert choose_layout(model, [*short, long])[0] == "plain"
-    expected = one_at_a_time(model, [long])
-    assert largest_gap(in_batches(model, [long], 500, "tree"), expected) > 0.01
-    assert largest_gap(in_batches(model, [long], 500, "plain"), expected) < 1e-5
-
-
-def test_no_trees_need_no_choice() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert choose_layout(models.model(), []) == ("tree", [])
-
-
-@torch.no_grad()
-def test_bfloat16_layouts_differ_by_rounding_only() -> None:
-    model, trees = models.model(dtype=torch.bfloat16), models.forest(8)
-    plain, tree = (in_batches(model, trees, 500, layout) for layout in forward.LAYOUTS)
-    assert largest_gap(tree, plain) < forward.LAYOUT_TOLERANCE[torch.bfloat16]
-
-
-@torch.no_grad()
-def test_the_order_of_trees_does_not_matter() -> None:
+def test_the_order_of_trees_does_not_matter(layout: Layout) -> None:
     model, trees = models.model(), models.forest(5)
     expected = one_at_a_time(model, trees)
     for order in itertools.islice(itertools.permutations(trees), 0, 120, 40):
-        assert largest_gap(in_batches(model, list(order), 80, "tree"), expected) < 1e-5
+        assert largest_gap(in_batches(model, list(order), 80, layout), expected) < 1e-5

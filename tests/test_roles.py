@@ -54,7 +54,7 @@ def three_roles(kind: str = "llama") -> Roles:
 
 @pytest.mark.parametrize("kind", models.KINDS)
 def test_the_reference_is_exactly_the_bare_base(kind: str) -> None:
-    bare = models.model(kind)(PATHS).logits
+    bare = models.language_model(kind).model(PATHS).logits
     assert torch.equal(logits(three_roles(kind), REFERENCE), bare)
 
 

@@ -21,7 +21,7 @@ from data.tree import (
     usable,
 )
 
-LAYOUTS: tuple[Layout, ...] = ("tree", "plain")
+LAYOUTS: tuple[Layout, ...] = ("packed", "tree", "plain")
 
 
 def path_tokens(tree: Tree, branch: Branch) -> list[int]:
@@ -30,9 +30,24 @@ def path_tokens(tree: Tree, branch: Branch) -> list[int]:
 
 def seen(batch: TreeBatch, row: int, column: int) -> list[int]:
     """Tokens that a place attends to, in order."""
+    if batch.packing is not None:
+        return seen_in_packing(batch, column)
     width = batch.tokens.shape[1]
     allowed = batch.mask[row, 0, column] if batch.mask is not None else torch.arange(width) <= column
     return batch.tokens[row][allowed].tolist()
+
+
+def seen_in_packing(batch: TreeBatch, column: int) -> list[int]:
+    """The prompt of the span and the own branch up to the place."""
+    assert batch.packing is not None
+    (span,) = (span for span in batch.packing.spans if span.start <= column < span.stop)
+    begin = span.start + span.prompt
+    prompt = batch.tokens[0, span.start : min(begin, column + 1)].tolist()
+    for length in span.branches:
+        if begin <= column < begin + length:
+            return prompt + batch.tokens[0, begin : column + 1].tolist()
+        begin += length
+    return prompt
 
 
 def numbered(count: int, seed: int = 0) -> list[Tree]:
@@ -97,24 +112,25 @@ def test_every_tree_is_in_one_batch_whole_and_once(layout: Layout, budget: int) 
     assert sorted(found, key=lambda tree: tree.number) == trees
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("budget", [1, 20, 50, 100, 1000])
-def test_only_a_tree_that_is_longer_itself_exceeds_the_budget(budget: int) -> None:
-    for batch in batches(numbered(30), budget):
-        assert batch.token_count <= budget or len(batch.trees) == 1
-    for batch in batches(numbered(30), budget, "plain"):
+def test_only_a_tree_that_is_longer_itself_exceeds_the_budget(layout: Layout, budget: int) -> None:
+    for batch in batches(numbered(30), budget, layout):
         assert batch.token_count <= budget or len(batch.trees) == 1
 
 
-def test_packing_wastes_little() -> None:
+def test_rows_of_trees_waste_little_and_a_packed_row_nothing() -> None:
     trees = models.forest(200, seed=5)
-    computed = sum(batch.token_count for batch in batches(trees, 2000))
-    assert computed < 1.1 * sum(tree.length for tree in trees)
+    tokens = sum(tree.length for tree in trees)
+    assert sum(batch.token_count for batch in batches(trees, 2000, "tree")) < 1.1 * tokens
+    assert sum(batch.token_count for batch in batches(trees, 2000, "packed")) == tokens
 
 
-def test_packing_does_not_depend_on_the_order_of_trees() -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batches_do_not_depend_on_the_order_of_trees(layout: Layout) -> None:
     trees = models.forest(20)
     orders = trees, trees[::-1]
-    first, second = ([batch.tokens.tolist() for batch in batches(each, 100)] for each in orders)
+    first, second = ([batch.tokens.tolist() for batch in batches(each, 100, layout)] for each in orders)
     assert first == second
 
 
@@ -125,8 +141,9 @@ def test_plain_rows_need_no_mask_and_count_through_padding() -> None:
 
 
 def test_a_padding_token_always_sees_something() -> None:
-    for batch in batches(models.forest(15), 120):
-        assert batch.mask is None or batch.mask.any(-1).all()
+    masks = [batch.mask for batch in batches(models.forest(15), 120, "tree") if batch.mask is not None]
+    assert masks
+    assert all(mask.any(-1).all() for mask in masks)
 
 
 def test_one_row_holds_everything() -> None:

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from inspect import signature
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
@@ -25,8 +27,16 @@ from data.packing import Group, Packing
 NAME = "packed_trees"
 PRODUCTS_WIDTH = 512
 """Up to this width, products of matrices in bfloat16 beat the processor's fused attention, backward above all."""
+FLASH = (torch.bfloat16, torch.float16)
+"""Precisions in which flash attention computes."""
 KEPT = 4
 """Batches of which masks and orders are kept, from layer to layer and from role to role."""
+OTHERWISE = ("softcap", "s_aux", "position_bias")
+"""Options by which an architecture's attention is another one: capped scores, sinks, learned distances."""
+
+
+class OtherAttentionError(Exception):
+    """The architecture's attention is not the one that is computed here."""
 
 
 @contextmanager
@@ -62,17 +72,23 @@ def packed_attention(
         attention_mask: None; `packing` says it all.
         packing: Where the trees stand.
         scaling: Factor of the scores, by default 1 / sqrt(size).
-        options: What other attentions take. Where one of them matters, the layouts differ when they are compared.
+        options: What other attentions take.
 
     Returns:
         [1, tokens, heads, size], and None for the weights.
+
+    Raises:
+        OtherAttentionError: An option asks for another attention.
     """
+    for name in OTHERWISE:
+        if options.get(name) is not None:
+            raise OtherAttentionError(f"{type(module).__name__} attends with `{name}`")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Rotary embeddings in float32 raise what a product in lower precision gave.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if query.device.type != "cuda":
         return padded_attention(query, key, value, packing, scale), None
-    if packing.causal:
+    if packing.causal and query.dtype in FLASH:
         return _variable_length(query, key, value, packing, scale), None
     return flexible_attention(query, key, value, packing, scale), None
 
@@ -84,8 +100,8 @@ def padded_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
     """Attention in groups of trees, each padded to one width: [1, tokens, heads, size]."""
     heads, size = query.shape[1], query.shape[3]
     biases = _biases(packing, query.dtype, query.device)
-    parts = zip(*(_padded(each, packing) for each in (query, key, value)), biases, strict=True)
-    attended = [_attend(*each, scale) for each in parts]
+    padded = (_padded(each, packing) for each in (query, key, value))
+    attended = [_attend(*group, scale=scale) for group in zip(*padded, biases, strict=True)]
     order = _order(packing, heads, query.device)
     rows = torch.cat([each.reshape(-1, size) for each in attended])
     return _Rearranged.apply(rows, order.slots, order.rows, order.padding).view(1, -1, heads, size)
@@ -94,9 +110,10 @@ def padded_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
 def flexible_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
     """FlexAttention with a block mask, compiled on CUDA: [1, tokens, heads, size]."""
     mask = _block_mask(packing, query.device)
-    compute = _compiled_flex_attention() if query.device.type == "cuda" else flex_attention
+    compute: Any = _compiled_flex_attention() if query.device.type == "cuda" else flex_attention
     grouped = query.shape[1] != key.shape[1]
-    return compute(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    found: Tensor = compute(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
+    return found.transpose(1, 2)
 
 
 def _variable_length(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
@@ -104,15 +121,15 @@ def _variable_length(query: Tensor, key: Tensor, value: Tensor, packing: Packing
     from torch.nn.attention.varlen import varlen_attn
 
     starts, longest = _sequences(packing, query.device)
-    rows = (each[0].transpose(0, 1) for each in (query, key, value))
-    grouped = query.shape[1] != key.shape[1]
-    found: Tensor = varlen_attn(
-        *rows, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped
-    )
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
+    if "enable_gqa" in signature(varlen_attn).parameters:  # torch 2.11 takes fewer key heads without being told
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
+    found: Any = varlen_attn(query, key, value, starts, starts, longest, longest, **options)
     return found[None]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, scale: float) -> Tensor:
     """Attention of padded trees: query [trees, heads, width, size], key and value [trees, key heads, width, size]."""
     if bias is not None and _products_pay(query.shape[2], query.dtype):
         return _products(query, key, value, bias, scale)
@@ -147,7 +164,7 @@ class _Rearranged(torch.autograd.Function):
     """Rows in another order, padding added or taken away.
 
     A row has one place, so that the backward pass is a selection too, much faster than adding rows up. Padding
-    is a copy of row 0 on the way there, which no result depends on, and zero on the way back.
+    is a copy of a row on the way there, which no result depends on, and zero on the way back.
     """
 
     @staticmethod
@@ -156,7 +173,8 @@ class _Rearranged(torch.autograd.Function):
         return rows.index_select(0, there)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         found = gradient.index_select(0, context.back)
         if context.padding is not None:
             found.index_fill_(0, context.padding, 0.0)
@@ -168,7 +186,7 @@ class _Order:
     """Between rows [tokens x heads] and slots [groups x trees x heads x width]."""
 
     rows: Tensor
-    """[slots] the row that is put there; 0 for padding."""
+    """[slots] the row that is put there; for padding the first one of its tree, so that a NaN stays in its tree."""
     slots: Tensor
     """[rows] where each is put."""
     padding: Tensor
@@ -180,7 +198,7 @@ def _order(packing: Packing, heads: int, device: torch.device) -> _Order:
     tokens, real = zip(*(_tokens(group, heads) for group in packing.groups), strict=True)
     head = torch.cat([_heads(group, heads) for group in packing.groups])
     taken = torch.cat(real)
-    rows = torch.where(taken, torch.cat(tokens) * heads + head, 0)
+    rows = torch.cat(tokens) * heads + head
     slots = torch.empty(int(taken.sum()), dtype=torch.long)
     slots[rows[taken]] = taken.nonzero().squeeze(1)
     padding = (~taken).nonzero().squeeze(1)
@@ -188,11 +206,12 @@ def _order(packing: Packing, heads: int, device: torch.device) -> _Order:
 
 
 def _tokens(group: Group, heads: int) -> tuple[Tensor, Tensor]:
-    """[trees x heads x width] the token of each slot, and whether it is one of the tree's."""
+    """[trees x heads x width] the token of each slot, and whether it is no padding, which repeats the tree's first."""
     starts = torch.tensor([span.start for span in group.spans])[:, None, None]
     lengths = torch.tensor([span.length for span in group.spans])[:, None, None]
     place = torch.arange(group.width).expand(len(group.spans), heads, -1)
-    return (starts + place).flatten(), (place < lengths).flatten()
+    real = place < lengths
+    return (starts + torch.where(real, place, 0)).flatten(), real.flatten()
 
 
 def _heads(group: Group, heads: int) -> Tensor:

@@ -15,12 +15,20 @@ def hidden_states(model: PreTrainedModel, batch: TreeBatch) -> Tensor:
     """Final hidden states of a batch, flattened: [rows * width, hidden]."""
     inputs = {"input_ids": batch.tokens, "position_ids": batch.positions, "use_cache": False}
     if batch.packing is None:
-        output = model.base_model(**inputs, attention_mask=batch.mask)
+        output = model.base_model(**inputs, attention_mask=_mask(model, batch))
     else:
         with attention.replaced(model):
             output = model.base_model(**inputs, packing=batch.packing)
     states: Tensor = output.last_hidden_state.flatten(0, 1)
     return states
+
+
+def _mask(model: PreTrainedModel, batch: TreeBatch) -> Tensor | None:
+    """The mask as the model takes it: attention that is not fused, as with capped scores, adds it to them."""
+    if batch.mask is None or model.config.get_text_config()._attn_implementation != "eager":
+        return batch.mask
+    lowest = torch.finfo(model.dtype).min
+    return torch.zeros_like(batch.mask, dtype=model.dtype).masked_fill_(~batch.mask, lowest)
 
 
 def token_logprobs(model: PreTrainedModel, batch: TreeBatch, temperature: float = 1.0) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from data.batch import Layout, TreeBatch, batches, one_row, packed
 from data.tree import Tree
+from stages.core.attention import OtherAttentionError
 from stages.core.forward import device_of, token_logprobs
 
 LAYOUTS: tuple[Layout, ...] = ("packed", "tree", "plain")
@@ -26,9 +27,9 @@ def choose_layout(model: PreTrainedModel, trees: Sequence[Tree]) -> tuple[Layout
     """Compare two examples in one packed row, and in one row with a mask, with the same in plain rows.
 
     The first that agrees is chosen. Architectures with an attention of their own, as with sinks or capped scores,
-    need the mask. Those with recurrent state or their own treatment of masks cannot compute trees at all, nor can
-    those with sliding windows, which either would replace; short examples would not show it, so the configuration is
-    asked.
+    say so and need the mask. Those with recurrent state or their own treatment of masks cannot compute trees at all,
+    nor can those with sliding windows, which either would replace; short examples would not show it, so the
+    configuration is asked.
 
     Returns:
         The layout to use, and warnings.
@@ -42,7 +43,7 @@ def choose_layout(model: PreTrainedModel, trees: Sequence[Tree]) -> tuple[Layout
     plain = _by_branch(model, batches(examples, 2 * sum(tree.length for tree in examples), "plain"))
     dtype = next(model.parameters()).dtype
     tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
-    if model.is_backend_compatible() and _gap(_by_branch(model, [packed(examples)]), plain) <= tolerance:
+    if _packed_gap(model, examples, plain) <= tolerance:
         return "packed", []
     gap = _gap(_by_branch(model, [one_row(examples)]), plain)
     if gap <= tolerance:
@@ -62,6 +63,16 @@ def _window(model: PreTrainedModel) -> int | None:
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
     context = getattr(config, "max_position_embeddings", math.inf)
     return window if window is not None and window < context else None
+
+
+def _packed_gap(model: PreTrainedModel, examples: list[Tree], plain: dict[tuple[int, int], Tensor]) -> float:
+    """The gap of the packed layout; infinite where the architecture has an attention of its own."""
+    if not model.is_backend_compatible():
+        return math.inf
+    try:
+        return _gap(_by_branch(model, [packed(examples)]), plain)
+    except OtherAttentionError:
+        return math.inf
 
 
 def _gap(found: dict[tuple[int, int], Tensor], plain: dict[tuple[int, int], Tensor]) -> float:

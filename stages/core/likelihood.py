@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -104,7 +105,8 @@ class _WithStateGradients(torch.autograd.Function):
         return torch.cat(values)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (gradients,) = context.saved_tensors
         return (gradient[:, None] * gradients).to(gradients.dtype), None, None, None
 
@@ -132,6 +134,7 @@ class _Summed(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         of_states, *of_head = context.saved_tensors
         return gradient.to(of_states.dtype) * of_states, None, None, *(gradient * each for each in of_head)

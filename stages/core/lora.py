@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
@@ -20,19 +21,16 @@ def speed_up(model: nn.Module) -> None:
     """Give the model's LoRA layers on plain linear layers this forward."""
     for module in model.modules():
         if type(module) is Linear and type(module.get_base_layer()) is nn.Linear:
-            module.forward = MethodType(_forward, module)
+            module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
 
 
 def _forward(layer: Linear, states: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    base = layer.get_base_layer()
-    if layer.disable_adapters and not layer.merged:
-        return base(states)
-    role = layer.active_adapters[0]
-    if not _is_plain(layer, states, role) or arguments or options:
+    if arguments or options or not _is_plain(layer, states):
         return Linear.forward(layer, states, *arguments, **options)
-    precision = base.weight.dtype
+    (role,) = layer.active_adapters
+    base: Any = layer.get_base_layer()
     found: Tensor = _LowRank.apply(
-        states.to(precision),
+        states.to(base.weight.dtype),
         base.weight,
         base.bias,
         layer.lora_A[role].weight,
@@ -42,17 +40,25 @@ def _forward(layer: Linear, states: Tensor, *arguments: Any, **options: Any) -> 
     return found
 
 
-def _is_plain(layer: Linear, states: Tensor, role: str) -> bool:
-    """Whether the active adapter is a single one without dropout, variant or bias, on frozen weights."""
+def _is_plain(layer: Linear, states: Tensor) -> bool:
+    """Whether one adapter is active, without dropout, variant or bias, and not merged into weights, which are frozen."""
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return False
+    (role,) = layer.active_adapters
+    base: Any = layer.get_base_layer()
     return (
-        len(layer.active_adapters) == 1
-        and role in layer.lora_A
+        role in layer.lora_A
         and role not in layer.lora_variant
-        and not layer.merged
         and layer.lora_B[role].bias is None
         and isinstance(layer.lora_dropout[role], nn.Identity)
-        and not layer.get_base_layer().weight.requires_grad
+        and not any(parameter.requires_grad for parameter in base.parameters())
+        and _computes_in(base.weight.dtype, states.device.type)
     )
+
+
+def _computes_in(precision: torch.dtype, device: str) -> bool:
+    """Whether products are in this precision: autocast may want another."""
+    return not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) == precision
 
 
 class _LowRank(torch.autograd.Function):
@@ -70,7 +76,8 @@ class _LowRank(torch.autograd.Function):
         return result.view(*states.shape[:-1], -1)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, narrow, weight, down, up = context.saved_tensors
         wide = gradient.flatten(0, -2).to(weight.dtype)
         low = wide @ up

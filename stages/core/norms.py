@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 SIZE = 8
 """Rows on which a module is compared with the formula before it is replaced."""
@@ -31,11 +32,12 @@ def _forward(module: nn.Module, states: Tensor) -> Tensor:
 @torch.no_grad()
 def _is_the_formula(module: nn.Module) -> bool:
     """Whether a module is named as such a normalisation and computes the same: some add 1 to the weight."""
-    if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
+    weight = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or weight is None or not hasattr(module, "variance_epsilon"):
         return False
-    weight = module.weight
     states = torch.linspace(-3, 3, SIZE * len(weight), device=weight.device, dtype=weight.dtype).view(SIZE, -1)
-    return torch.allclose(module(states), _forward(module, states), rtol=0.02, atol=1e-3)
+    rounding = max(1e-5, 4 * torch.finfo(weight.dtype).eps)
+    return torch.allclose(module(states), _forward(module, states), rtol=rounding, atol=rounding)
 
 
 class _Normalised(torch.autograd.Function):
@@ -47,7 +49,8 @@ class _Normalised(torch.autograd.Function):
         return (states * scale).to(states.dtype) * weight
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         states, weight, scale = context.saved_tensors
         weighted = gradient * weight
         mean = (weighted * states).sum(-1, keepdim=True, dtype=torch.float32) / states.shape[-1]

@@ -1,0 +1,251 @@
+"""Attention within packed trees against a loop over every token, in every way that it is computed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import architectures
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import varlen
+
+from data.packing import Packing
+from stages.core import attention
+from stages.core.attention import (
+    OtherAttentionError,
+    flexible_attention,
+    packed_attention,
+    padded_attention,
+    replaced,
+)
+
+SCALE = 0.4
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+Attention = Callable[[Tensor, Tensor, Tensor, Packing, float], Tensor]
+
+
+def states(packing: Packing, heads: int = 4, key_heads: int = 2, size: int = 8, seed: int = 0) -> list[Tensor]:
+    """Query, key and value in float64, to be made leaves of any precision."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = packing.spans[-1].stop
+    return [
+        torch.randn(1, count, tokens, size, generator=generator, dtype=torch.float64)
+        for count in (heads, key_heads, key_heads)
+    ]
+
+
+def paths(packing: Packing) -> list[list[int]]:
+    """For each token what it sees, itself included."""
+    found = []
+    for span in packing.spans:
+        prompt = range(span.start, span.start + span.prompt)
+        found += [list(prompt[: place + 1]) for place in range(span.prompt)]
+        begin = prompt.stop
+        for length in span.branches:
+            found += [[*prompt, *range(begin, begin + place + 1)] for place in range(length)]
+            begin += length
+    return found
+
+
+def token_by_token(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
+    heads, shared = query.shape[1], query.shape[1] // key.shape[1]
+    found = []
+    for token, path in enumerate(paths(packing)):
+        for head in range(heads):
+            weights = (key[0, head // shared, path] @ query[0, head, token] * scale).softmax(0)
+            found.append(weights @ value[0, head // shared, path])
+    return torch.stack(found).view(1, -1, heads, query.shape[-1])
+
+
+def with_gradients(compute: Attention, inputs: list[Tensor], packing: Packing, dtype: torch.dtype) -> list[Tensor]:
+    """The result, and the gradients of an arbitrary weighting of it."""
+    leaves = [each.to(dtype).requires_grad_() for each in inputs]
+    result = compute(*leaves, packing, SCALE)
+    generator = torch.Generator().manual_seed(7)
+    weighting = torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result)
+    gradients = torch.autograd.grad((result * weighting).sum(), leaves)
+    assert all(gradient.dtype == dtype for gradient in gradients)
+    return [result.detach().double(), *(gradient.double() for gradient in gradients)]
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize(("count", "branches"), [(1, (1,)), (1, (3,)), (6, (1,)), (12, (1, 2, 3, 4))])
+def test_padded_attention_is_a_loop_over_tokens(count: int, branches: tuple[int, ...], key_heads: int) -> None:
+    packing = Packing.of(architectures.ragged(count, seed=count, branches=branches))
+    inputs = states(packing, key_heads=key_heads)
+    expected = with_gradients(token_by_token, inputs, packing, torch.float64)
+    for found, exact in zip(with_gradients(padded_attention, inputs, packing, torch.float32), expected, strict=True):
+        assert torch.allclose(found, exact, atol=1e-5, rtol=1e-5)
+
+
+def test_products_and_fused_attention_agree_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    trees = architectures.ragged(12, seed=1)
+    inputs = states(Packing.of(trees))
+    rounded = [each.bfloat16().double() for each in inputs]
+    exact = with_gradients(token_by_token, rounded, Packing.of(trees), torch.float64)
+    for width in (attention.PRODUCTS_WIDTH, 0):
+        monkeypatch.setattr(attention, "PRODUCTS_WIDTH", width)
+        found = with_gradients(padded_attention, inputs, Packing.of(trees), torch.bfloat16)
+        assert [error(*each) < 0.01 for each in zip(found, exact, strict=True)] == [True] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tree", [0, 5])
+def test_a_nan_stays_in_its_tree(tree: int, dtype: torch.dtype) -> None:
+    packing = Packing.of(architectures.ragged(12, seed=2))
+    inputs = [each.to(dtype) for each in states(packing)]
+    clean = padded_attention(*inputs, packing, SCALE)
+    span = packing.spans[tree]
+    for each in inputs:
+        each[:, :, span.start] = torch.nan
+    found = padded_attention(*inputs, packing, SCALE)
+    outside = torch.ones(packing.spans[-1].stop, dtype=torch.bool)
+    outside[span.start : span.stop] = False
+    assert torch.equal(found[:, outside], clean[:, outside])
+    assert found[:, ~outside].isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("key_heads", [2, 4])
+@pytest.mark.parametrize("branches", [(1,), (1, 2, 3, 4)])
+def test_flexible_attention_is_padded_attention(branches: tuple[int, ...], key_heads: int) -> None:
+    """Without a compiler and forward only: torch has no backward pass of it on a processor."""
+    packing = Packing.of(architectures.ragged(12, seed=3, branches=branches))
+    inputs = [each.float() for each in states(packing, key_heads=key_heads)]
+    found, expected = (each(*inputs, packing, SCALE) for each in (flexible_attention, padded_attention))
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def by_sequence(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float) -> Tensor:
+    """What variable-length causal attention is: [tokens, heads, size]."""
+    shared = query.shape[1] // key.shape[1]
+    found = []
+    for start, stop in zip(starts.tolist(), starts[1:].tolist(), strict=False):
+        some, keys, values = (each[start:stop].transpose(0, 1) for each in (query, key, value))
+        scores = some @ keys.repeat_interleave(shared, 0).transpose(1, 2) * scale
+        hidden = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)
+        found.append((scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values.repeat_interleave(shared, 0)))
+    return torch.cat([each.transpose(0, 1) for each in found])
+
+
+def varlen_of_211(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """With the signature that torch 2.11 has."""
+    lengths = cu_seq_q.diff()
+    assert cu_seq_q.dtype == torch.int32
+    assert torch.equal(cu_seq_q, cu_seq_k)
+    assert max_q == max_k == lengths.max()
+    assert window_size == (-1, 0)
+    assert return_aux is None
+    assert scale is not None
+    return by_sequence(query, key, value, cu_seq_q, scale)
+
+
+def installed_varlen(*arguments: Any, **options: Any) -> Tensor:
+    """With the signature that the installed torch has, which is checked."""
+    inspect.signature(installed_varlen).bind(*arguments, **options)
+    query, key = arguments[:2]
+    assert options.pop("enable_gqa", key.shape[1] != query.shape[1]) == (key.shape[1] != query.shape[1])
+    return varlen_of_211(*arguments, **options)
+
+
+installed_varlen.__signature__ = inspect.signature(varlen.varlen_attn)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("key_heads", [2, 4])
+@pytest.mark.parametrize("stand_in", [varlen_of_211, installed_varlen])
+def test_trees_of_one_branch_are_called_as_sequences_of_variable_length(
+    stand_in: Callable[..., Tensor], key_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    packing = Packing.of(architectures.ragged(9, seed=4, branches=(1,)))
+    inputs = [each.float() for each in states(packing, key_heads=key_heads)]
+    found = attention._variable_length(*inputs, packing, SCALE)
+    assert torch.allclose(found, padded_attention(*inputs, packing, SCALE), atol=1e-5)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("branches", [(1,), (1, 2, 3, 4)])
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_cuda_computes_what_a_processor_does(key_heads: int, branches: tuple[int, ...], dtype: torch.dtype) -> None:
+    packing = Packing.of(architectures.ragged(12, seed=5, branches=branches))
+    inputs = states(packing, key_heads=key_heads, size=32)
+    rounded = [each.to(dtype).double() for each in inputs]
+    exact = with_gradients(padded_attention, rounded, packing, torch.float64)
+
+    def on_cuda(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
+        moved = (each.cuda() for each in (query, key, value))
+        return packed_attention(torch.nn.Module(), *moved, None, packing=packing, scaling=scale)[0].cpu()
+
+    tolerance = 0.01 if dtype == torch.bfloat16 else 1e-3
+    for found, expected in zip(with_gradients(on_cuda, inputs, packing, dtype), exact, strict=True):
+        assert error(found, expected) < tolerance
+
+
+@needs_cuda
+def test_compiled_flexible_attention_is_padded_attention() -> None:
+    packing = Packing.of(architectures.ragged(12, seed=6))
+    inputs = states(packing, size=32)
+
+    def on_cuda(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
+        return flexible_attention(query.cuda(), key.cuda(), value.cuda(), packing, scale).cpu()
+
+    found = with_gradients(on_cuda, inputs, packing, torch.float32)
+    for each, exact in zip(found, with_gradients(padded_attention, inputs, packing, torch.float64), strict=True):
+        assert error(each, exact) < 1e-3
+
+
+def test_the_scale_is_by_default_the_roots_inverse() -> None:
+    packing = Packing.of(architectures.ragged(3))
+    inputs = [each.float() for each in states(packing)]
+    found, weights = packed_attention(torch.nn.Module(), *inputs, None, packing=packing)
+    assert torch.equal(found, padded_attention(*inputs, packing, 8**-0.5))
+    assert weights is None
+
+
+@pytest.mark.parametrize("option", attention.OTHERWISE)
+def test_another_attention_is_not_replaced(option: str) -> None:
+    packing = Packing.of(architectures.ragged(3))
+    inputs = [each.float() for each in states(packing)]
+    with pytest.raises(OtherAttentionError, match=f"Module attends with `{option}`"):
+        packed_attention(torch.nn.Module(), *inputs, None, packing=packing, **{option: 2.0})
+    packed_attention(torch.nn.Module(), *inputs, None, packing=packing, **{option: None})
+
+
+def test_a_second_derivative_is_refused() -> None:
+    packing = Packing.of(architectures.ragged(3))
+    query, key, value = (each.requires_grad_() for each in states(packing))
+    (gradient,) = torch.autograd.grad(
+        padded_attention(query, key, value, packing, SCALE).square().sum(), query, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_the_models_attention_is_back_after_the_forward_and_after_an_error() -> None:
+    model = architectures.model("grouped")
+    with replaced(model):
+        assert model.config._attn_implementation == attention.NAME
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(ZeroDivisionError), replaced(model):
+        raise ZeroDivisionError
+    assert model.config._attn_implementation == "sdpa"

@@ -131,7 +131,7 @@ def by_sequence(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale
         some, keys, values = (each[start:stop].transpose(0, 1) for each in (query, key, value))
         scores = some @ keys.repeat_interleave(shared, 0).transpose(1, 2) * scale
         hidden = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)
-        found.append((scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values.repeat_interleave(shared, 0)))
+        found.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values.repeat_interleave(shared, 0))
     return torch.cat([each.transpose(0, 1) for each in found])
 
 

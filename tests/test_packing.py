@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import architectures
 import pytest
 
@@ -70,7 +72,7 @@ def test_a_packing_equals_itself_only() -> None:
 def test_packed_batches_are_full() -> None:
     trees, budget = architectures.ragged(100), 400
     found = list(batches(trees, budget))
-    for batch, following in zip(found, found[1:], strict=False):
+    for batch, following in pairwise(found):
         assert batch.token_count <= budget < batch.token_count + following.trees[0].length
 
 

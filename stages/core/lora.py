@@ -41,7 +41,7 @@ def _forward(layer: Linear, states: Tensor, *arguments: Any, **options: Any) -> 
 
 
 def _is_plain(layer: Linear, states: Tensor) -> bool:
-    """Whether one adapter is active, without dropout, variant or bias, and not merged into weights, which are frozen."""
+    """Whether a single adapter is active, without dropout, variant or bias, beside weights that are frozen."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
     (role,) = layer.active_adapters

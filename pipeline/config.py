@@ -90,9 +90,9 @@ class DataSource(Settings):
     """Where rows come from."""
 
     source: Either[str, Annotated[list[str], Field(min_length=1)]]
-    """Files or globs of files (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`; the first four also as `.gz` and `.zst`),
-    a directory written by `datasets`, `hub:owner/name@revision[:config]`, or `world:PART` (PART is one of `corpus`,
-    `demonstrations`, `preferences`, `prompts`)."""
+    """Files or globs of files (`.jsonl`, `.json`, `.csv`, `.tsv`, `.txt`, `.parquet`; all but the last also as `.gz` or
+    `.zst`; a `.txt` file is one document), a directory written by `datasets`, `hub:owner/name@revision[:config]`, or
+    `world:PART` (PART is one of `corpus`, `demonstrations`, `preferences`, `prompts`)."""
     format: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?$")] = "auto"
     """How a row is laid out: `auto` decides by columns and content; a format's or a kind's name; or `module:function`,
     an adapter that is installed as an entry point of `baton.formats` or named by `--adapter`. A stage reads richer rows
@@ -302,8 +302,8 @@ class TokenizerSettings(StageSettings):
     """Stage kind."""
     data: Either[Name, Annotated[list[Name], Field(min_length=1)]]
     """Data sources of the text."""
-    vocab_size: Annotated[StrictInt, Field(ge=300)] = 8192
-    """Vocabulary size, special tokens and the 256 bytes included."""
+    vocab_size: Annotated[StrictInt, Field(ge=261)] = 8192
+    """Vocabulary size, the 5 control tokens and the 256 bytes included; with 261, tokens are bytes."""
 
 
 class PretrainSettings(Training):

@@ -68,7 +68,8 @@ def _train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _metrics(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> dict[str, Metric]:
-    tokens = [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    encoded = tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    tokens = [len(each) for each in encoded]
     size = [len(text.encode()) for text in texts]
     return {
         "bytes_per_token": ratio_interval(size, tokens),

@@ -75,8 +75,8 @@ def error(found: Tensor, exact: Tensor) -> float:
     return ((found - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("key_heads", [1, 2, 4])
-@pytest.mark.parametrize(("count", "branches"), [(1, (1,)), (1, (3,)), (6, (1,)), (12, (1, 2, 3, 4))])
+@pytest.mark.parametrize("key_heads", [1, 2])
+@pytest.mark.parametrize(("count", "branches"), [(1, (1,)), (1, (3,)), (4, (1,)), (7, (1, 2, 3, 4))])
 def test_padded_attention_is_a_loop_over_tokens(count: int, branches: tuple[int, ...], key_heads: int) -> None:
     packing = Packing.of(architectures.ragged(count, seed=count, branches=branches))
     inputs = states(packing, key_heads=key_heads)

@@ -34,6 +34,23 @@ output: runs/one
 data: {corpus: {source: "world:corpus", rows: 50}}
 stages: {tokenizer: {kind: tokenizer, data: corpus, vocab_size: 300}}
 """
+CHARACTERS = """\
+output: runs/characters
+device: cpu
+dtype: float32
+data: {text: {source: shakespeare.txt, held_out: 0}}
+stages:
+  tokenizer: {kind: tokenizer, data: text, vocab_size: 261}
+  base:
+    kind: pretrain
+    tokenizer: tokenizer
+    data: text
+    architecture: {model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1,
+      num_attention_heads: 2, num_key_value_heads: 2, max_position_embeddings: 64, tie_word_embeddings: true}
+    max_length: 32
+    steps: 2
+    examples_per_step: 4
+"""
 STEPS = 2
 
 
@@ -152,6 +169,48 @@ def test_a_model_that_knows_nothing_loses_the_logarithm_of_its_vocabulary(folder
     tokens = len(tokenizer(text.read_text()[-340:])["input_ids"])
     assert (found["characters"], found["tokens"]) == (340, tokens)
     assert found["loss"] == pytest.approx(math.log(model.config.vocab_size) * tokens / 340, rel=1e-5)
+
+
+def test_the_last_tenth_of_shakespeare_is_only_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[str] = []
+
+    def in_this_process(*arguments: str | Path, **_: str) -> float:
+        source = next(str(each) for each in arguments if str(each).startswith("data.text.source="))
+        trained.append(Path(source.partition("=")[2]).read_text())
+        assert cli.execute(cli.app, list(map(str, arguments))) == 0
+        return 31.0 if len(trained) > 1 else 7.0
+
+    def measured(module: str, model: Path, text: Path, length: str, **_: str) -> Measured:
+        assert module == "bench.shakespeare"
+        return Measured(0.0, 0.0, 0.0, dict(shakespeare.held_out_loss(model, text, int(length))))
+
+    monkeypatch.setattr(processes, "baton", in_this_process)
+    monkeypatch.setattr(processes, "run", measured)
+    text = tmp_path / "input.txt"
+    text.write_text("".join(f"Enter number {number}. " for number in range(200)))
+    config = tmp_path / "small.yaml"
+    config.write_text(CHARACTERS)
+    options = ["--shakespeare", "--repeats", "2", "--config", config, "--text", text, "--output", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["pretrain", *map(str, options)])
+
+    shakespeare.main("")
+
+    content = text.read_text()
+    assert trained == [content[: len(content) * 9 // 10]] * 2
+    runs = json.loads((tmp_path / "shakespeare.json").read_text())["runs"]
+    assert [run["seconds"] for run in runs] == [7.0, 31.0]
+    assert [run["length"] for run in runs] == [32, 32]
+    assert {run["tokens"] for run in runs} == {run["characters"] for run in runs} == {len(content) - len(trained[0])}
+    assert "<= 30 s and <= 1.88: missed (0 of 2 runs keep to both)." in (tmp_path / "shakespeare.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [((29.0, 1.87), "met (2 of 2"), ((30.1, 1.8), "missed (1 of 2"), ((20.0, 1.881), "missed (1 of 2")],
+)
+def test_the_target_is_met_only_by_all_runs(second: tuple[float, float], said: str) -> None:
+    runs = [dict(zip(("seconds", "loss"), run, strict=True)) for run in ((30.0, 1.88), second)]
+    assert said in shakespeare.verdict(runs)
 
 
 def test_every_size_takes_the_same_number_of_steps(

@@ -77,12 +77,12 @@ def root_mean_square(found: Values, exact: Values) -> float:
 
 @pytest.mark.parametrize("kind", models.KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("budget", [1, 60, 200, 4096])
+@pytest.mark.parametrize("budget", [1, 60, 4096])
 @torch.no_grad()
 def test_every_layout_and_budget_gives_the_logprobs_of_one_sequence_at_a_time(
     kind: str, layout: Layout, budget: int
 ) -> None:
-    model, trees = models.model(kind), models.forest(14, seed=budget)
+    model, trees = models.model(kind), models.forest(8, seed=budget)
     expected = one_at_a_time(model, trees)
     assert largest_gap(in_batches(model, trees, budget, layout), expected) < 1e-5
 

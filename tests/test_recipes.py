@@ -53,8 +53,11 @@ def baton(*arguments: str | Path) -> int:
 def overrides(recipe: str, pairs: Path) -> list[str]:
     """Where to write and what to read, for a recipe whose defaults are not on this machine."""
     sources = loader.load(REPOSITORY / "configs" / f"{recipe}.yaml").data
-    files = [name for name, source in sources.items() if not source.source.startswith("world:")]
-    return [f"output={pairs.parent}/run", *(f"data.{name}.source={pairs}" for name in files)]
+    files = {name: source.source for name, source in sources.items() if not source.source.startswith("world:")}
+    text = pairs.with_name("text.txt")
+    text.write_text("Say seven, please. " * 100)
+    given = {name: text if file.endswith(".txt") else pairs for name, file in files.items()}
+    return [f"output={pairs.parent}/run", *(f"data.{name}.source={path}" for name, path in given.items())]
 
 
 def fill(hub: Path, repository: str, model_type: str) -> Path:
@@ -92,8 +95,8 @@ def test_a_recipe_is_handed_out_and_planned(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_evaluates_what_it_trains(recipe: str) -> None:
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "shakespeare"])
+def test_every_recipe_with_the_whole_chain_evaluates_what_it_trains(recipe: str) -> None:
     stages = loader.load(REPOSITORY / "configs" / f"{recipe}.yaml").stages
     compared = stages["evaluate"].roles().values()
     assert {"sft", "dpo", "ppo", "reward"} <= set(compared)

@@ -86,7 +86,7 @@ def test_every_row_of_every_kind_of_file_arrives(tmp_path: Path, name: str) -> N
     assert fingerprint(source(path)) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a", "a.parquet.gz", "a.gz", "a.jsonl.xz", ".jsonl"])
+@pytest.mark.parametrize("name", ["a.md", "a", "a.txt.xz", "a.parquet.gz", "a.gz", "a.jsonl.xz", ".jsonl"])
 def test_other_kinds_of_files_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(jsonl(ROWS))
     with pytest.raises(DataError, match="not a kind of file that is read") as caught:

@@ -11,7 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from data.findings import BadRow, Findings
-from data.sources import arrow, columns, delimited, hub, json_array, jsonl, parquet, paths
+from data.sources import arrow, columns, delimited, hub, json_array, jsonl, parquet, paths, plain_text
 from data.sources.digest import fingerprint, stamps, world_part
 from data.sources.files import regular
 from data.sources.hub import commit
@@ -26,6 +26,7 @@ READERS = {
     ".json": json_array.read,
     ".csv": delimited.read,
     ".tsv": delimited.read,
+    ".txt": plain_text.read,
     ".parquet": parquet.read,
 }
 COMPRESSED = (".gz", ".zst")
@@ -110,6 +111,6 @@ def _of_file(path: str, source: DataSource, findings: Findings) -> Records:
         return arrow.read(path, source.max_chars)
     if kind not in READERS:
         regular(path)
-        hint = "give .jsonl, .json, .csv, .tsv (also .gz, .zst), .parquet, a directory of `datasets`, or hub:, world:"
+        hint = "give .jsonl, .json, .csv, .tsv, .txt (also .gz, .zst), .parquet, a `datasets` directory, hub: or world:"
         raise DataError("not a kind of file that is read", where=place(path), hint=hint)
     return READERS[kind](path, source.max_chars, findings)

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -63,5 +62,8 @@ def _attending(config: Any, attention: str) -> Iterator[None]:
 
 
 def _role(layer: nn.Module) -> Role:
+    # peft brings bitsandbytes and torch's compiler: seconds that pretraining need not wait.
+    from peft.tuners.lora import LoraLayer
+
     adapted = next((module for module in layer.modules() if isinstance(module, LoraLayer)), None)
     return None if adapted is None else (tuple(adapted.active_adapters), adapted.disable_adapters)

@@ -17,7 +17,7 @@ from stages.core.forward import device_of, token_logprobs
 
 LAYOUTS: tuple[Layout, ...] = ("packed", "tree", "plain")
 CANDIDATES = 1000
-"""Trees of which the two shortest are compared."""
+"""Trees of which two are compared: the shortest of those with most branches."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}
 """Largest difference in a token's log-probability between layouts that is put down to rounding."""
 
@@ -34,7 +34,7 @@ def choose_layout(model: PreTrainedModel, trees: Sequence[Tree]) -> tuple[Layout
     Returns:
         The layout to use, and warnings.
     """
-    examples = sorted(trees[:CANDIDATES], key=lambda tree: tree.length)[:2]
+    examples = sorted(trees[:CANDIDATES], key=lambda tree: (-len(tree.branches), tree.length))[:2]
     if not examples:
         return "packed", []
     window = _window(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from stages.core import probes
 from stages.core.forward import hidden_states, summed_token_logprobs, token_logprobs
 from stages.core.loop import Objective, Part
 from stages.core.models import LanguageModel
-from stages.core.roles import Roles
+
+if TYPE_CHECKING:  # peft brings bitsandbytes and torch's compiler: seconds that pretraining need not wait
+    from stages.core.roles import Roles
 
 
 def branch_scores(roles: Roles, role: str, batch: TreeBatch) -> Tensor:

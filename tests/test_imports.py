@@ -124,6 +124,16 @@ def heavy_after(*arguments: str | Path) -> list[str]:
     return list(heavy)
 
 
+def test_pretraining_waits_for_no_library_of_adapters() -> None:
+    script = """
+import sys
+import stages.tokenizer, stages.pretrain
+print(sorted({"peft", "bitsandbytes", "trl", "datasets", "matplotlib"} & sys.modules.keys()))
+"""
+    command = [sys.executable, "-c", script]
+    assert subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 def test_looking_at_a_run_loads_no_library_that_trains(config: Path) -> None:
     run = config.parent / "run"
     assert heavy_after("run", config) == ["matplotlib"]  # the report draws

@@ -47,6 +47,7 @@ TEXT = (".jsonl", ".json", ".csv")
 NESTED = (".jsonl", ".json", ".parquet")
 CSV = (".csv",)
 PARQUET = (".parquet",)
+PLAIN = (".txt", ".txt.gz", ".txt.zst")
 ALL = (".jsonl", ".json", ".csv", ".parquet")
 COMPRESSED = (".jsonl.gz", ".jsonl.zst", ".json.gz", ".csv.gz", ".csv.zst")
 EVERY = (*ALL, *COMPRESSED)
@@ -258,6 +259,11 @@ def content(data: bytes) -> Write:
     return lambda suffix: save("data", suffix, data)
 
 
+def document(data: bytes) -> Write:
+    """A file that is one document."""
+    return lambda suffix: save("data", suffix, compressed(data, suffix.removeprefix(".txt").removeprefix(".")))
+
+
 def instead_of_row_7(line: bytes) -> Write:
     """Twenty pairs, in the place of whose seventh stands something else."""
 
@@ -410,6 +416,8 @@ FAILED_BOTH = "error: *{suffix}: errors in the data"
 FAILED = "error: {file}: errors in the data"
 REJECTED = ("20 rows, 19 usable…", UNFIT, FAILED)
 LEFT_OUT = ("20 rows, 19 usable…", FIT)
+REFUSED = ("1 row, 0 usable…", UNFIT, FAILED)
+"""What is said of a file that is one row, a bad one."""
 
 
 def dropped(kind: str, what: str) -> tuple[str, ...]:
@@ -1634,7 +1642,77 @@ SEVERAL = (
         arguments=("doctor", "d" + longest(".jsonl") + ".jsonl"),
     ),
 )
-CASES = (*ENCODING, *FIELDS, *DIALOGUES, *CHARACTERS, *VALUES, *SHAPES, *FILES, *SEVERAL)
+DOCUMENTS = (
+    Case(
+        1,
+        "invalid UTF-8 byte",
+        document(b"one\ntwo\ncaf\xff\n"),
+        ("error: not UTF-8: 1", "{file}:3: byte 4: not UTF-8 (0xff)", *REFUSED),
+        suffixes=PLAIN,
+    ),
+    Case(
+        2,
+        "byte order mark",
+        document(b"\xef\xbb\xbfone\ntwo\n"),
+        ("note: byte order mark: 1", "{file}", "1 row, 1 usable…", FIT),
+        SOUND,
+        PLAIN,
+    ),
+    Case(3, "UTF-16", document("one".encode("utf-16")), fatal("looks like UTF-16"), suffixes=PLAIN),
+    Case(
+        5,
+        "document cut inside a character",
+        document("one\ntwo é".encode()[:-1]),
+        ("error: cut short: 1", "{file}:2: the file ends inside a character", *REFUSED),
+        suffixes=PLAIN,
+    ),
+    Case(
+        16,
+        "white space only",
+        document(b" \n\n"),
+        ("dropped: empty text: 1", r"{file}:1: text: ' \n\n' (empty)", "1 row, 0 usable…", NO_ROW, FAILED),
+        suffixes=PLAIN,
+    ),
+    Case(
+        22,
+        "document longer than max_chars",
+        document(b"one\ntwo\n" * 100),
+        ("error: row too large: 1", "{file}:3: 800 characters, limit 10 (max_chars)", *REFUSED),
+        suffixes=PLAIN,
+        arguments=("doctor", "{file}", "max_chars=10"),
+    ),
+    Case(
+        24,
+        "NUL",
+        document(b"one\na\0b\nthree\n"),
+        ("error: NUL character: 1", r"{file}:2: 'a\x00b' (NUL at character 2)", *REFUSED),
+        suffixes=PLAIN,
+    ),
+    Case(
+        37,
+        "empty document",
+        document(b""),
+        ("dropped: empty text: 1", "{file}:1: text: '' (empty)", "1 row, 0 usable…", NO_ROW, FAILED),
+        suffixes=PLAIN,
+    ),
+    Case(38, "missing file", lambda suffix: None, fatal("no such file"), suffixes=PLAIN),
+    Case(38, "pipe", lambda suffix: os.mkfifo(f"data{suffix}"), fatal("is not a regular file"), suffixes=PLAIN),
+    Case(
+        39,
+        "cut gzip",
+        lambda suffix: save("data", suffix, gzip.compress(b"one\ntwo\n")[:-9]),
+        ("error: {file}: not intact .gz: Compressed file ended before the end-of-stream marker was reached…",),
+        suffixes=(".txt.gz",),
+    ),
+    Case(
+        39,
+        "gzip under another name",
+        lambda suffix: save("data", suffix, gzip.compress(b"one\ntwo\n")),
+        (*fatal("holds gzip, not text"), "fix: it is gzip; end its name in .gz"),
+        suffixes=(".txt",),
+    ),
+)
+CASES = (*ENCODING, *FIELDS, *DIALOGUES, *CHARACTERS, *VALUES, *SHAPES, *FILES, *SEVERAL, *DOCUMENTS)
 
 
 def parameters() -> list[Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -100,6 +101,7 @@ def _trained(job: Job) -> PreTrainedModel:
         return _load(job, result)
     model = _load(job, job.base)
     config = json.loads((result / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    _require_plain(config)
     tensors = load_file(result / ADAPTER, device=str(model.device))
     for name, down in tensors.items():
         if name.endswith(".lora_A.weight"):
@@ -107,6 +109,12 @@ def _trained(job: Job) -> PreTrainedModel:
             module = model.get_submodule(name.removeprefix(PREFIX).removesuffix(".lora_A.weight"))
             module.weight += (config["lora_alpha"] / config["r"] * (up.float() @ down.float())).to(module.weight.dtype)
     return model
+
+
+def _require_plain(config: dict[str, Any]) -> None:
+    """Other kinds of adapters add something else to the matrices than is added here."""
+    if others := [name for name in ("use_dora", "use_rslora") if config.get(name)]:
+        raise ValueError(f"only plain LoRA can be judged, this adapter has {others[0]}")
 
 
 def _load(job: Job, directory: Path) -> PreTrainedModel:

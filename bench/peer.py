@@ -193,7 +193,7 @@ def main() -> None:
 
 def _arguments(kind: type[TrainingArguments], job: Job, **options: Any) -> Any:
     """The trainer's arguments: what Baton's stage is given, no evaluation, nothing stored in between."""
-    return kind(
+    arguments = kind(
         output_dir=str(job.directory / "peer"),
         max_steps=job.steps,
         per_device_train_batch_size=job.examples_per_step,
@@ -217,6 +217,8 @@ def _arguments(kind: type[TrainingArguments], job: Job, **options: Any) -> Any:
         dataloader_pin_memory=job.device == "cuda",
         **options,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # as Baton; asking counts them, once
+    return arguments
 
 
 def _causal(job: Job, dtype: torch.dtype) -> Any:

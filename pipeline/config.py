@@ -279,6 +279,9 @@ class Batching(StageSettings):
     trained part alone is longer is dropped and counted."""
     optimizer: Optimizer = Optimizer()
     """The optimizer."""
+    gradient_checkpointing: StrictBool = False
+    """Keep only the decoder layers' inputs for the backward pass and compute each layer a second time there: trades
+    time for memory, with the same result."""
 
 
 class Training(Batching):
@@ -288,9 +291,6 @@ class Training(Batching):
     """Passes over the training rows."""
     steps: Positive | None = None
     """Take exactly this many optimizer steps instead, starting the rows over when they run out."""
-    gradient_checkpointing: StrictBool = False
-    """Keep only the decoder layers' inputs for the backward pass and compute each layer a second time there: trades
-    time for memory, with the same result."""
 
 
 class TokenizerSettings(StageSettings):
@@ -425,7 +425,8 @@ class DpoSettings(Training):
     probability from falling along with that of the rejected ones. With `orpo` it is part of the loss."""
     reference: Literal["each_step", "once"] = "each_step"
     """When the reference's log-probabilities are computed: in `each_step`, or `once` before training. Then they are
-    kept in the cache, where another run on the same pairs finds them."""
+    kept in the cache, where another run on exactly the same pairs finds them: a run of whole epochs, whatever its seed.
+    With `steps`, or a source of which a part is drawn, each seed may take other pairs, and all are computed anew."""
 
     @property
     def has_reference(self) -> bool:
@@ -614,6 +615,11 @@ class TrlSettings(StageSettings):
             raise ValueError(
                 f"TRL has no trainer `{printable(self.trainer)}` for a stage{suggest(self.trainer, TRAINERS)}"
             )
+        if self.lora and self.lora.initialisation == "pissa":
+            raise ValueError(
+                "a trainer of TRL trains an adapter's matrices as they are stored, PiSSA's are differences: "
+                "leave out lora.initialisation"
+            )
         if self.trainer == "Reward" and self.lora is None:
             raise ValueError("a reward model is an adapter and a head: give `lora`")
         if self.optimizer.name == "muon":
@@ -714,8 +720,8 @@ class RunSettings(Settings):
         for name, stage in self.stages.items():
             if isinstance(stage, SftSettings) and stage.quantization != "none" and self.device == "mps":
                 raise ValueError(f"stages.{name}.quantization: {stage.quantization} does not work on device=mps")
-            paged = isinstance(stage, Batching) and stage.optimizer.name == "paged_adamw8bit"
-            if paged and self.device in ("cpu", "mps"):
+            optimizer = getattr(stage, "optimizer", None)
+            if optimizer and optimizer.name == "paged_adamw8bit" and self.device in ("cpu", "mps"):
                 raise ValueError(
                     f"stages.{name}.optimizer.name: paged_adamw8bit needs device=cuda, not {self.device}: use adamw"
                 )

@@ -70,6 +70,8 @@ def _modules(kind: str) -> Iterator[Path]:
     stage = ROOT / "stages" / f"{kind}.py"
     if stage.is_file():
         yield stage
+    if kind == "trl":  # which trainers compare, sample or count in groups
+        yield ROOT / "pipeline" / "trainers.py"
     for package in ("stages/core", "data", "reward"):
         yield from (ROOT / package).rglob("*.py")
 

@@ -25,7 +25,7 @@ from pipeline.store import RunDirectory
 from pipeline.suggestion import suggest
 from pipeline.terminal import printable
 
-_WITHOUT_EFFECT = frozenset({"tokens_per_batch", "device"})
+_WITHOUT_EFFECT = frozenset({"tokens_per_batch", "gradient_checkpointing", "device"})
 """Settings that say how to compute, not what; where it was computed is in the environment."""
 
 DataSettings = Mapping[str, Mapping[str, Any]]

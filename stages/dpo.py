@@ -60,7 +60,7 @@ def run(context: Context) -> Result:
     with roles.use(REFERENCE):
         replay_probes(policy, roles.base)
     examples = rows.examples(context, "data", pair_tree, roles.base)
-    layout, warnings = choose_layout(roles.base.model, examples.train)
+    layout, warnings = choose_layout(roles.base, examples.train)
     reference = _kept(context, roles, layout, lambda: _taken(context, examples.passes))
     parts = objective(roles, settings, layout, reference)
     tokens = loop.follow(context, examples.passes, parts, roles.parameters(POLICY))
@@ -74,7 +74,7 @@ def run(context: Context) -> Result:
         data=examples.cards,
         adaptation=adaptation(policy, reference=policy if settings.has_reference else None),
         tokenizer=record(roles.base),
-        tokens=tokens + (reference.tokens if reference else 0),
+        tokens=tokens,
         compute=compute.record,
         warnings=warnings,
     )

@@ -30,6 +30,7 @@ from pipeline.errors import ArtifactError, ConfigError, DataError
 from pipeline.manifest import DataCard, Metric
 from reward import shaping
 from stages.core import device, loop, optim, probes, rows
+from stages.core.checkpointing import checkpoint_layers
 from stages.core.experience import Experience, collect, state_values, trees_of, whiten_advantages
 from stages.core.forward import token_logprobs
 from stages.core.layout import choose_layout
@@ -117,6 +118,8 @@ def open_roles(policy: Artifact, reward: Artifact, settings: PpoSettings, comput
             hint="train the reward stage on the same `policy` as the ppo stage",
         )
     roles = open_role(policy, POLICY, settings.lora, compute)
+    if settings.gradient_checkpointing:
+        checkpoint_layers(roles.base)
     _require_same_template(roles, reward)
     roles.load(REWARD, reward.directory)
     roles.copy(REWARD, VALUE)
@@ -222,9 +225,10 @@ def value_parts(roles: Roles, group: list[Experience], settings: PpoSettings) ->
     """The clipped value loss of a minibatch."""
     total = sum(len(each.values) for each in group)
     for each in group:
-        values = state_values(roles, each.batch)
-        losses = clipped_value_loss(values, each.values, each.returns, settings.value_clip)
-        yield Part(losses.sum() / total, tokens=each.batch.token_count)
+        with roles.use(VALUE):  # the backward pass too
+            values = state_values(roles, each.batch)
+            losses = clipped_value_loss(values, each.values, each.returns, settings.value_clip)
+            yield Part(losses.sum() / total, tokens=each.batch.token_count)
 
 
 def _summary(experiences: list[Experience], updates: list[dict[str, float]], minibatches: int) -> dict[str, float]:
@@ -250,7 +254,7 @@ def _summary(experiences: list[Experience], updates: list[dict[str, float]], min
 
 def _layout(roles: Roles, prompts: Sequence[tuple[int, ...]]) -> tuple[Layout, list[str]]:
     with roles.use(REFERENCE):
-        return choose_layout(roles.base.model, _echoes(prompts, branches=2))
+        return choose_layout(roles.base, _echoes(prompts, branches=2))
 
 
 def _echoes(prompts: Sequence[tuple[int, ...]], branches: int = 1) -> list[Tree]:

@@ -54,7 +54,7 @@ def run(context: Context) -> Result:
             where=", ".join(source.name for source in context.data.values()),
             hint=f"give more text or lower stages.{context.name}.max_length",
         )
-    layout, warnings = choose_layout(language_model.model, blocks.pass_(0)[:2])
+    layout, warnings = choose_layout(language_model, blocks.pass_(0)[:2])
     objective = negative_mean(language_model, settings.tokens_per_batch, layout)
     tokens = loop.follow(context, blocks, objective, language_model.model.named_parameters())
     language_model.model.eval()
@@ -88,7 +88,7 @@ def _open(context: Context, compute: device.Compute) -> LanguageModel:
 def from_nothing(
     architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase, compute: device.Compute, max_length: int
 ) -> LanguageModel:
-    """A model with random weights for the tokenizer's vocabulary.
+    """A model with random weights for the tokenizer's vocabulary, in evaluation mode.
 
     Raises:
         ConfigError: The architecture is unknown, has an unknown key, or is too short for the blocks.
@@ -111,7 +111,7 @@ def from_nothing(
         _require_known(key, [*known.to_dict(), *known.attribute_map], "architecture")
     try:
         config = AutoConfig.for_model(kind, **options, **filled)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     except (ValueError, TypeError, ArithmeticError, RuntimeError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"transformers cannot build it: {reason}", where="architecture") from error

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from data.batch import Layout
-from data.tree import Branch, Tree, preference_tree
+from data.tree import Tree, preference_tree
 from pipeline.config import RewardSettings
 from pipeline.contract import Context, Result
 from pipeline.manifest import Metric
@@ -33,15 +33,13 @@ from reward.disagreement import Ranking
 from reward.head import ScalarHead
 from reward.intervals import mean_interval, proportion_interval
 from stages.core import device, loop, optim, probes, rows
+from stages.core.centring import centre, scores_by_head
 from stages.core.checkpointing import checkpoint_layers
 from stages.core.layout import choose_layout
 from stages.core.losses import bradley_terry_loss, ranking_loss
 from stages.core.models import record
 from stages.core.roles import REFERENCE, REWARD, Roles, adaptation, open_role
-from stages.core.rollout import sample
 from stages.core.scoring import head_scores, on_device, replay_probes, reward_scores
-
-CENTRING_SAMPLES = 128
 
 
 def run(context: Context) -> Result:
@@ -63,12 +61,19 @@ def run(context: Context) -> Result:
     with roles.use(REFERENCE):
         replay_probes(policy, roles.base)
     examples = rows.examples(context, "data", preference_tree, roles.base)
-    layout, warnings = choose_layout(roles.base.model, examples.train)
+    layout, warnings = choose_layout(roles.base, examples.train)
     with roles.use(REWARD):
         objective = _objective(roles, settings, layout, context.seed)
         tokens = loop.follow(context, examples.passes, objective, roles.parameters(REWARD))
-    centre = _centre(roles, examples.train, settings, layout, context.seed)
-    metrics = {"sample_score": centre, **_metrics(roles, examples.held_out, settings, layout)}
+    sample_score = centre(
+        roles,
+        examples.train,
+        max_length=settings.max_length,
+        seed=context.seed,
+        tokens_per_batch=settings.tokens_per_batch,
+        layout=layout,
+    )
+    metrics = {"sample_score": sample_score, **_metrics(roles, examples.held_out, settings, layout)}
     roles.save(REWARD, context.directory)
     chosen = examples.held_out or examples.train
     probes.record(context.directory, chosen, lambda trees: reward_scores(roles, REWARD, trees), compute)
@@ -121,56 +126,10 @@ def _loss(group: Tensor, tree: Tree, settings: RewardSettings) -> Tensor:
     return bradley_terry_loss(scores, margin, settings.centring)
 
 
-def _centre(roles: Roles, examples: Sequence[Tree], settings: RewardSettings, layout: Layout, seed: int) -> Metric:
-    """Shift scores so that the reference's own samples score zero under every head; returns their mean score before."""
-    found = _by_number(roles, _samples(roles, examples, settings, seed), settings, layout)
-    scores = torch.tensor([each[0] for each in found.values()], device=roles.base.compute.device)
-    before = mean_interval(scores.mean(-1).tolist())
-    head = roles.heads[REWARD]
-    head.align(scores.mean(0))
-    head.mean += before.value
-    return before
-
-
-def _samples(roles: Roles, examples: Sequence[Tree], settings: RewardSettings, seed: int) -> list[Tree]:
-    """Responses of the reference to some of the prompts."""
-    chosen = random.Random(seed).sample(examples, min(CENTRING_SAMPLES, len(examples)))
-    longest = max(len(branch.tokens) for tree in chosen for branch in tree.branches)
-    room = roles.base.longest(settings.max_length) - longest
-    with roles.use(REFERENCE), roles.base.compute.autocast():
-        samples = sample(
-            roles.base.model,
-            [tree.prompt[-room:] for tree in chosen],
-            stop_id=roles.base.template.stop_id,
-            max_new_tokens=longest,
-            temperature=1.0,
-            seed=seed,
-            tokens_per_batch=settings.tokens_per_batch,
-        )
-    return [
-        Tree(tree.prompt, (Branch.of(each.tokens),), number)
-        for number, (tree, each) in enumerate(zip(chosen, samples, strict=True))
-    ]
-
-
-@torch.no_grad()
-def _by_number(
-    roles: Roles, trees: Sequence[Tree], settings: RewardSettings, layout: Layout
-) -> dict[int, list[list[float]]]:
-    """Every head's score of every branch, by tree number, in the trees' order."""
-    found: dict[int, list[list[float]]] = {tree.number: [] for tree in trees}
-    with roles.use(REWARD), roles.base.compute.autocast():
-        for batch in on_device(roles.base, trees, settings.tokens_per_batch, layout):
-            values = iter(head_scores(roles, REWARD, batch).tolist())
-            for tree in batch.trees:
-                found[tree.number] = [next(values) for _ in tree.branches]
-    return found
-
-
 def _metrics(roles: Roles, examples: Sequence[Tree], settings: RewardSettings, layout: Layout) -> dict[str, Metric]:
     if not examples:
         return {}
-    found = _by_number(roles, examples, settings, layout)
+    found = scores_by_head(roles, examples, settings.tokens_per_batch, layout)
     rankings = [Ranking(np.array(scores)) for scores in found.values()]
     margins = [float(means[0] - means[-1]) for means in (each.scores.mean(1) for each in rankings)]
     return {

@@ -26,6 +26,7 @@ from pipeline.contract import Artifact, Context, Result
 from pipeline.errors import ConfigError
 from pipeline.manifest import Metric
 from stages.core import device, loop, optim
+from stages.core.centring import centre
 from stages.core.device import Compute
 from stages.core.roles import POLICY, REFERENCE, REWARD, adaptation
 from stages.core.trl import arguments, models, results, rewards, rows
@@ -132,7 +133,14 @@ class _Job:
     def _store_reward(self) -> dict[str, Metric]:
         roles = models.open_policy(self.policy, self.compute)
         roles.load(REWARD, self.scratch / "trained")
-        before = results.centre(roles, self.material.trees, self.settings.max_length, self.context.seed)
+        before = centre(
+            roles,
+            self.material.trees,
+            max_length=self.settings.max_length,
+            seed=self.context.seed,
+            tokens_per_batch=results.TOKENS_PER_BATCH,
+            layout="plain",
+        )
         results.store_reward(roles, self.context.directory, self.material.probed)
         return {"sample_score": before, **results.reward_metrics(roles, self.material.held_out)}
 

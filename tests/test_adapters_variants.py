@@ -275,6 +275,24 @@ def test_a_principal_start_of_too_large_a_rank_is_refused() -> None:
         models.roles(POLICY, lora=Lora(rank=20, initialisation="pissa"))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["dora", "pissa"])
+def test_layers_that_are_not_linear_are_refused_where_their_weights_are_needed(name: str, kind: str) -> None:
+    linear, embedding = ("c_attn", "wte") if kind == "gpt2" else ("q_proj", "embed_tokens")
+    models.roles(POLICY, REWARD, kind=kind, lora=lora({**OPTIONS[name], "targets": [linear]}))
+    for targets in ([linear, embedding], f".*{embedding}"):
+        with pytest.raises(ConfigError, match=rf"lora\.targets.*`.*{embedding}` is not a linear layer"):
+            models.roles(POLICY, kind=kind, lora=lora({**OPTIONS[name], "targets": targets}))
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "nothing"])
+def test_top_layers_have_only_names_of_the_decoder_layers(target: str) -> None:
+    with pytest.raises(ConfigError, match=f"the decoder layers have no `{target}`"):
+        models.roles(POLICY, lora=Lora(targets=["q_proj", target], top_layers=1))
+    roles = models.roles(POLICY, REWARD, lora=Lora(targets=["q_proj", "mlp.up_proj"], top_layers=1))
+    assert len(roles.parameters(REWARD)) == 4
+
+
 def test_targets_that_the_model_has_not_are_refused() -> None:
     with pytest.raises(ConfigError, match="the adapter does not fit the model"):
         models.roles(POLICY, lora=Lora(targets=["nothing"], top_layers=1))

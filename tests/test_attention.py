@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -27,13 +29,15 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 Attention = Callable[[Tensor, Tensor, Tensor, Packing, float], Tensor]
 
 
-def states(packing: Packing, heads: int = 4, key_heads: int = 2, size: int = 8, seed: int = 0) -> list[Tensor]:
+def states(
+    packing: Packing, heads: int = 4, key_heads: int = 2, size: int = 8, seed: int = 0, value_size: int = 0
+) -> list[Tensor]:
     """Query, key and value in float64, to be made leaves of any precision."""
     generator = torch.Generator().manual_seed(seed)
     tokens = packing.spans[-1].stop
     return [
-        torch.randn(1, count, tokens, size, generator=generator, dtype=torch.float64)
-        for count in (heads, key_heads, key_heads)
+        torch.randn(1, count, tokens, width, generator=generator, dtype=torch.float64)
+        for count, width in ((heads, size), (key_heads, size), (key_heads, value_size or size))
     ]
 
 
@@ -57,7 +61,7 @@ def token_by_token(query: Tensor, key: Tensor, value: Tensor, packing: Packing, 
         for head in range(heads):
             weights = (key[0, head // shared, path] @ query[0, head, token] * scale).softmax(0)
             found.append(weights @ value[0, head // shared, path])
-    return torch.stack(found).view(1, -1, heads, query.shape[-1])
+    return torch.stack(found).view(1, -1, heads, value.shape[-1])
 
 
 def with_gradients(compute: Attention, inputs: list[Tensor], packing: Packing, dtype: torch.dtype) -> list[Tensor]:
@@ -83,6 +87,76 @@ def test_padded_attention_is_a_loop_over_tokens(count: int, branches: tuple[int,
     expected = with_gradients(token_by_token, inputs, packing, torch.float64)
     for found, exact in zip(with_gradients(padded_attention, inputs, packing, torch.float32), expected, strict=True):
         assert torch.allclose(found, exact, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize("value_size", [6, 24])
+def test_values_may_have_another_size(value_size: int, dtype: torch.dtype, tolerance: float) -> None:
+    packing = Packing.of(architectures.ragged(7))
+    inputs = [each.to(dtype).double() for each in states(packing, value_size=value_size)]
+    expected = with_gradients(token_by_token, inputs, packing, torch.float64)
+    for found, exact in zip(with_gradients(padded_attention, inputs, packing, dtype), expected, strict=True):
+        assert error(found, exact) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("branches", [(1,), (2, 3)])
+def test_dropout_zeroes_weights_and_keeps_their_mean(branches: tuple[int, ...], dtype: torch.dtype) -> None:
+    packing = Packing.of(architectures.ragged(40, branches=branches))
+    query, key, value = (each.to(dtype) for each in states(packing))
+    ones = torch.ones_like(value)
+    torch.manual_seed(0)
+    found, _ = packed_attention(torch.nn.Module(), query, key, ones, None, packing=packing, dropout=0.5)
+    alone = found[0, [span.start for span in packing.spans]].float()
+    assert set(alone.unique().tolist()) == {0.0, 2.0}
+    assert found.float().mean() == pytest.approx(1.0, abs=0.05)
+
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("size", "of_one_branch", "of_several"),
+    [
+        (4, "padded", "padded"),
+        (8, "flash", "padded"),
+        (20, "flex", "flex"),
+        (64, "flash", "flex"),
+        (256, "flash", "flex"),
+        (264, "padded", "padded"),
+    ],
+)
+def test_cuda_kernels_are_used_for_the_head_sizes_they_have(
+    size: int, of_one_branch: str, of_several: str, dtype: torch.dtype
+) -> None:
+    states = torch.zeros(1, 1, 1, size, dtype=dtype)
+    for causal, expected in ((True, of_one_branch), (False, of_several)):
+        assert attention._kernel(states, states, causal, 0.0, (8, 0)) == expected
+        assert attention._kernel(states, states, causal, 0.0, (9, 0)) == expected
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_cuda_kernels_cannot_do_is_padded(causal: bool) -> None:
+    states, wide = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16), torch.zeros(1, 1, 1, 128, dtype=torch.bfloat16)
+    assert attention._kernel(states, states, causal, 0.0, (8, 0)) != "padded"
+    assert attention._kernel(states.float(), states.float(), causal, 0.0, (8, 0)) == "padded"
+    assert attention._kernel(states, wide, causal, 0.0, (8, 0)) == "padded"
+    assert attention._kernel(states, states, causal, 0.1, (8, 0)) == "padded"
+    assert attention._kernel(states, states, causal, 0.0, (7, 5)) == "padded"
+    assert attention._kernel(states, states, causal, 0.0, None) == "padded"
+
+
+def test_dense_masks_of_one_batch_only_are_kept() -> None:
+    kept = []
+    for seed in range(3):
+        packing = Packing.of(architectures.ragged(7, seed=seed, branches=(2,)))
+        biases = attention._biases(packing, torch.bfloat16, torch.device("cpu"))
+        assert biases is attention._biases(packing, torch.bfloat16, torch.device("cpu"))
+        kept.append(weakref.ref(biases[0]))
+    del biases
+    gc.collect()
+    assert [each() is None for each in kept] == [True, True, False]
 
 
 def test_products_and_fused_attention_agree_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,6 +294,12 @@ def test_the_scale_is_by_default_the_roots_inverse() -> None:
     found, weights = packed_attention(torch.nn.Module(), *inputs, None, packing=packing)
     assert torch.equal(found, padded_attention(*inputs, packing, 8**-0.5))
     assert weights is None
+
+
+def test_a_packing_that_does_not_arrive_is_named() -> None:
+    inputs = states(Packing.of(architectures.ragged(3)))
+    with pytest.raises(OtherAttentionError, match="Module is not handed the packing"):
+        packed_attention(torch.nn.Module(), *inputs, None)
 
 
 @pytest.mark.parametrize("option", attention.OTHERWISE)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
+from safetensors.torch import save_file
 
 from bench import base, figures, judge, material, processes, quickstart, scale, shakespeare
 from bench.figures import Passes
@@ -52,6 +53,8 @@ stages:
     examples_per_step: 4
 """
 STEPS = 2
+SIZES: dict[str, Any] = {"steps": STEPS, "examples_per_step": 4, "max_length": 128, "learning_rate": 0.03}
+SIZES |= {"device": "cpu", "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,32 @@ def test_the_judge_finds_what_the_stage_found(folder: Path, kind: str, figure: s
 
     assert judged.n == found.n
     assert judged.value == pytest.approx(found.value, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["use_dora", "use_rslora"])
+def test_the_judge_refuses_adapters_that_it_cannot_add(folder: Path, tmp_path: Path, kind: str) -> None:
+    job = Job(kind="sft", material=str(tmp_path), data=str(folder / "pairs.jsonl"), result=str(tmp_path), **SIZES)
+    material.link_base(job, folder / "shape.yaml", folder / "base")
+    save_file({}, tmp_path / judge.ADAPTER)
+    (tmp_path / judge.ADAPTER_CONFIG).write_text(json.dumps({"r": 4, "lora_alpha": 4, kind: False}))
+    judge._trained(job)
+    (tmp_path / judge.ADAPTER_CONFIG).write_text(json.dumps({"r": 4, "lora_alpha": 4, kind: True}))
+    with pytest.raises(ValueError, match=f"only plain LoRA can be judged, this adapter has {kind}"):
+        judge._trained(job)
+
+
+def test_the_peer_computes_on_one_gpu_where_there_are_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from transformers import TrainingArguments
+
+    from bench import peer
+    from stages.core.trl.arguments import expected_warnings
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    options = SIZES | {"device": "cuda"}
+    with expected_warnings():
+        made = peer._arguments(TrainingArguments, Job(kind="dpo", material=str(folder), data="", **options))
+    assert (made.n_gpu, made.train_batch_size) == (1, 4)
 
 
 def test_both_sides_train_on_the_same_tokens(folder: Path, tmp_path: Path) -> None:

@@ -53,6 +53,19 @@ def test_sources_change_with_the_modules_a_stage_uses(tmp_path: Path, monkeypatc
         assert (fingerprint.sources("dpo") == before) == (module == "stages/sft.py")
 
 
+def test_the_table_of_trainers_is_a_source_of_the_stage_that_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "pipeline" / "trainers.py"
+    table.parent.mkdir()
+    table.write_text("x = 1\n")
+    monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
+    before = {kind: fingerprint.sources(kind) for kind in ("trl", "dpo")}
+    table.write_text("x = 2\n")
+    assert fingerprint.sources("trl") != before["trl"]
+    assert fingerprint.sources("dpo") == before["dpo"]
+
+
 def test_the_environment_is_json_and_stable() -> None:
     environment = fingerprint.environment()
     assert environment == fingerprint.environment()

@@ -196,6 +196,25 @@ def test_a_rollout_is_the_same_before_and_after_a_packed_forward(kind: str) -> N
     assert largest_gap(in_batches(model, [tree], 100, "packed"), one_at_a_time(model, [tree])) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_attention_dropout_acts_on_packed_rows_in_training_only(dtype: torch.dtype) -> None:
+    model, batch = architectures.model("grouped", dtype), packed(architectures.ragged(5))
+    for layer in model.base_model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    exact = token_logprobs(model, batch)
+    assert torch.equal(token_logprobs(model, batch), exact)
+    model.train()
+    assert (token_logprobs(model, batch) - exact).abs().max() > TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_values_of_another_size_than_queries_are_computed(layout: Layout) -> None:
+    model, trees = architectures.model("deepseek_v3"), architectures.ragged(9, seed=5)
+    assert largest_gap(in_batches(model, trees, 400, layout), one_at_a_time(model, trees)) < 1e-5
+
+
 @torch.no_grad()
 def test_capped_scores_are_computed_with_a_mask() -> None:
     model, trees = architectures.model("gemma2"), architectures.ragged(9, seed=5)

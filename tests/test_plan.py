@@ -75,7 +75,9 @@ def test_settings_of_the_run_are_settings_of_its_stages(config: Path, run: Run, 
     assert running(planned(config, override)) == fakes.STAGES
 
 
-@pytest.mark.parametrize("override", ["stages.sft.tokens_per_batch=1", "device=cpu"])
+@pytest.mark.parametrize(
+    "override", ["stages.sft.tokens_per_batch=1", "stages.sft.gradient_checkpointing=true", "device=cpu"]
+)
 def test_how_it_is_computed_is_no_reason(config: Path, run: Run, override: str) -> None:
     run()
     assert running(planned(config, override)) == []

@@ -171,7 +171,7 @@ def test_an_adapter_is_handed_on_with_its_quantized_base(
 @each_quantization
 def test_trees_are_not_mistrusted_for_the_rounding_of_a_quantized_base(stored: Artifact, quantization: str) -> None:
     roles = opened(stored, quantization)
-    layout, warnings = choose_layout(roles.base.model, models.forest(6))
+    layout, warnings = choose_layout(roles.base, models.forest(6))
     assert layout != "plain"
     assert warnings == []
 

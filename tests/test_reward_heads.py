@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from data.tree import Tree
+from data.tree import Branch, Tree
 from pipeline import cli
 from pipeline import manifest as manifests
 from pipeline.config import RewardSettings
@@ -30,6 +30,7 @@ from reward import disagreement
 from reward.disagreement import Ranking
 from reward.head import ScalarHead
 from stages import reward
+from stages.core import centring
 from stages.core.losses import ranking_loss
 from stages.core.roles import REWARD, VALUE, Roles
 from stages.core.scoring import scores
@@ -217,13 +218,27 @@ def test_aligned_heads_agree_on_average_and_score_as_before() -> None:
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_after_centring_every_head_scores_the_reference_s_samples_zero_on_average(heads: int) -> None:
-    roles, trees, chosen = judge(heads), models.pairs(12), settings(heads=heads, max_length=64)
+    roles, trees = judge(heads), models.pairs(12)
     before = roles.heads[REWARD].linear.bias.clone()
-    measured = reward._centre(roles, trees, chosen, "tree", 0)
+    options: dict[str, Any] = {"max_length": 64, "seed": 0, "tokens_per_batch": 500}
+    measured = centring.centre(roles, trees, **options, layout="tree")
     assert abs(measured.value) > 1e-3
-    found = reward._by_number(roles, reward._samples(roles, trees, chosen, 0), chosen, "tree")
+    samples = centring.reference_samples(roles, trees, **options)
+    found = centring.scores_by_head(roles, samples, 500, "tree")
     assert np.mean([scored[0] for scored in found.values()], 0) == pytest.approx(np.zeros(heads), abs=1e-5)
     assert torch.equal(before, roles.heads[REWARD].linear.bias) == (heads == 1)
+
+
+def test_centring_never_needs_more_positions_than_the_model_has() -> None:
+    roles = models.roles(REWARD, kind="gpt2")
+    roles.add_head(REWARD)
+    roles.base.template.stop_id = -1  # every response is as long as it may be
+    short, long = Branch.of(range(10, 20)), Branch.of(range(10, 110))
+    trees = [Tree(tuple(range(10, 250)), (short, short)), Tree((10, 11), (long, short), 1)]
+    options: dict[str, Any] = {"max_length": 1024, "seed": 0, "tokens_per_batch": 500}
+    samples = centring.reference_samples(roles, trees, **options)
+    assert sorted(tree.length for tree in samples) == [102, roles.base.longest(1024)]
+    assert math.isfinite(centring.centre(roles, trees, **options, layout="plain").value)
 
 
 def test_disagreement_is_the_standard_deviation_over_the_heads() -> None:

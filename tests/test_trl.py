@@ -20,6 +20,8 @@ from conftest import REPOSITORY
 
 from pipeline import cli, loader, report
 from pipeline import manifest as manifests
+from pipeline.config import Lora, TrlSettings
+from pipeline.contract import Context
 from pipeline.errors import ConfigError
 from pipeline.manifest import Manifest
 from pipeline.trainers import ABSENT, TRAINERS, reserved
@@ -183,18 +185,30 @@ def test_verify_and_plan_treat_them_as_any_stage(config: Path, run: Path, capsys
 
 @pytest.mark.chain
 def test_dpo_is_baton_s_dpo(run: Path) -> None:
-    from safetensors.torch import load_file
-
     ours, theirs = records(run, "o_dpo"), records(run, "t_dpo")
     assert theirs[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert [each["loss"] for each in theirs] == pytest.approx([each["loss"] for each in ours], abs=1e-5)
     assert theirs[1]["rewards/margins"] == pytest.approx(ours[1]["margin"], abs=1e-5)
-    weights = [load_file(run / "stages" / name / "adapter_model.safetensors") for name in ("o_dpo", "t_dpo")]
-    assert weights[0].keys() == weights[1].keys()
-    for name, tensor in weights[0].items():
-        assert (tensor - weights[1][name]).abs().max() < 1e-4
+    assert_equal_weights(run, "o_dpo", "t_dpo")
     metrics = [manifest_of(run, name).metrics["pair_accuracy"] for name in ("o_dpo", "t_dpo")]
     assert metrics[0] == metrics[1]
+
+
+@pytest.mark.chain
+def test_dpo_with_norms_is_baton_s(config: Path, copy: Path) -> None:
+    names = ("o_dpo", "t_dpo")
+    change = [f"stages.{name}.lora.variant=dora" for name in names]
+    assert baton("run", config, *change, f"output={copy}", "--only", names[0], "--only", names[1]) == 0
+    assert_equal_weights(copy, *names)
+
+
+def assert_equal_weights(run: Path, one: str, other: str) -> None:
+    from safetensors.torch import load_file
+
+    first, second = (load_file(run / "stages" / name / "adapter_model.safetensors") for name in (one, other))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert (tensor - second[name]).abs().max() < 1e-4
 
 
 @pytest.mark.chain
@@ -497,6 +511,7 @@ stages:
         ("trainer: Reward, lora: null", "a reward model is an adapter and a head: give `lora`"),
         ("trainer: DPO, examples_per_step: 4", "examples_per_batch=8 must divide examples_per_step=4"),
         ("trainer: KTO, examples_per_batch: 1", "give examples_per_batch of 2 or more"),
+        ("trainer: DPO, lora: {initialisation: pissa}", "leave out lora.initialisation"),
         ("trainer: DPO, optimizer: {name: muon}", "use optimizer.name=adamw"),
         ("trainer: DPO, gold: world, reward: reward", "DPO samples no responses: leave out reward, gold"),
         ("trainer: GRPO, gold: world", "GRPO samples responses: give max_new_tokens"),
@@ -520,6 +535,49 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path, settings: str, mes
     )
     with pytest.raises(ConfigError, match=re.escape(message)):
         loader.load(path)
+
+
+def test_paged_moments_are_refused_at_once_where_there_is_nothing_to_page(tmp_path: Path) -> None:
+    path = tmp_path / "paged.yaml"
+    settings = "trainer: DPO, optimizer: {name: paged_adamw8bit}"
+    path.write_text(STAGE.format(root=tmp_path, part="preferences", settings=settings))
+    assert loader.load(path, ["device=cuda"])
+    with pytest.raises(ConfigError, match=re.escape("stages.t.optimizer.name: paged_adamw8bit needs device=cuda")):
+        loader.load(path, ["device=cpu"])
+
+
+def test_a_trainer_computes_on_one_gpu_where_there_are_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from stages.core.device import Compute
+    from stages.core.trl import arguments
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    settings = TrlSettings(trainer="DPO", policy="p", data="d")
+    context = Context("t", settings, {}, {}, tmp_path, lambda record, *, done, total: None, print)
+    compute = Compute(torch.device("cuda"), torch.float32)
+    made = arguments.build(context, arguments.classes("DPO", TRAINERS["DPO"]), compute, 1, tmp_path)
+    assert made.device
+    assert (made.n_gpu, made.train_batch_size) == (1, settings.examples_per_batch)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_adapter_with_norms_computes_as_in_other_stages_in_low_precision(tmp_path: Path, kind: str) -> None:
+    import models as tiny_models
+    import torch
+
+    from stages.core.roles import POLICY, open_role
+    from stages.core.trl import models
+
+    policy, compute = tiny_models.save_base(tmp_path / "base", kind), tiny_models.HALF
+    roles = open_role(policy, POLICY, Lora(rank=4, variant="dora"), compute)
+    tiny_models.disturb(roles, POLICY)
+    (tmp_path / "first").mkdir()
+    roles.save(POLICY, tmp_path / "first")
+    made = models.adapted(policy, tmp_path / "first", compute, scored=False).eval()
+    tokens = torch.arange(5, 45).view(2, 20)
+    with torch.no_grad(), compute.autocast(), roles.use(POLICY):
+        assert torch.equal(made(input_ids=tokens).logits, roles.base.model(input_ids=tokens).logits)
 
 
 def test_reserved_arguments_are_arguments_of_a_trainer() -> None:

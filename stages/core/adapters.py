@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -23,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.config import Lora
 from pipeline.errors import ConfigError
+from pipeline.terminal import printable
 from stages.core.models import decoder_layers
 
 SMALLEST_SQUARE = 1e-12
@@ -32,14 +34,14 @@ def peft_config(lora: Lora, model: PreTrainedModel) -> LoraConfig:
     """The adapter's configuration, as it is stored beside it.
 
     Raises:
-        ConfigError: The model has fewer layers than are to be adapted.
+        ConfigError: The model has fewer layers than are to be adapted, or `targets` names others than can be.
     """
     rank, alpha = lora.rank, lora.alpha
     if lora.initialisation == "pissa":
         # Twice the rank: what is trained and what is taken off. The scaling has to stay the same.
         rank, alpha = 2 * rank, alpha * (math.sqrt(2) if lora.variant == "rslora" else 2)
     # No dropout: policy and reference must agree exactly at the start, and PPO's ratio must be 1.
-    return LoraConfig(
+    config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # a float is as good
         lora_dropout=0.0,
@@ -48,6 +50,9 @@ def peft_config(lora: Lora, model: PreTrainedModel) -> LoraConfig:
         task_type="CAUSAL_LM",
         **_targets(lora, model),
     )
+    if lora.variant == "dora" or lora.initialisation == "pissa":
+        _require_linear(config, model)
+    return config
 
 
 def install_norms(layers: Iterable[LoraLayer], role: str) -> None:
@@ -204,8 +209,37 @@ def _targets(lora: Lora, model: PreTrainedModel) -> dict[str, Any]:
             where="lora.top_layers",
             hint="lower it, or leave it out to adapt all layers",
         )
-    names = lora.targets if isinstance(lora.targets, list) else _linear_names(layers[-lora.top_layers :])
+    chosen = layers[-lora.top_layers :]
+    if isinstance(lora.targets, list):
+        _require_within(chosen, lora.targets)
+    names = lora.targets if isinstance(lora.targets, list) else _linear_names(chosen)
     return {"target_modules": names, "layers_to_transform": list(range(len(layers) - lora.top_layers, len(layers)))}
+
+
+def _require_within(layers: Iterable[nn.Module], names: Iterable[str]) -> None:
+    """peft would adapt layers elsewhere in the model too where they have such a name."""
+    paths = [f".{path}" for layer in layers for path, _ in layer.named_modules()]
+    for name in names:
+        if not any(path.endswith(f".{name}") for path in paths):
+            raise ConfigError(
+                f"the adapter does not fit the model: the decoder layers have no `{printable(name)}`",
+                where="lora.targets",
+                hint="with top_layers, name layers within the decoder layers",
+            )
+
+
+def _require_linear(config: LoraConfig, model: PreTrainedModel) -> None:
+    """DoRA and PiSSA are of the weights of linear layers; peft fails with others, or trains a plain adapter."""
+    if config.target_modules == "all-linear":
+        return
+    for name, module in model.named_modules():
+        layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        if not isinstance(layer, (nn.Linear, Conv1D)) and check_target_module_exists(config, name):
+            raise ConfigError(
+                f"`{printable(name)}` is not a linear layer, as variant=dora and initialisation=pissa need",
+                where="lora.targets",
+                hint="leave it out, or use neither",
+            )
 
 
 def _linear_names(layers: Iterable[nn.Module]) -> list[str]:

@@ -1,7 +1,8 @@
 """Attention within packed trees: each tree's tokens see its prompt and their own branch, and nothing of other trees.
 
-On a processor, trees of similar length are padded to one width, for the attention alone. On CUDA, trees of one
-branch are the sequences of variable-length flash attention, others go through FlexAttention with a block mask.
+Trees of similar length are padded to one width, for the attention alone. On CUDA, where precision and head size
+allow, trees of one branch are the sequences of variable-length flash attention, others go through FlexAttention with
+a block mask.
 `replaced` puts this in the place of a model's own attention.
 """
 
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from inspect import signature
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,14 @@ PRODUCTS_WIDTH = 512
 """Up to this width, products of matrices in bfloat16 beat the processor's fused attention, backward above all."""
 FLASH = (torch.bfloat16, torch.float16)
 """Precisions in which flash attention computes."""
+FLASH_CAPABILITY = (8, 0)
+"""The oldest CUDA devices with flash attention, and with bfloat16 for FlexAttention."""
+FLASH_SIZES = range(8, 257, 8)
+"""Head sizes of flash attention."""
+FLEX_SIZES = range(16, 257)
+"""Head sizes of FlexAttention that fit into the memory of its kernels."""
 KEPT = 4
-"""Batches of which masks and orders are kept, from layer to layer and from role to role."""
+"""Batches of which orders are kept, from layer to layer and from role to role."""
 OTHERWISE = ("softcap", "s_aux", "position_bias")
 """Options by which an architecture's attention is another one: capped scores, sinks, learned distances."""
 
@@ -58,8 +65,9 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packing: Packing,
+    packing: Packing | None = None,
     scaling: float | None = None,
+    dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention as `transformers` calls it, for one packed row.
@@ -68,40 +76,65 @@ def packed_attention(
         module: The layer.
         query: [1, heads, tokens, size].
         key: [1, key heads, tokens, size]; a key head serves as many heads as it takes.
-        value: [1, key heads, tokens, size].
+        value: [1, key heads, tokens, value size].
         attention_mask: None; `packing` says it all.
-        packing: Where the trees stand.
+        packing: Where the trees stand; None where the architecture does not hand it on.
         scaling: Factor of the scores, by default 1 / sqrt(size).
+        dropout: Probability with which a weight is zeroed.
         options: What other attentions take.
 
     Returns:
-        [1, tokens, heads, size], and None for the weights.
+        [1, tokens, heads, value size], and None for the weights.
 
     Raises:
-        OtherAttentionError: An option asks for another attention.
+        OtherAttentionError: An option asks for another attention, or `packing` did not arrive.
     """
+    if packing is None:
+        raise OtherAttentionError(f"{type(module).__name__} is not handed the packing")
     for name in OTHERWISE:
         if options.get(name) is not None:
             raise OtherAttentionError(f"{type(module).__name__} attends with `{name}`")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Rotary embeddings in float32 raise what a product in lower precision gave.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if query.device.type != "cuda":
-        return padded_attention(query, key, value, packing, scale), None
-    if packing.causal and query.dtype in FLASH:
+    kernel = _kernel(query, value, packing.causal, dropout, _capability(query.device))
+    if kernel == "flash":
         return _variable_length(query, key, value, packing, scale), None
-    return flexible_attention(query, key, value, packing, scale), None
+    if kernel == "flex":
+        return flexible_attention(query, key, value, packing, scale), None
+    return padded_attention(query, key, value, packing, scale, dropout), None
 
 
 AttentionInterface.register(NAME, packed_attention)
 
 
-def padded_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
-    """Attention in groups of trees, each padded to one width: [1, tokens, heads, size]."""
-    heads, size = query.shape[1], query.shape[3]
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """What a CUDA device can do; None of other devices."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def _kernel(
+    query: Tensor, value: Tensor, causal: bool, dropout: float, capability: tuple[int, int] | None
+) -> Literal["flash", "flex", "padded"]:
+    """Which kernel can do it: padded attention everything, the others on CUDA and without dropout only."""
+    if capability is None or capability < FLASH_CAPABILITY or query.dtype not in FLASH or dropout > 0.0:
+        return "padded"
+    size = query.shape[-1]
+    if value.shape[-1] != size:
+        return "padded"
+    if causal and size in FLASH_SIZES:
+        return "flash"
+    return "flex" if size in FLEX_SIZES else "padded"
+
+
+def padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Attention in groups of trees, each padded to one width: [1, tokens, heads, value size]."""
+    heads, size = query.shape[1], value.shape[3]
     biases = _biases(packing, query.dtype, query.device)
     padded = (_padded(each, packing) for each in (query, key, value))
-    attended = [_attend(*group, scale=scale) for group in zip(*padded, biases, strict=True)]
+    attended = [_attend(*group, scale=scale, dropout=dropout) for group in zip(*padded, biases, strict=True)]
     order = _order(packing, heads, query.device)
     rows = torch.cat([each.reshape(-1, size) for each in attended])
     return _Rearranged.apply(rows, order.slots, order.rows, order.padding).view(1, -1, heads, size)
@@ -129,24 +162,26 @@ def _variable_length(query: Tensor, key: Tensor, value: Tensor, packing: Packing
     return found[None]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, scale: float) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, scale: float, dropout: float) -> Tensor:
     """Attention of padded trees: query [trees, heads, width, size], key and value [trees, key heads, width, size]."""
     if bias is not None and _products_pay(query.shape[2], query.dtype):
-        return _products(query, key, value, bias, scale)
+        return _products(query, key, value, bias, scale, dropout)
     grouped = query.shape[1] != key.shape[1]
     return functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=bias, is_causal=bias is None, scale=scale, enable_gqa=grouped
+        query, key, value, bias, dropout, is_causal=bias is None, scale=scale, enable_gqa=grouped
     )
 
 
-def _products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """softmax(q k^T scale + bias) v, heads that share a key head stacked."""
+def _products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, dropout: float) -> Tensor:
+    """dropout(softmax(q k^T scale + bias)) v, heads that share a key head stacked."""
     trees, heads, width, size = query.shape
     stacked = (query * scale).view(trees * key.shape[1], -1, size)
-    key, value = (each.view(trees * each.shape[1], width, size) for each in (key, value))
+    key, value = key.flatten(0, 1), value.flatten(0, 1)
     scores = torch.bmm(stacked, key.transpose(1, 2)).view(trees, heads, width, width)
     weights = scores.add_(bias).softmax(-1)
-    return torch.bmm(weights.view(*stacked.shape[:2], width), value).view(trees, heads, width, size)
+    if dropout > 0.0:
+        weights = functional.dropout(weights, dropout)
+    return torch.bmm(weights.view(*stacked.shape[:2], width), value).view(trees, heads, width, -1)
 
 
 def _padded(states: Tensor, packing: Packing) -> list[Tensor]:
@@ -222,7 +257,7 @@ def _products_pay(width: int, dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and width <= PRODUCTS_WIDTH
 
 
-@lru_cache(KEPT)
+@lru_cache(1)  # dense: for layers and roles that take the same batch in a row
 def _biases(packing: Packing, dtype: torch.dtype, device: torch.device) -> list[Tensor | None]:
     """For each group what is added to its scores; None where fused attention needs nothing but to be causal."""
     return [
@@ -265,7 +300,15 @@ def _block_mask(packing: Packing, device: torch.device) -> BlockMask:
         same_path = (branch[key] == 0) | (branch[query] == branch[key])
         return (query >= key) & (tree[query] == tree[key]) & same_path
 
-    return create_block_mask(allowed, None, None, len(tree), len(tree), device=device)
+    create: Any = _compiled_create_block_mask() if device.type == "cuda" else create_block_mask
+    mask: BlockMask = create(allowed, None, None, len(tree), len(tree), device=device)
+    return mask
+
+
+@cache
+def _compiled_create_block_mask() -> Callable[..., BlockMask]:
+    """Compiled, it does not hold a matrix of tokens by tokens."""
+    return torch.compile(create_block_mask)
 
 
 @cache

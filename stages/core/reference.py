@@ -1,8 +1,9 @@
 """Log-probabilities under the reference: computed in each step, or once before training and kept on disk.
 
-What is kept does not depend on the loss, its strength, the seed or the order of the pairs, only on the reference, the
-pairs' tokens and how they are computed; so a run with another beta reads what the first one computed. It is found by
-the digest of all that, in the cache where tokens are.
+What is kept does not depend on the loss, its strength or the order of the pairs, only on the reference, the tokens of
+the set of pairs that a run takes, and how they are computed; so a run with another beta reads what the first one
+computed. It is found by the digest of all that, in the cache where tokens are. A run that takes another set computes
+all of its pairs: with `steps`, or where a mixture draws a part of a source, another seed is another set.
 """
 
 from __future__ import annotations
@@ -66,9 +67,6 @@ class KeptReference:
         tokens_per_batch: Tokens that go through the model at once.
         layout: How trees are laid out.
         say: Prints one line for the user.
-
-    Attributes:
-        tokens: Tokens computed; none where the cache had them.
     """
 
     def __init__(
@@ -81,7 +79,6 @@ class KeptReference:
         layout: Layout,
         say: Callable[[str], None],
     ) -> None:
-        self.tokens = 0
         contents = _contents(pairs())
         distinct = {content: place for place, content in enumerate(sorted(set(contents.values())))}
         self._places = {number: distinct[content] for number, content in contents.items()}
@@ -108,7 +105,6 @@ class KeptReference:
             for batch in on_device(roles.base, portion, budget, layout):
                 places = [self._places[tree.number] for tree in batch.trees]
                 values[places] = reference(batch).cpu().numpy()
-                self.tokens += batch.token_count
         with ArrayWriter(directory / FILE_NAME, LOGPROB) as writer:
             writer.append(values)
 

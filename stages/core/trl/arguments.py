@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
+from huggingface_hub import constants
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.config import TrlSettings
@@ -97,9 +97,12 @@ def build(context: Context, found: Classes, compute: Compute, steps: int, direct
         "output_dir": str(directory),
     }
     with refusals(context), expected_warnings():
-        return found.config(
+        made = found.config(
             **{name: value for name, value in decided.items() if name in types}, **context.settings.arguments
         )
+        # A trainer would spread its batches over all GPUs, as many times larger. Asking counts them, once.
+        made._n_gpu = min(made.n_gpu, 1)
+    return made
 
 
 @contextmanager
@@ -135,7 +138,7 @@ def _raised_in(error: BaseException) -> str:
 def _send_nothing() -> None:
     """Trainers report their use to the Hub; the variable is for processes that they start, as this one has read it."""
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+    constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
 def _amounts(context: Context, found: Classes, steps: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
@@ -19,6 +20,7 @@ from pipeline.config import Lora
 from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError, ConfigError
 from reward.head import ScalarHead
+from stages.core.adapters import install_norms
 from stages.core.device import Compute
 from stages.core.models import LanguageModel, load_model
 from stages.core.roles import ADAPTER_FILE, POLICY, REFERENCE, Roles, base_of, open_base
@@ -71,6 +73,7 @@ def adapted(policy: Artifact, adapter: Path, compute: Compute, *, scored: bool) 
     config.task_type = "SEQ_CLS" if scored else "CAUSAL_LM"
     with expected_warnings():
         made: Any = get_peft_model(model, config)
+    install_norms((each for each in made.modules() if isinstance(each, LoraLayer)), TRAINED)
     tensors, targets = load_file(adapter / ADAPTER_FILE), _adapter(made)
     if {name: each.shape for name, each in tensors.items()} != {name: each.shape for name, each in targets.items()}:
         raise ArtifactError("the adapter does not fit its base", where=adapter, hint="train the policy again")

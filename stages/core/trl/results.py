@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,16 +10,13 @@ from pipeline.contract import Artifact
 from pipeline.manifest import Metric
 from reward.intervals import mean_interval, proportion_interval, ratio_interval
 from stages.core import probes
-from stages.core.experience import trees_of
 from stages.core.models import LanguageModel, load_model
-from stages.core.roles import POLICY, REFERENCE, REWARD, Roles
-from stages.core.rollout import sample
+from stages.core.roles import POLICY, REWARD, Roles
 from stages.core.scoring import exponential, logprobs, record_probes, reward_scores, scores
 
 Logprobs = Mapping[int, list[float]]
 """Tree number -> summed log-probability of each branch's read tokens."""
 
-CENTRING_SAMPLES = 128
 LAST_STEPS = 10
 TOKENS_PER_BATCH = 8192
 FIGURES = {
@@ -53,27 +49,6 @@ def store_reward(roles: Roles, directory: Path, examples: Sequence[Tree]) -> Non
     """Write the reward model's adapter and head with their probes."""
     roles.save(REWARD, directory)
     probes.record(directory, examples, lambda trees: reward_scores(roles, REWARD, trees), roles.base.compute)
-
-
-def centre(roles: Roles, examples: Sequence[Tree], max_length: int, seed: int) -> Metric:
-    """Shift scores so that the reference's own samples score zero; returns their mean score before the shift."""
-    chosen = random.Random(seed).sample(examples, min(CENTRING_SAMPLES, len(examples)))
-    longest = max(len(branch.tokens) for tree in chosen for branch in tree.branches)
-    prompts = [tree.prompt[-(roles.base.longest(max_length) - longest) :] for tree in chosen]
-    with roles.use(REFERENCE), roles.base.compute.autocast():
-        samples = sample(
-            roles.base.model,
-            prompts,
-            stop_id=roles.base.template.stop_id,
-            max_new_tokens=longest,
-            temperature=1.0,
-            seed=seed,
-            tokens_per_batch=TOKENS_PER_BATCH,
-        )
-    found = scores(roles, REWARD, trees_of(prompts, samples), layout="plain")
-    before = mean_interval([found[number][0] for number in range(len(samples))])
-    roles.heads[REWARD].mean += before.value
-    return before
 
 
 def reward_metrics(roles: Roles, held_out: Sequence[Tree]) -> dict[str, Metric]:

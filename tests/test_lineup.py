@@ -59,7 +59,7 @@ def test_each_contestant_computes_as_itself_on_one_base(base: Artifact) -> None:
     for name, contestant in lineup.contestants.items():
         with contestant.use() as language_model:
             found[name] = language_model.model(PATHS).logits
-    assert torch.equal(found["sft"], models.model()(PATHS).logits)
+    assert torch.equal(found["sft"], models.language_model().model(PATHS).logits)
     for name, seed in (("dpo", 1), ("ppo", 2)):
         alone = models.roles(POLICY)
         models.disturb(alone, POLICY, seed)

@@ -1,4 +1,4 @@
-"""The forward of a LoRA layer, several times cheaper around the matrix products than the general one.
+"""The forward of a LoRA layer with less work around the matrix products than the general one has.
 
 y = x W^T + b + s (x A^T) B^T (Hu et al. 2021, arXiv 2106.09685, eq. 3). Three products forward, five backward, all in
 the precision of the frozen weights; nothing is copied to another precision but A and B, and what is kept for the

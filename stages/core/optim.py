@@ -51,12 +51,8 @@ def require_support(settings: Optimizer, device: torch.device) -> None:
             where="optimizer.name",
             hint="use device=cuda, or optimizer.name=adamw",
         )
-    if settings.name == "adamw8bit" and not _takes_a_step(device):
-        raise ConfigError(
-            f"the installed bitsandbytes has no adamw8bit for {device.type}",
-            where="optimizer.name",
-            hint="use optimizer.name=adamw, device=cuda, or bitsandbytes 0.50",
-        )
+    if settings.name == "adamw8bit":
+        _require_a_step(device)
 
 
 def scale(settings: Optimizer, step: int, total: int) -> float:
@@ -92,11 +88,11 @@ def _adamw(parameters: list[nn.Parameter], settings: Optimizer) -> torch.optim.O
     return made
 
 
-def _takes_a_step(device: torch.device) -> bool:
-    """Whether bitsandbytes' 8-bit AdamW runs on a device: it is tried on a vector large enough to be kept in 8 bits.
+def _require_a_step(device: torch.device) -> None:
+    """Try bitsandbytes' 8-bit AdamW on a vector large enough to be kept in 8 bits.
 
     Raises:
-        ConfigError: bitsandbytes is not installed.
+        ConfigError: bitsandbytes is not installed, or fails on the device; with what it said.
     """
     try:
         from bitsandbytes.optim.adamw import AdamW8bit
@@ -107,9 +103,13 @@ def _takes_a_step(device: torch.device) -> bool:
     vector.grad = torch.ones_like(vector)
     try:
         AdamW8bit([vector]).step()
-    except (NotImplementedError, RuntimeError):
-        return False
-    return bool((vector < 0).all())
+    except RuntimeError as error:  # NotImplementedError, which says that a kernel is missing, is one of them
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"the installed bitsandbytes has no adamw8bit for {device.type}: {reason}",
+            where="optimizer.name",
+            hint="use optimizer.name=adamw, device=cuda, or bitsandbytes 0.50",
+        ) from error
 
 
 def _for_muon(name: str, settings: Optimizer) -> bool:

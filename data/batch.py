@@ -4,7 +4,7 @@ A row holds one tree or several: the prompt, then each branch, whose positions r
 which attends to the prompt and to itself only. Only the positions that are read (the ones that predict a trained
 token) are named in `sources`, so that the language-model head runs nowhere else.
 
-packed   all trees in one row without padding; attention is computed tree by tree
+packed   all trees in one row, without padding or rounded up; attention is computed tree by tree
 tree     several rows of trees with a mask, for architectures whose attention cannot be replaced
 plain    every branch in a row of its own behind a copy of the prompt, for those that cannot compute trees
 """
@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data.packing import Packing
+from data.packing import Packing, rounded_up
 from data.tree import Branch, Tree
 
 Layout = Literal["packed", "tree", "plain"]
@@ -82,19 +82,22 @@ class TreeBatch:
         return values.new_zeros(self.branches).index_add(0, self.branch_of_read, values)
 
 
-def batches(trees: Iterable[Tree], tokens_per_batch: int, layout: Layout = "packed") -> Iterator[TreeBatch]:
+def batches(
+    trees: Iterable[Tree], tokens_per_batch: int, layout: Layout = "packed", *, rounded: bool = False
+) -> Iterator[TreeBatch]:
     """Put trees into batches of at most `tokens_per_batch` tokens, padding included; longest first.
 
     A tree longer than the budget has a batch of its own. In the `plain` layout every branch stands in its own
     row behind its own copy of the prompt, with causal attention and padding at the end; the branches of a tree
-    stay in one batch.
+    stay in one batch. `rounded`, packed rows have one of few widths.
     """
     waiting = sorted(trees, key=lambda tree: (-tree.length, tree.number))
     while waiting:
         if layout == "packed":
             taken = _take(waiting, tokens_per_batch)
             together, waiting = waiting[:taken], waiting[taken:]
-            yield packed(together)
+            tokens = sum(tree.length for tree in together)
+            yield packed(together, max(tokens, min(rounded_up(tokens), tokens_per_batch)) if rounded else None)
         elif layout == "tree":
             rows, waiting = _fill(waiting, tokens_per_batch)
             yield _lay_out(rows, [tree for row in rows for tree in row])
@@ -109,10 +112,10 @@ def one_row(trees: Sequence[Tree]) -> TreeBatch:
     return _lay_out([list(trees)], trees)
 
 
-def packed(trees: Sequence[Tree]) -> TreeBatch:
-    """All trees in a single row without padding, however long."""
-    batch = _lay_out([list(trees)], trees, masked=False)
-    return dataclasses.replace(batch, packing=Packing.of(trees))
+def packed(trees: Sequence[Tree], width: int | None = None) -> TreeBatch:
+    """All trees in a single row, however long: without padding, or of a given width."""
+    packing = Packing.of(trees, width)
+    return dataclasses.replace(_lay_out([list(trees)], trees, packing.width), packing=packing)
 
 
 def _take(waiting: list[Tree], budget: int) -> int:
@@ -163,9 +166,10 @@ def _stack(waiting: list[Tree], budget: int) -> int:
     return len(waiting)
 
 
-def _lay_out(rows: list[list[Tree]], trees: Sequence[Tree], masked: bool = True) -> TreeBatch:
-    """Rows of trees, or of parts of `trees` in the same order of branches."""
-    width = max(sum(tree.length for tree in row) for row in rows)
+def _lay_out(rows: list[list[Tree]], trees: Sequence[Tree], packed_width: int | None = None) -> TreeBatch:
+    """Rows of trees, or of parts of `trees` in the same order of branches; a packed row needs no mask."""
+    masked = packed_width is None
+    width = packed_width or max(sum(tree.length for tree in row) for row in rows)
     plain = masked and all(len(row) == 1 and len(row[0].branches) == 1 for row in rows)
     sheet = _Sheet(len(rows), width)
     for row, placed in enumerate(rows):

@@ -1,8 +1,12 @@
-"""How trees stand in one packed row, and the groups of similar length in which attention is computed."""
+"""How trees stand in one packed row, and the groups of similar length in which attention is computed.
+
+Some libraries make a kernel for every new shape of a product, which takes longer than the product. A packing may
+therefore be `rounded`: the row ends with padding and groups have sizes such that few shapes occur.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -11,8 +15,16 @@ from data.tree import Tree
 
 MULTIPLE = 32
 """Widths are rounded up to it: products of matrices are up to twice as fast per element."""
+DIGITS = 4
+"""Binary digits of a rounded number: eight numbers between one power of two and the next, 6% too much on average."""
 SIMILAR = 0.8
 """A tree joins a group whose longest tree is not longer than its own length over this."""
+
+
+def rounded_up(count: int) -> int:
+    """The next of few numbers: a multiple of 32 that needs no more than four binary digits but for zeros behind."""
+    step = max(MULTIPLE, 1 << max(0, count.bit_length() - DIGITS))
+    return -(-count // step) * step
 
 
 @dataclass(frozen=True)
@@ -57,12 +69,27 @@ class Packing:
     """Where the trees stand in a packed row. Equal to itself only, so that what is made of it can be kept by it."""
 
     spans: tuple[Span, ...]
+    padding: int = 0
+    """Tokens behind the last tree that nothing is read of."""
+    rounded: bool = False
+    """Whether groups have few sizes."""
 
     @classmethod
-    def of(cls, trees: Sequence[Tree]) -> Packing:
-        """Trees one after another."""
-        stops = accumulate(tree.length for tree in trees)
-        return cls(tuple(_span(tree, stop - tree.length) for tree, stop in zip(trees, stops, strict=True)))
+    def of(cls, trees: Sequence[Tree], width: int | None = None) -> Packing:
+        """Trees one after another; in a row of a given width, rounded."""
+        stops = list(accumulate(tree.length for tree in trees))
+        spans = tuple(_span(tree, stop - tree.length) for tree, stop in zip(trees, stops, strict=True))
+        return cls(spans) if width is None else cls(spans, width - stops[-1], rounded=True)
+
+    @property
+    def width(self) -> int:
+        """Tokens of the row, padding included."""
+        return self.spans[-1].stop + self.padding
+
+    @property
+    def sequences(self) -> tuple[Span, ...]:
+        """The trees' spans, and one for the padding."""
+        return (*self.spans, Span(self.spans[-1].stop, self.padding, ())) if self.padding else self.spans
 
     @property
     def causal(self) -> bool:
@@ -82,7 +109,20 @@ class Packing:
                 found[-1].append(span)
             else:
                 found.append([span])
-        return tuple(Group(tuple(group), -(-group[0].length // MULTIPLE) * MULTIPLE) for group in found)
+        return tuple(Group(tuple(part), self._width(part)) for group in found for part in self._parts(group))
+
+    def _parts(self, group: list[Span]) -> Iterator[list[Span]]:
+        """Rounded, a group is taken apart into powers of two."""
+        while self.rounded and group:
+            count = 1 << (len(group).bit_length() - 1)
+            yield group[:count]
+            group = group[count:]
+        if group:
+            yield group
+
+    def _width(self, group: list[Span]) -> int:
+        longest = group[0].length
+        return rounded_up(longest) if self.rounded else -(-longest // MULTIPLE) * MULTIPLE
 
 
 def _span(tree: Tree, start: int) -> Span:

@@ -137,7 +137,7 @@ def padded_attention(
     attended = [_attend(*group, scale=scale, dropout=dropout) for group in zip(*padded, biases, strict=True)]
     order = _order(packing, heads, query.device)
     rows = torch.cat([each.reshape(-1, size) for each in attended])
-    return _Rearranged.apply(rows, order.slots, order.rows, order.padding).view(1, -1, heads, size)
+    return _Rearranged.apply(rows, order.slots, order.rows, order.padding_slots).view(1, -1, heads, size)
 
 
 def flexible_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
@@ -189,7 +189,7 @@ def _padded(states: Tensor, packing: Packing) -> list[Tensor]:
     heads, size = states.shape[1], states.shape[3]
     order = _order(packing, heads, states.device)
     rows = states.transpose(1, 2).reshape(-1, size)
-    padded = _Rearranged.apply(rows, order.rows, order.slots, None)
+    padded = _Rearranged.apply(rows, order.rows, order.slots, order.padding_rows)
     shapes = [(len(group.spans), heads, group.width, size) for group in packing.groups]
     parts = padded.split([trees * heads * width for trees, _, width, _ in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -199,11 +199,12 @@ class _Rearranged(torch.autograd.Function):
     """Rows in another order, padding added or taken away.
 
     A row has one place, so that the backward pass is a selection too, much faster than adding rows up. Padding
-    is a copy of a row on the way there, which no result depends on, and zero on the way back.
+    is a copy of a row on the way there, which no result depends on, and zero on the way back. `padding` says which
+    rows no place is a copy of, though `back` names one for them.
     """
 
     @staticmethod
-    def forward(context: Any, rows: Tensor, there: Tensor, back: Tensor, padding: Tensor | None) -> Tensor:
+    def forward(context: Any, rows: Tensor, there: Tensor, back: Tensor, padding: Tensor) -> Tensor:
         context.back, context.padding = back, padding
         return rows.index_select(0, there)
 
@@ -211,7 +212,7 @@ class _Rearranged(torch.autograd.Function):
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         found = gradient.index_select(0, context.back)
-        if context.padding is not None:
+        if len(context.padding):
             found.index_fill_(0, context.padding, 0.0)
         return found, None, None, None
 
@@ -223,9 +224,11 @@ class _Order:
     rows: Tensor
     """[slots] the row that is put there; for padding the first one of its tree, so that a NaN stays in its tree."""
     slots: Tensor
-    """[rows] where each is put."""
-    padding: Tensor
+    """[rows] where each is put; for the row's own padding the first slot."""
+    padding_slots: Tensor
     """Slots that are padding."""
+    padding_rows: Tensor
+    """Rows that are padding."""
 
 
 @lru_cache(KEPT)
@@ -234,10 +237,11 @@ def _order(packing: Packing, heads: int, device: torch.device) -> _Order:
     head = torch.cat([_heads(group, heads) for group in packing.groups])
     taken = torch.cat(real)
     rows = torch.cat(tokens) * heads + head
-    slots = torch.empty(int(taken.sum()), dtype=torch.long)
+    slots = torch.zeros(packing.width * heads, dtype=torch.long)
     slots[rows[taken]] = taken.nonzero().squeeze(1)
-    padding = (~taken).nonzero().squeeze(1)
-    return _Order(rows.to(device), slots.to(device), padding.to(device))
+    padding_slots = (~taken).nonzero().squeeze(1)
+    padding_rows = torch.arange(packing.spans[-1].stop * heads, packing.width * heads)
+    return _Order(*(each.to(device) for each in (rows, slots, padding_slots, padding_rows)))
 
 
 def _tokens(group: Group, heads: int) -> tuple[Tensor, Tensor]:
@@ -284,16 +288,16 @@ def _bias(group: Group, dtype: torch.dtype) -> Tensor:
 @lru_cache(KEPT)
 def _sequences(packing: Packing, device: torch.device) -> tuple[Tensor, int]:
     """Where each sequence begins and the last one ends, and the length of the longest."""
-    lengths = [span.length for span in packing.spans]
+    lengths = [span.length for span in packing.sequences]
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device), max(lengths)
 
 
 @lru_cache(KEPT)
 def _block_mask(packing: Packing, device: torch.device) -> BlockMask:
-    lengths = torch.tensor([span.length for span in packing.spans])
+    lengths = torch.tensor([span.length for span in packing.sequences])
     tree = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(device)
-    parts = torch.tensor([part for span in packing.spans for part in (span.prompt, *span.branches)])
-    numbers = torch.tensor([number for span in packing.spans for number in range(1 + len(span.branches))])
+    parts = torch.tensor([part for span in packing.sequences for part in (span.prompt, *span.branches)])
+    numbers = torch.tensor([number for span in packing.sequences for number in range(1 + len(span.branches))])
     branch = torch.repeat_interleave(numbers, parts).to(device)
 
     def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

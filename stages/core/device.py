@@ -25,6 +25,12 @@ class Compute:
         """For the manifest."""
         return {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
 
+    @property
+    def makes_kernels_by_shape(self) -> bool:
+        """Whether the first product of a shape is slow: oneDNN, which processors' bfloat16 goes through, takes
+        milliseconds to make a kernel for it."""
+        return self.device.type == "cpu" and self.dtype == torch.bfloat16
+
     def autocast(self) -> torch.autocast:
         """Matrix products of float32 weights in this precision; does nothing where that is float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)

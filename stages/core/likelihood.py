@@ -8,7 +8,7 @@ same holds for the gradient of the head itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+
+from data.packing import rounded_up
 
 CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 27}
 """Logits computed at once: 8 MiB in float32 stay in a processor's cache."""
@@ -70,9 +72,42 @@ def entropies(model: PreTrainedModel, states: Tensor, temperature: float = 1.0) 
 
 def _chunks(model: PreTrainedModel, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Hidden states and targets of so many positions as are computed at once; one empty chunk where there are none."""
-    logits = CHUNK_LOGITS.get(states.device.type, CHUNK_LOGITS["cuda"])
-    size = max(1, logits // model.get_output_embeddings().weight.shape[0])
+    size = _chunk_size(model, states)
     return zip(states.split(size), targets.split(size), strict=True)
+
+
+def _chunk_size(model: PreTrainedModel, states: Tensor) -> int:
+    logits = CHUNK_LOGITS.get(states.device.type, CHUNK_LOGITS["cuda"])
+    return max(1, logits // model.get_output_embeddings().weight.shape[0])
+
+
+def _differentiated(
+    model: PreTrainedModel, states: Tensor, targets: Tensor, temperature: float, trained: Sequence[nn.Parameter] = ()
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Of one chunk: its log-probabilities, and the gradients of their sum in the states and in trained parameters.
+
+    With logits l and p = softmax(l), the gradient in l is the target's unit vector less p, which takes l's place.
+    On processors a chunk is rounded up by zeros, since products of a new shape are slow there.
+    """
+    count = len(targets)
+    extra = min(rounded_up(count), _chunk_size(model, states)) - count if states.device.type == "cpu" else 0
+    with torch.enable_grad():
+        leaf = functional.pad(states.detach(), (0, 0, 0, extra)).requires_grad_()
+        logits = _tempered(model, leaf, temperature)
+    values, gradient = _log_softmax_(logits.detach()[:count], targets), logits.detach()
+    gradient[count:] = 0.0
+    of_states, *of_trained = torch.autograd.grad(logits, [leaf, *trained], gradient)
+    return values, of_states[:count], list(of_trained)
+
+
+def _log_softmax_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-softmax of `logits` [n, vocabulary] at `targets` [n]: [n]. The logits become its gradient in them."""
+    places = targets[:, None]
+    logits.sub_(logits.amax(-1, keepdim=True))
+    chosen = logits.gather(1, places)
+    total = logits.exp_().sum(-1, keepdim=True)
+    logits.div_(-total).scatter_add_(1, places, torch.ones_like(total))
+    return (chosen - total.log()).squeeze(1)
 
 
 def _logprobs(model: PreTrainedModel, states: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -96,11 +131,9 @@ class _WithStateGradients(torch.autograd.Function):
     def forward(context: Any, states: Tensor, targets: Tensor, model: PreTrainedModel, temperature: float) -> Tensor:
         values, gradients = [], []
         for some, wanted in _chunks(model, states, targets):
-            with torch.enable_grad():
-                leaf = some.detach().requires_grad_()
-                found = _logprobs(model, leaf, wanted, temperature)
-                gradients.append(torch.autograd.grad(found.sum(), leaf)[0])
-            values.append(found.detach())
+            found, of_states, _ = _differentiated(model, some, wanted, temperature)
+            values.append(found)
+            gradients.append(of_states)
         context.save_for_backward(torch.cat(gradients))
         return torch.cat(values)
 
@@ -122,11 +155,8 @@ class _Summed(torch.autograd.Function):
         gradients = []
         of_head = [torch.zeros_like(parameter) for parameter in trained]
         for some, wanted in _chunks(model, states, targets):
-            with torch.enable_grad():
-                leaf = some.detach().requires_grad_()
-                found = _logprobs(model, leaf, wanted, 1.0).sum()
-                of_states, *of_parameters = torch.autograd.grad(found, [leaf, *trained])
-            total += found.detach()
+            found, of_states, of_parameters = _differentiated(model, some, wanted, 1.0, trained)
+            total += found.sum()
             gradients.append(of_states)
             for summed, each in zip(of_head, of_parameters, strict=True):
                 summed += each

@@ -77,8 +77,9 @@ def on_device(
     language_model: LanguageModel, trees: Sequence[Tree], tokens_per_batch: int, layout: Layout
 ) -> Iterator[TreeBatch]:
     """Batches of trees on the model's device."""
-    for batch in batches(trees, tokens_per_batch, layout):
-        yield batch.to(language_model.compute.device)
+    compute = language_model.compute
+    for batch in batches(trees, tokens_per_batch, layout, rounded=compute.makes_kernels_by_shape):
+        yield batch.to(compute.device)
 
 
 def loss_metrics(

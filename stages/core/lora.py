@@ -28,16 +28,15 @@ def _forward(layer: Linear, states: Tensor, *arguments: Any, **options: Any) -> 
     if arguments or options or not _is_plain(layer, states):
         return Linear.forward(layer, states, *arguments, **options)
     (role,) = layer.active_adapters
-    base: Any = layer.get_base_layer()
-    found: Tensor = _LowRank.apply(
-        states.to(base.weight.dtype),
-        base.weight,
-        base.bias,
-        layer.lora_A[role].weight,
-        layer.lora_B[role].weight,
-        layer.scaling[role],
-    )
-    return found
+    base: Any = layer.base_layer
+    down, up, weight = layer.lora_A[role].weight, layer.lora_B[role].weight, base.weight
+    states = states.to(weight.dtype)
+    if torch.is_grad_enabled():
+        found: Tensor = _LowRank.apply(states, weight, base.bias, down, up, layer.scaling[role])
+        return found
+    rows = states.flatten(0, -2)
+    result, _ = _result(rows, weight, base.bias, down.to(weight.dtype), up.to(weight.dtype), layer.scaling[role])
+    return result.view(*states.shape[:-1], -1)
 
 
 def _is_plain(layer: Linear, states: Tensor) -> bool:
@@ -45,13 +44,14 @@ def _is_plain(layer: Linear, states: Tensor) -> bool:
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
     (role,) = layer.active_adapters
-    base: Any = layer.get_base_layer()
+    base: Any = layer.base_layer
+    trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
     return (
         role in layer.lora_A
         and role not in layer.lora_variant
         and layer.lora_B[role].bias is None
         and isinstance(layer.lora_dropout[role], nn.Identity)
-        and not any(parameter.requires_grad for parameter in base.parameters())
+        and not trained
         and _computes_in(base.weight.dtype, states.device.type)
     )
 
@@ -61,16 +61,22 @@ def _computes_in(precision: torch.dtype, device: str) -> bool:
     return not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) == precision
 
 
+def _result(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """The layer's output for rows [n, inputs], and what is between the adapter's matrices [n, rank]."""
+    # Everything has one precision already, so that autocast finds nothing to convert.
+    narrow = rows @ down.T
+    return functional.linear(rows, weight, bias).addmm_(narrow, up.T, alpha=scaling), narrow
+
+
 class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(
         context: Any, states: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
     ) -> Tensor:
-        with torch.autocast(states.device.type, enabled=False):
-            rows = states.flatten(0, -2)
-            down_cast, up_cast = down.to(weight.dtype), (up * scaling).to(weight.dtype)
-            narrow = rows @ down_cast.T
-            result = functional.linear(rows, weight, bias).addmm_(narrow, up_cast.T)
+        rows, down_cast, up_cast = states.flatten(0, -2), down.to(weight.dtype), up.to(weight.dtype)
+        result, narrow = _result(rows, weight, bias, down_cast, up_cast, scaling)
         context.save_for_backward(rows, narrow, weight, down_cast, up_cast)
         context.scaling, context.precision = scaling, down.dtype
         return result.view(*states.shape[:-1], -1)
@@ -79,10 +85,14 @@ class _LowRank(torch.autograd.Function):
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, narrow, weight, down, up = context.saved_tensors
+        scaling, needed = context.scaling, context.needs_input_grad
         wide = gradient.flatten(0, -2).to(weight.dtype)
         low = wide @ up
-        needed = context.needs_input_grad
-        for_states = torch.addmm(wide @ weight, low, down).view(*gradient.shape[:-1], -1) if needed[0] else None
-        for_down = (low.T @ rows).to(context.precision) if needed[3] else None
-        for_up = (wide.T @ narrow).to(context.precision).mul_(context.scaling) if needed[4] else None
+        for_states = for_down = for_up = None
+        if needed[0]:
+            for_states = (wide @ weight).addmm_(low, down, alpha=scaling).view(*gradient.shape[:-1], -1)
+        if needed[3]:
+            for_down = (low.T @ rows).to(context.precision).mul_(scaling)
+        if needed[4]:
+            for_up = (wide.T @ narrow).to(context.precision).mul_(scaling)
         return for_states, None, None, for_down, for_up, None

@@ -1,7 +1,11 @@
 """Root-mean-square normalisation in a few passes over memory instead of a dozen.
 
 y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019, arXiv 1910.07467), statistics in float32. The gradient is
-written out: with n = 1 / sqrt(mean(x^2) + eps) and v = g * w, it is n v - n^3 mean(v x) x.
+written out: with n = 1 / sqrt(mean(x^2) + eps) and v = g * w, it is n v - n^3 mean(v x) x. On processors the kernels of
+other normalisations compute it in one pass: rows are scaled by batch normalisation with given statistics, and the
+gradient is layer normalisation's for a mean of zero, which is less by n mean(v).
+
+Under autocast the result is in its precision: what comes next are matrix products, which would each convert it.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 SIZE = 8
 """Rows on which a module is compared with the formula before it is replaced."""
@@ -25,8 +30,10 @@ def speed_up(model: nn.Module) -> None:
 
 
 def _forward(module: nn.Module, states: Tensor) -> Tensor:
-    found: Tensor = _Normalised.apply(states, module.weight, module.variance_epsilon)
-    return found
+    device = states.device.type
+    function = _OnProcessor if device == "cpu" else _Normalised
+    found: Tensor = function.apply(states, module.weight, module.variance_epsilon)
+    return found.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else found
 
 
 @torch.no_grad()
@@ -39,7 +46,8 @@ def _is_the_formula(module: nn.Module) -> bool:
         return False
     states = torch.linspace(-3, 3, SIZE * len(weight), device=weight.device, dtype=weight.dtype).view(SIZE, -1)
     rounding = max(1e-5, 4 * torch.finfo(weight.dtype).eps)
-    return torch.allclose(module(states), _forward(module, states), rtol=rounding, atol=rounding)
+    with torch.autocast(weight.device.type, enabled=False):
+        return torch.allclose(module(states), _forward(module, states), rtol=rounding, atol=rounding)
 
 
 class _Normalised(torch.autograd.Function):
@@ -62,3 +70,32 @@ class _Normalised(torch.autograd.Function):
         normalised = (states * scale).to(states.dtype)
         for_weight = (gradient * normalised).flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype)
         return for_states, for_weight, None
+
+
+class _OnProcessor(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        rows = states.flatten(0, -2)
+        squares = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).square_().div_(rows.shape[-1])
+        zeros = torch.zeros_like(squares)
+        scaled = functional.batch_norm(rows[None], zeros, squares, None, None, False, 0.0, epsilon)[0]
+        context.save_for_backward(rows, weight, squares.add_(epsilon).rsqrt_())
+        return (scaled * weight).view(states.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, scale = context.saved_tensors
+        width = rows.shape[-1]
+        flat = gradient.flatten(0, -2).to(rows.dtype)
+        zeros, scales = torch.zeros_like(scale)[:, None], scale[:, None]
+        # In lower precision the kernel would also add up the weight's gradient in it.
+        of_weight = context.needs_input_grad[1]
+        by_kernel = of_weight and rows.dtype == torch.float32
+        for_states, for_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            flat, rows, (width,), zeros, scales, weight.float(), None, [True, by_kernel, False]
+        )
+        for_states.add_((flat @ weight.to(flat.dtype))[:, None] * (scales / width).to(flat.dtype))
+        if of_weight and not by_kernel:
+            for_weight = (flat * (rows * scales).to(rows.dtype)).sum(0, dtype=torch.float32)
+        return for_states.view(gradient.shape), for_weight.to(weight.dtype) if of_weight else None, None

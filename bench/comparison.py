@@ -99,7 +99,7 @@ class Comparison:
             learning = {side: self._learned(side) for side in self._sides if chosen.learning_steps}
         return {
             "kind": self._work.kind,
-            "options": {key: str(value) for key, value in vars(chosen).items()},
+            "options": processes.options(chosen),
             "machine": processes.machine(*PACKAGES),
             "device": runs[self._sides[0]][0]["device"],
             "material": material,

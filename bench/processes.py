@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -98,6 +99,11 @@ def machine(*packages: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in packages},
     }
+
+
+def options(chosen: argparse.Namespace) -> dict[str, str]:
+    """What the command line chose, as text; of a path its name alone, since the rest means nothing elsewhere."""
+    return {key: value.name if isinstance(value, Path) else str(value) for key, value in vars(chosen).items()}
 
 
 def spread(values: Sequence[float], decimals: int = 1) -> str:

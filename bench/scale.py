@@ -125,8 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "-m", "bench.scale", *given])
     text = page(found, chosen, command, machine)
     sys.stdout.write(text + "\n")
-    options = {key: str(value) for key, value in vars(chosen).items()}
-    record = {"command": command, "options": options, "machine": machine, "runs": found}
+    record = {"command": command, "options": processes.options(chosen), "machine": machine, "runs": found}
     processes.save("scale", record, text, chosen.output)
 
 

@@ -34,7 +34,7 @@ def states(
 ) -> list[Tensor]:
     """Query, key and value in float64, to be made leaves of any precision."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = packing.spans[-1].stop
+    tokens = packing.width
     return [
         torch.randn(1, count, tokens, width, generator=generator, dtype=torch.float64)
         for count, width in ((heads, size), (key_heads, size), (key_heads, value_size or size))
@@ -87,6 +87,31 @@ def test_padded_attention_is_a_loop_over_tokens(count: int, branches: tuple[int,
     expected = with_gradients(token_by_token, inputs, packing, torch.float64)
     for found, exact in zip(with_gradients(padded_attention, inputs, packing, torch.float32), expected, strict=True):
         assert torch.allclose(found, exact, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize(("count", "branches"), [(1, (2,)), (7, (1, 2, 3, 4)), (23, (1,))])
+def test_a_rows_padding_changes_nothing_for_its_trees_and_gets_no_gradient(
+    count: int, branches: tuple[int, ...], dtype: torch.dtype, tolerance: float
+) -> None:
+    trees = architectures.ragged(count, seed=count, branches=branches)
+    plain = Packing.of(trees)
+    row = Packing.of(trees, plain.width + 9)
+    inputs = [each.to(dtype).double() for each in states(row)]
+    without = [each[:, :, : plain.width] for each in inputs]
+
+    def of_trees(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
+        whole = padded_attention(query, key, value, packing, scale)
+        assert whole.shape[1] == packing.width
+        assert whole.isfinite().all()
+        return whole[:, : plain.width]
+
+    expected = with_gradients(token_by_token, without, plain, torch.float64)
+    result, *gradients = with_gradients(of_trees, inputs, row, dtype)
+    assert error(result, expected[0]) < tolerance
+    for found, exact in zip(gradients, expected[1:], strict=True):
+        assert error(found[:, :, : plain.width], exact) < tolerance
+        assert not found[:, :, plain.width :].any()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
@@ -194,6 +219,9 @@ def test_flexible_attention_is_padded_attention(branches: tuple[int, ...], key_h
     packing = Packing.of(architectures.ragged(12, seed=3, branches=branches))
     inputs = [each.float() for each in states(packing, key_heads=key_heads)]
     found, expected = (each(*inputs, packing, SCALE) for each in (flexible_attention, padded_attention))
+    row = Packing.of(architectures.ragged(12, seed=3, branches=branches), packing.width + 5)
+    wider = [torch.nn.functional.pad(each, (0, 0, 0, 5)) for each in inputs]
+    assert torch.allclose(flexible_attention(*wider, row, SCALE)[:, : packing.width], found, atol=1e-5)
     assert torch.allclose(found, expected, atol=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import pytest
 from conftest import REPOSITORY
 from safetensors.torch import save_file
 
-from bench import base, figures, judge, material, processes, quickstart, scale, shakespeare
+from bench import attention, base, figures, judge, material, processes, quickstart, scale, shakespeare
 from bench.figures import Passes
 from bench.job import Job
 from bench.ours import stage_context
@@ -278,3 +279,21 @@ def test_the_quickstart_s_stages_are_timed_by_their_manifests(tmp_path: Path, mo
     assert found["seconds"] == 7.0
     assert list(found["stages"]) == ["tokenizer"]
     assert "| tokenizer |" in (tmp_path / "quickstart.md").read_text()
+
+
+def test_attention_is_timed_in_ways_that_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--pairs", "1", "3", "--repeats", "2", "--warmup", "1", "--dtype", "float32", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["attention", *options])
+
+    attention.main()
+
+    record = json.loads((tmp_path / "attention.json").read_text())
+    assert [each["pairs"] for each in record["found"]] == [1, 3]
+    for each in record["found"]:
+        assert {name: len(taken) for name, taken in each["seconds"].items()} == {"dense mask": 2, "tree by tree": 2}
+        assert max(each["gaps"].values()) < 1e-5
+
+
+def test_results_name_no_folder_of_the_machine(tmp_path: Path) -> None:
+    chosen = argparse.Namespace(data=tmp_path / "pairs.jsonl", cache=None, steps=3)
+    assert processes.options(chosen) == {"data": "pairs.jsonl", "cache": "None", "steps": "3"}

@@ -78,3 +78,11 @@ def test_autocast_lowers_products_of_float32_weights_and_is_off_in_float32() -> 
         assert layer(states).dtype == torch.bfloat16
     with device.choose("cpu", "float32").autocast():
         assert layer(states).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "expected"),
+    [("cpu", torch.bfloat16, True), ("cpu", torch.float32, False), ("cuda", torch.bfloat16, False)],
+)
+def test_kernels_by_shape_are_made_for_bfloat16_on_processors(name: str, dtype: torch.dtype, expected: bool) -> None:
+    assert device.Compute(torch.device(name), dtype).makes_kernels_by_shape == expected

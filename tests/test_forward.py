@@ -284,3 +284,16 @@ def test_the_order_of_trees_does_not_matter(layout: Layout) -> None:
     expected = one_at_a_time(model, trees)
     for order in itertools.islice(itertools.permutations(trees), 0, 120, 40):
         assert largest_gap(in_batches(model, list(order), 80, layout), expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["grouped", "qwen3"])
+def test_a_row_that_is_rounded_up_has_the_same_loss_and_gradients(kind: str) -> None:
+    trees = architectures.ragged(9, seed=2)
+    found = []
+    for width in (None, 2 * sum(tree.length for tree in trees)):
+        model, batch = architectures.model(kind), packed(trees, width)
+        values = token_logprobs(model, batch)
+        (values * torch.linspace(-1.0, 2.0, len(values))).sum().backward()
+        found.append([values.detach(), *(parameter.grad for parameter in model.parameters())])
+    for plain, rounded in zip(*found, strict=True):
+        assert torch.allclose(plain, rounded, rtol=1e-4, atol=1e-5 * plain.abs().max().item())

@@ -274,3 +274,15 @@ def test_a_models_adapter_is_pefts_with_every_initialisation(options: Lora) -> N
         gradients = {name: parameter.grad for name, parameter in roles.parameters(POLICY)}
         found.append({"values": values.detach(), **gradients})
     assert gap(*found) < 1e-5
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_the_same_is_computed(dtype: torch.dtype, bias: bool) -> None:
+    made = net(bias=bias, dtype=dtype)
+    lora.speed_up(made)
+    states = torch.randn(2, 5, 12).to(dtype)
+    with torch.no_grad():
+        found = made(states)
+    assert not found.requires_grad
+    assert torch.equal(found, made(states).detach())

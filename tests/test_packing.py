@@ -8,7 +8,7 @@ import architectures
 import pytest
 
 from data.batch import batches, packed
-from data.packing import MULTIPLE, SIMILAR, Packing, Span
+from data.packing import MULTIPLE, SIMILAR, Packing, Span, rounded_up
 from data.tree import Branch, Tree
 
 
@@ -74,6 +74,47 @@ def test_packed_batches_are_full() -> None:
     found = list(batches(trees, budget))
     for batch, following in pairwise(found):
         assert batch.token_count <= budget < batch.token_count + following.trees[0].length
+
+
+def test_rounded_numbers_are_few_and_not_much_larger() -> None:
+    found = {count: rounded_up(count) for count in range(1, 4097)}
+    assert all(count <= up < 1.125 * count + MULTIPLE and up % MULTIPLE == 0 for count, up in found.items())
+    assert len({up for up in found.values() if up > 512}) == 3 * 8
+    assert all(rounded_up(up) == up for up in found.values())
+
+
+@pytest.mark.parametrize("count", [1, 2, 17, 60])
+def test_a_rounded_row_holds_the_same_trees_and_padding_behind_them(count: int) -> None:
+    trees = architectures.ragged(count, seed=count)
+    plain = packed(trees)
+    row = packed(trees, plain.token_count + 7)
+    assert row.packing is not None
+    assert plain.packing is not None
+    assert (row.packing.spans, row.packing.padding) == (plain.packing.spans, 7)
+    assert row.packing.sequences[-1] == Span(plain.token_count, 7, ())
+    assert plain.packing.sequences == plain.packing.spans
+    assert row.token_count == row.packing.width == plain.token_count + 7
+    assert row.tokens[0, : plain.token_count].tolist() == plain.tokens[0].tolist()
+    assert not row.tokens[0, plain.token_count :].any()
+    assert row.sources.tolist() == plain.sources.tolist()
+
+
+def test_groups_of_a_rounded_row_have_few_sizes() -> None:
+    packing = Packing.of(architectures.ragged(200), 10**6)
+    found = [span for group in packing.groups for span in group.spans]
+    assert sorted(found, key=lambda span: span.start) == list(packing.spans)
+    for group in packing.groups:
+        assert len(group.spans).bit_count() == 1
+        assert group.width == rounded_up(max(span.length for span in group.spans))
+
+
+def test_rounded_batches_keep_to_the_budget() -> None:
+    trees = architectures.ragged(300)
+    for budget in (10, 150, 400, 1024):
+        for rounded, plain in zip(batches(trees, budget, rounded=True), batches(trees, budget), strict=True):
+            assert rounded.trees == plain.trees
+            wanted = rounded_up(plain.token_count)
+            assert rounded.token_count == max(plain.token_count, min(budget, wanted))
 
 
 def test_packed_batches_are_the_same_each_time() -> None:

@@ -109,5 +109,12 @@ def test_the_same_precision_is_given_none(tmp_path: Path) -> None:
     probes.replay(tmp_path, lambda trees: [1.0, 2.002], models.HALF)
 
 
+def test_the_same_lower_precision_is_given_room_for_its_last_digits(tmp_path: Path) -> None:
+    probes.record(tmp_path, models.responses(1), lambda trees: [1.0], models.HALF)
+    probes.replay(tmp_path, lambda trees: [1.015], models.HALF)
+    with pytest.raises(ArtifactError, match=r"tolerance 0\.02"):
+        probes.replay(tmp_path, lambda trees: [1.03], models.HALF)
+
+
 def test_a_foreign_model_has_no_probes_to_replay(tmp_path: Path) -> None:
     probes.replay(tmp_path, lambda trees: pytest.fail("nothing to score"), models.CPU)

@@ -9,10 +9,12 @@ import models
 import pytest
 import torch
 
+from data.packing import rounded_up
 from data.tree import Branch, Tree
+from stages.core.device import Compute
 from stages.core.layout import LAYOUTS
 from stages.core.roles import REWARD, Roles
-from stages.core.scoring import exponential, logprobs, loss_metrics, mean_logprobs, reward_scores, scores
+from stages.core.scoring import exponential, logprobs, loss_metrics, mean_logprobs, on_device, reward_scores, scores
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +94,13 @@ def test_mean_logprobs_are_per_read_token_in_order() -> None:
     trees = models.responses(5)[::-1]
     slow = [slow_logprob(tree, tree.branches[0]) / tree.reads for tree in trees]
     assert mean_logprobs(models.language_model(), trees) == pytest.approx(slow, abs=1e-5)
+
+
+@pytest.mark.parametrize("compute", [models.CPU, models.HALF])
+def test_rows_are_rounded_up_where_products_of_a_new_shape_are_slow(compute: Compute) -> None:
+    language_model = models.language_model(compute=compute)
+    (batch,) = on_device(language_model, models.forest(12), 8192, "packed")
+    assert batch.packing is not None
+    assert batch.packing.rounded == (compute is models.HALF)
+    tokens = sum(tree.length for tree in batch.trees)
+    assert batch.token_count == (rounded_up(tokens) if compute is models.HALF else tokens)

@@ -29,7 +29,9 @@ def _forward(layer: Linear, states: Tensor, *arguments: Any, **options: Any) -> 
         return Linear.forward(layer, states, *arguments, **options)
     (role,) = layer.active_adapters
     base: Any = layer.base_layer
-    down, up, weight = layer.lora_A[role].weight, layer.lora_B[role].weight, base.weight
+    down: Any = layer.lora_A[role].weight
+    up: Any = layer.lora_B[role].weight
+    weight = base.weight
     states = states.to(weight.dtype)
     if torch.is_grad_enabled():
         found: Tensor = _LowRank.apply(states, weight, base.bias, down, up, layer.scaling[role])

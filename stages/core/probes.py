@@ -16,8 +16,8 @@ from stages.core.device import Compute
 FILE_NAME = "probes.json"
 COUNT = 8
 SAME_FLOAT32, SAME_HALF, OTHER_COMPUTE = 1e-3, 0.02, 0.25
-"""Largest accepted difference on the device and precision of the recording, and on another. In lower precisions the last
-digits depend on the processor and the versions of libraries too."""
+"""Largest accepted difference on the device and precision of the recording, and on another. In lower precisions the
+last digits depend on the processor and the versions of libraries too."""
 
 Scorer = Callable[[Sequence[Tree]], list[float]]
 """One number per single-branch tree: the mean log-probability of its tokens, or its score."""

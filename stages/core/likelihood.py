@@ -8,7 +8,7 @@ same holds for the gradient of the head itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,7 +44,8 @@ def logprobs_of(model: PreTrainedModel, states: Tensor, targets: Tensor, tempera
     """
     chunks = list(_chunks(model, states, targets))
     if not torch.is_grad_enabled():
-        return torch.cat([_logprobs(model, *chunk, temperature) for chunk in chunks])
+        # The very numbers that training computes: a policy that equals its reference has ratio 1 to it, not almost.
+        return torch.cat([_Chunk(model, *chunk, temperature).values for chunk in chunks])
     if not _trained(model):
         found: Tensor = _WithStateGradients.apply(states, targets, model, temperature)
         return found
@@ -81,33 +82,33 @@ def _chunk_size(model: PreTrainedModel, states: Tensor) -> int:
     return max(1, logits // model.get_output_embeddings().weight.shape[0])
 
 
-def _differentiated(
-    model: PreTrainedModel, states: Tensor, targets: Tensor, temperature: float, trained: Sequence[nn.Parameter] = ()
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Of one chunk: its log-probabilities, and the gradients of their sum in the states and in trained parameters.
+class _Chunk:
+    """One chunk's log-probabilities [n], and the gradients of their sum, computed in the place of the logits.
 
-    With logits l and p = softmax(l), the gradient in l is the target's unit vector less p, which takes l's place.
-    On processors a chunk is rounded up by zeros, since products of a new shape are slow there.
+    With logits l and p = softmax(l), the gradient in l is the target's unit vector less p. On processors a chunk is
+    rounded up by zeros, since products of a new shape are slow there.
     """
-    count = len(targets)
-    extra = min(rounded_up(count), _chunk_size(model, states)) - count if states.device.type == "cpu" else 0
-    with torch.enable_grad():
-        leaf = functional.pad(states.detach(), (0, 0, 0, extra)).requires_grad_()
-        logits = _tempered(model, leaf, temperature)
-    values, gradient = _log_softmax_(logits.detach()[:count], targets), logits.detach()
-    gradient[count:] = 0.0
-    of_states, *of_trained = torch.autograd.grad(logits, [leaf, *trained], gradient)
-    return values, of_states[:count], list(of_trained)
 
+    def __init__(self, model: PreTrainedModel, states: Tensor, targets: Tensor, temperature: float) -> None:
+        self._count = len(targets)
+        whole = min(rounded_up(self._count), _chunk_size(model, states)) if states.device.type == "cpu" else self._count
+        with torch.enable_grad():
+            self._states = functional.pad(states.detach(), (0, 0, 0, whole - self._count)).requires_grad_()
+            self._logits = _tempered(model, self._states, temperature)
+        self._targets = targets[:, None]
+        logits = self._logits.detach()
+        self._exponentials = logits.sub_(logits.amax(-1, keepdim=True))[: self._count]
+        chosen = self._exponentials.gather(1, self._targets)
+        self._total = self._exponentials.exp_().sum(-1, keepdim=True)
+        self.values = (chosen - self._total.log()).squeeze(1)
 
-def _log_softmax_(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-softmax of `logits` [n, vocabulary] at `targets` [n]: [n]. The logits become its gradient in them."""
-    places = targets[:, None]
-    logits.sub_(logits.amax(-1, keepdim=True))
-    chosen = logits.gather(1, places)
-    total = logits.exp_().sum(-1, keepdim=True)
-    logits.div_(-total).scatter_add_(1, places, torch.ones_like(total))
-    return (chosen - total.log()).squeeze(1)
+    def gradients(self, *trained: nn.Parameter) -> tuple[Tensor, ...]:
+        """In the states [n, hidden] and in trained parameters; can be asked for once."""
+        gradient = self._logits.detach()
+        self._exponentials.div_(-self._total).scatter_add_(1, self._targets, torch.ones_like(self._total))
+        gradient[self._count :] = 0.0
+        of_states, *of_trained = torch.autograd.grad(self._logits, [self._states, *trained], gradient)
+        return of_states[: self._count], *of_trained
 
 
 def _logprobs(model: PreTrainedModel, states: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -131,9 +132,9 @@ class _WithStateGradients(torch.autograd.Function):
     def forward(context: Any, states: Tensor, targets: Tensor, model: PreTrainedModel, temperature: float) -> Tensor:
         values, gradients = [], []
         for some, wanted in _chunks(model, states, targets):
-            found, of_states, _ = _differentiated(model, some, wanted, temperature)
-            values.append(found)
-            gradients.append(of_states)
+            chunk = _Chunk(model, some, wanted, temperature)
+            values.append(chunk.values)
+            gradients.append(chunk.gradients()[0])
         context.save_for_backward(torch.cat(gradients))
         return torch.cat(values)
 
@@ -155,8 +156,9 @@ class _Summed(torch.autograd.Function):
         gradients = []
         of_head = [torch.zeros_like(parameter) for parameter in trained]
         for some, wanted in _chunks(model, states, targets):
-            found, of_states, of_parameters = _differentiated(model, some, wanted, 1.0, trained)
-            total += found.sum()
+            chunk = _Chunk(model, some, wanted, 1.0)
+            total += chunk.values.sum()
+            of_states, *of_parameters = chunk.gradients(*trained)
             gradients.append(of_states)
             for summed, each in zip(of_head, of_parameters, strict=True):
                 summed += each

@@ -34,7 +34,7 @@ PACKAGES = ("torch",)
 
 
 def ways(device: str) -> dict[str, Callable[[list[Tensor], Packing, Tensor], Tensor]]:
-    """The ways to compute that the device has, of query, key and value, the packing, and a dense mask."""
+    """The ways to compute that the device has, of query, key and value, the packing, and a dense mask to add to scores."""
 
     def dense(states: list[Tensor], packing: Packing, mask: Tensor) -> Tensor:
         return functional.scaled_dot_product_attention(*states, attn_mask=mask).transpose(1, 2)
@@ -50,7 +50,7 @@ def ways(device: str) -> dict[str, Callable[[list[Tensor], Packing, Tensor], Ten
 
 
 def measure(pairs: int, chosen: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of every repeat by way, and by how much results differ from those of the dense mask."""
+    """Seconds of every repeat by way, and by how much gradients differ from those of the dense mask."""
     trees = _trees(pairs)
     packing, mask = Packing.of(trees), one_row(trees).mask
     assert mask is not None
@@ -59,18 +59,21 @@ def measure(pairs: int, chosen: argparse.Namespace) -> dict[str, Any]:
     *states, weighting = torch.randn(shape, generator=generator).to(chosen.device, getattr(torch, chosen.dtype))
     leaves = [each.detach().requires_grad_() for each in states]
     compute = ways(chosen.device)
-    on_device = mask.to(chosen.device)
-    results = {name: way(leaves, packing, on_device).detach().float() for name, way in compute.items()}
+    on_device = torch.zeros(mask.shape, dtype=states[0].dtype).masked_fill_(~mask, -torch.inf).to(chosen.device)
+    results: dict[str, list[Tensor]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in compute}
     for _ in range(chosen.warmup + chosen.repeats):
         for name, way in compute.items():
+            for leaf in leaves:
+                leaf.grad = None
             seconds[name].append(_timed(lambda way=way: way(leaves, packing, on_device), weighting, chosen.device))
+            results[name] = [leaf.grad.float() for leaf in leaves if leaf.grad is not None]
     return {
         "pairs": pairs,
         "tokens": packing.width,
         "first": {name: taken[0] for name, taken in seconds.items()},
         "seconds": {name: taken[chosen.warmup :] for name, taken in seconds.items()},
-        "gaps": {name: float((each - results["dense mask"]).abs().max()) for name, each in results.items()},
+        "gaps": {name: _gap(each, results["dense mask"]) for name, each in results.items()},
     }
 
 
@@ -89,7 +92,7 @@ def page(found: list[dict[str, Any]], chosen: argparse.Namespace, command: str, 
             f"turns, after {chosen.warmup} that are dropped; in brackets how many times as fast as the dense mask. "
             f"{chosen.heads} heads of {chosen.size}, {chosen.dtype}. A pair is a prompt of {PROMPT[0]} to {PROMPT[1]} "
             f"tokens and two responses of {RESPONSE[0]} to {RESPONSE[1]}.",
-            processes.table(["pairs", "tokens", *names, "largest difference"], rows),
+            processes.table(["pairs", "tokens", *names, "largest relative difference of a gradient"], rows),
             f"    {command}",
             f"On {_device(chosen.device)}. {processes.sentence(machine)}",
         ]
@@ -127,6 +130,11 @@ def _trees(pairs: int) -> list[Tree]:
 
     branches = [(Branch.of(tokens(RESPONSE)), Branch.of(tokens(RESPONSE))) for _ in range(pairs)]
     return [Tree(tokens(PROMPT), each, number) for number, each in enumerate(branches)]
+
+
+def _gap(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest relative difference of query's, key's or value's gradient."""
+    return max(float((one - other).norm() / other.norm()) for one, other in zip(found, expected, strict=True))
 
 
 def _timed(compute: Callable[[], Tensor], weighting: Tensor, device: str) -> float:

@@ -33,7 +33,7 @@ class TreeBatch:
     """Trees laid out as rows, ready for one forward.
 
     Attributes:
-        tokens: [rows, width] token ids; padding is 0 and attends to itself only.
+        tokens: [rows, width] token ids; padding is 0, and no token of a tree attends to it.
         positions: [rows, width] position of each token on its own path from the start of the prompt.
         mask: [rows, 1, width, width] True where attention is allowed; None for plain rows (causal) and packed ones.
         packing: Where the trees stand in the row of a packed batch; None for the other layouts.
@@ -97,7 +97,7 @@ def batches(
             taken = _take(waiting, tokens_per_batch)
             together, waiting = waiting[:taken], waiting[taken:]
             tokens = sum(tree.length for tree in together)
-            yield packed(together, max(tokens, min(rounded_up(tokens), tokens_per_batch)) if rounded else None)
+            yield packed(together, _width(tokens, tokens_per_batch) if rounded else None)
         elif layout == "tree":
             rows, waiting = _fill(waiting, tokens_per_batch)
             yield _lay_out(rows, [tree for row in rows for tree in row])
@@ -113,9 +113,18 @@ def one_row(trees: Sequence[Tree]) -> TreeBatch:
 
 
 def packed(trees: Sequence[Tree], width: int | None = None) -> TreeBatch:
-    """All trees in a single row, however long: without padding, or of a given width."""
+    """All trees in a single row, however long: without padding, or of a given width.
+
+    Raises:
+        ValueError: The trees do not fit the width.
+    """
     packing = Packing.of(trees, width)
     return dataclasses.replace(_lay_out([list(trees)], trees, packing.width), packing=packing)
+
+
+def _width(tokens: int, budget: int) -> int:
+    """The rounded width of a packed row, within the budget where its tokens are."""
+    return min(rounded_up(tokens), budget) if tokens <= budget else rounded_up(tokens)
 
 
 def _take(waiting: list[Tree], budget: int) -> int:

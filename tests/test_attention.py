@@ -357,3 +357,12 @@ def test_the_models_attention_is_back_after_the_forward_and_after_an_error() -> 
     with pytest.raises(ZeroDivisionError), replaced(model):
         raise ZeroDivisionError
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_padding_of_a_row_is_a_sequence_of_its_own() -> None:
+    trees = architectures.ragged(5, branches=(1,))
+    plain = Packing.of(trees)
+    padding = 2 * plain.width
+    starts, longest = attention._sequences(Packing.of(trees, plain.width + padding), torch.device("cpu"))
+    assert starts.tolist() == [*(span.start for span in plain.spans), plain.width, plain.width + padding]
+    assert longest == padding

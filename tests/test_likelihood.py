@@ -240,3 +240,50 @@ def test_a_second_derivative_is_refused(function: Function) -> None:
     (gradient,) = torch.autograd.grad(function(model, states, targets).square(), states, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("weight_trained", [True, False])
+def test_a_heads_bias_gets_the_gradient_of_the_reads_alone(weight_trained: bool) -> None:
+    model, (states, targets) = made("grouped", "trained", torch.bfloat16), reads(dtype=torch.bfloat16)
+    model.lm_head = torch.nn.Linear(HIDDEN, VOCABULARY)
+    model.lm_head.weight.requires_grad_(weight_trained)
+
+    def gradients(compute: Callable[[], Tensor]) -> list[Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            compute().backward()
+        return [each.grad for each in model.lm_head.parameters() if each.grad is not None]
+
+    def plain() -> Tensor:
+        logs = model.lm_head(states).float().log_softmax(-1)
+        return logs.gather(1, targets[:, None]).sum()
+
+    exact, found = gradients(plain), gradients(lambda: summed_logprobs(model, states, targets))
+    assert len(found) == len(exact) == 1 + weight_trained
+    for mine, its in zip(found, exact, strict=True):
+        assert (mine - its).norm() < 0.01 * its.norm()
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_logits_in_the_thousands_do_not_overflow(gradients: bool) -> None:
+    model, (states, targets) = made("grouped", "frozen"), reads()
+    model.get_output_embeddings().weight.data *= 4000
+    logits = logits_of(model, states)
+    assert logits.abs().max() > 1000
+    with torch.set_grad_enabled(gradients):
+        found = logprobs_of(model, states, targets)
+    assert torch.allclose(found, logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, READS), (torch.bfloat16, 32)])
+def test_the_head_takes_few_numbers_of_rows_in_bfloat16_only(dtype: torch.dtype, expected: int) -> None:
+    model, (states, targets) = made("grouped", "frozen", dtype), reads(dtype=dtype)
+    sizes: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    leaf = states.requires_grad_()
+    assert summed_logprobs(model, leaf, targets).isfinite()
+    assert logprobs_of(model, leaf, targets).shape == (READS,)
+    with torch.no_grad():
+        assert logprobs_of(model, leaf, targets).shape == (READS,)
+    assert entropies(model, leaf).shape == (READS,)
+    assert sizes == [expected] * 4

@@ -286,3 +286,13 @@ def test_without_gradients_the_same_is_computed(dtype: torch.dtype, bias: bool) 
         found = made(states)
     assert not found.requires_grad
     assert torch.equal(found, made(states).detach())
+
+
+@pytest.mark.parametrize("shape", [(0, 12), (1, 0, 12), (12,)])
+def test_no_rows_and_a_single_one_are_pefts(shape: tuple[int, ...]) -> None:
+    made = net(bias=True)
+    found, expected = (with_gradients(each, inputs(shape)) for each in (faster(made), made))
+    for key, exact in expected.items():
+        assert torch.allclose(found[key], exact, atol=1e-4), key
+    with torch.no_grad():
+        assert torch.allclose(faster(made)(inputs(shape)), made(inputs(shape)), atol=1e-5)

@@ -18,6 +18,7 @@ from stages.core.forward import token_logprobs
 
 WIDTH = 24
 SHAPES = [(7, WIDTH), (2, 5, WIDTH), (2, 3, 4, WIDTH)]
+ODD_SHAPES = [(WIDTH,), (0, WIDTH)]
 
 
 def norm(dtype: torch.dtype = torch.float32, kind: type[nn.Module] = LlamaRMSNorm) -> nn.Module:
@@ -148,6 +149,25 @@ def test_a_model_computes_the_same_with_it() -> None:
         found.append([values.detach(), *(parameter.grad for parameter in each.parameters())])
     for own, mine in zip(*found, strict=True):
         assert torch.allclose(own, mine, rtol=1e-4, atol=1e-4 * own.abs().max().item())
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES)
+def test_a_single_row_and_none_are_the_modules_own(shape: tuple[int, ...]) -> None:
+    module, states = norm(), torch.randn(shape)
+    expected = with_gradients(module, states, torch.ones(shape))
+    for found, exact in zip(with_gradients(faster(module), states, torch.ones(shape)), expected, strict=True):
+        assert torch.allclose(found, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_without_values_shapes_come_through() -> None:
+    module = faster(norm()).to("meta")
+    assert module(torch.zeros(3, WIDTH, device="meta")).shape == (3, WIDTH)
+
+
+def test_float64_keeps_the_modules_own() -> None:
+    module = norm(torch.float64)
+    norms.speed_up(module)
+    assert not is_replaced(module)
 
 
 def test_a_second_derivative_is_refused() -> None:

@@ -108,13 +108,21 @@ def test_groups_of_a_rounded_row_have_few_sizes() -> None:
         assert group.width == rounded_up(max(span.length for span in group.spans))
 
 
-def test_rounded_batches_keep_to_the_budget() -> None:
+def test_rounded_batches_keep_to_the_budget_but_for_longer_trees() -> None:
     trees = architectures.ragged(300)
     for budget in (10, 150, 400, 1024):
         for rounded, plain in zip(batches(trees, budget, rounded=True), batches(trees, budget), strict=True):
             assert rounded.trees == plain.trees
             wanted = rounded_up(plain.token_count)
-            assert rounded.token_count == max(plain.token_count, min(budget, wanted))
+            assert rounded.token_count == (min(budget, wanted) if plain.token_count <= budget else wanted)
+
+
+def test_a_width_that_is_too_small_is_refused() -> None:
+    trees = architectures.ragged(3)
+    tokens = sum(tree.length for tree in trees)
+    with pytest.raises(ValueError, match=f"{tokens} tokens do not fit a row of {tokens - 1}"):
+        packed(trees, tokens - 1)
+    assert packed(trees, tokens).token_count == tokens
 
 
 def test_packed_batches_are_the_same_each_time() -> None:

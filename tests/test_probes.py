@@ -75,6 +75,18 @@ def test_an_adapter_applied_twice_or_not_at_all_is_noticed(tmp_path: Path) -> No
         replay_probes(adapter, twice.base)
 
 
+def test_a_lightly_trained_adapter_left_out_is_noticed_in_bfloat16(tmp_path: Path) -> None:
+    base = models.save_base(tmp_path / "base")
+    roles = open_role(base, POLICY, models.LORA, models.HALF)
+    models.disturb(roles, POLICY, size=0.05)
+    adapter = models.save_role(roles, POLICY, tmp_path / "dpo", base)
+    with roles.use(POLICY):
+        record_probes(adapter.directory, models.responses(8), roles.base)
+        replay_probes(adapter, roles.base)
+    with roles.use(REFERENCE), pytest.raises(ArtifactError):
+        replay_probes(adapter, roles.base)
+
+
 def test_a_random_head_is_noticed(tmp_path: Path) -> None:
     roles = models.roles(REWARD)
     roles.add_head(REWARD)

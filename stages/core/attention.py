@@ -222,7 +222,8 @@ class _Order:
     """Between rows [tokens x heads] and slots [groups x trees x heads x width]."""
 
     rows: Tensor
-    """[slots] the row that is put there; for padding the first one of its tree, so that a NaN stays in its tree."""
+    """[slots] the row that is put there; for padding the first one of its tree, so that a NaN stays in its tree and at
+    most reaches the row's own padding."""
     slots: Tensor
     """[rows] where each is put; for the row's own padding the first slot."""
     padding_slots: Tensor

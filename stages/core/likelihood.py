@@ -44,7 +44,7 @@ def logprobs_of(model: PreTrainedModel, states: Tensor, targets: Tensor, tempera
     """
     chunks = list(_chunks(model, states, targets))
     if not torch.is_grad_enabled():
-        # The very numbers that training computes: a policy that equals its reference has ratio 1 to it, not almost.
+        # The very numbers that training adapters computes: a policy that equals its reference has ratio 1 to it.
         return torch.cat([_Chunk(model, *chunk, temperature).values for chunk in chunks])
     if not _trained(model):
         found: Tensor = _WithStateGradients.apply(states, targets, model, temperature)
@@ -66,7 +66,7 @@ def entropies(model: PreTrainedModel, states: Tensor, temperature: float = 1.0) 
     found = []
     with torch.no_grad():
         for some, _ in _chunks(model, states, states):
-            logs = functional.log_softmax(_tempered(model, some, temperature), dim=-1)
+            logs = functional.log_softmax(_tempered(model, _rounded(model, some), temperature)[: len(some)], dim=-1)
             found.append(-(logs.exp() * logs).sum(-1))
     return torch.cat(found)
 
@@ -82,18 +82,26 @@ def _chunk_size(model: PreTrainedModel, states: Tensor) -> int:
     return max(1, logits // model.get_output_embeddings().weight.shape[0])
 
 
+def _rounded(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """A chunk's states with zeros behind, where the head's product is slow for a new shape (see `data.packing`)."""
+    precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else states.dtype
+    if states.device.type != "cpu" or precision != torch.bfloat16:
+        return states
+    whole = min(rounded_up(len(states)), _chunk_size(model, states))
+    return functional.pad(states, (0, 0, 0, whole - len(states)))
+
+
 class _Chunk:
     """One chunk's log-probabilities [n], and the gradients of their sum, computed in the place of the logits.
 
-    With logits l and p = softmax(l), the gradient in l is the target's unit vector less p. On processors a chunk is
-    rounded up by zeros, since products of a new shape are slow there.
+    With logits l and p = softmax(l), the gradient in l is the target's unit vector less p. What the head returns is
+    changed, so nobody else may keep it.
     """
 
     def __init__(self, model: PreTrainedModel, states: Tensor, targets: Tensor, temperature: float) -> None:
         self._count = len(targets)
-        whole = min(rounded_up(self._count), _chunk_size(model, states)) if states.device.type == "cpu" else self._count
         with torch.enable_grad():
-            self._states = functional.pad(states.detach(), (0, 0, 0, whole - self._count)).requires_grad_()
+            self._states = _rounded(model, states.detach()).requires_grad_()
             self._logits = _tempered(model, self._states, temperature)
         self._targets = targets[:, None]
         logits = self._logits.detach()

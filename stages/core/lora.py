@@ -36,9 +36,9 @@ def _forward(layer: Linear, states: Tensor, *arguments: Any, **options: Any) -> 
     if torch.is_grad_enabled():
         found: Tensor = _LowRank.apply(states, weight, base.bias, down, up, layer.scaling[role])
         return found
-    rows = states.flatten(0, -2)
+    rows = states.reshape(-1, weight.shape[1])
     result, _ = _result(rows, weight, base.bias, down.to(weight.dtype), up.to(weight.dtype), layer.scaling[role])
-    return result.view(*states.shape[:-1], -1)
+    return result.view(*states.shape[:-1], weight.shape[0])
 
 
 def _is_plain(layer: Linear, states: Tensor) -> bool:
@@ -77,22 +77,22 @@ class _LowRank(torch.autograd.Function):
     def forward(
         context: Any, states: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
     ) -> Tensor:
-        rows, down_cast, up_cast = states.flatten(0, -2), down.to(weight.dtype), up.to(weight.dtype)
+        rows, down_cast, up_cast = states.reshape(-1, weight.shape[1]), down.to(weight.dtype), up.to(weight.dtype)
         result, narrow = _result(rows, weight, bias, down_cast, up_cast, scaling)
         context.save_for_backward(rows, narrow, weight, down_cast, up_cast)
         context.scaling, context.precision = scaling, down.dtype
-        return result.view(*states.shape[:-1], -1)
+        return result.view(*states.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, narrow, weight, down, up = context.saved_tensors
         scaling, needed = context.scaling, context.needs_input_grad
-        wide = gradient.flatten(0, -2).to(weight.dtype)
+        wide = gradient.reshape(-1, weight.shape[0]).to(weight.dtype)
         low = wide @ up
         for_states = for_down = for_up = None
         if needed[0]:
-            for_states = (wide @ weight).addmm_(low, down, alpha=scaling).view(*gradient.shape[:-1], -1)
+            for_states = (wide @ weight).addmm_(low, down, alpha=scaling).view(*gradient.shape[:-1], weight.shape[1])
         if needed[3]:
             for_down = (low.T @ rows).to(context.precision).mul_(scaling)
         if needed[4]:

@@ -5,7 +5,7 @@ written out: with n = 1 / sqrt(mean(x^2) + eps) and v = g * w, it is n v - n^3 m
 other normalisations compute it in one pass: rows are scaled by batch normalisation with given statistics, and the
 gradient is layer normalisation's for a mean of zero, which is less by n mean(v).
 
-Under autocast the result is in its precision: what comes next are matrix products, which would each convert it.
+Under autocast the result is in its precision: what comes next are mostly matrix products, which would each convert it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
+"""Those of weights whose statistics float32 is good enough for."""
 SIZE = 8
 """Rows on which a module is compared with the formula before it is replaced."""
 
@@ -33,7 +35,9 @@ def _forward(module: nn.Module, states: Tensor) -> Tensor:
     device = states.device.type
     function = _OnProcessor if device == "cpu" else _Normalised
     found: Tensor = function.apply(states, module.weight, module.variance_epsilon)
-    return found.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else found
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return found.to(torch.get_autocast_dtype(device))
+    return found
 
 
 @torch.no_grad()
@@ -42,7 +46,7 @@ def _is_the_formula(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not type(module).__name__.endswith("RMSNorm") or weight is None or not hasattr(module, "variance_epsilon"):
         return False
-    if weight.is_meta:  # a model without weights computes nothing
+    if weight.is_meta or weight.dtype not in PRECISIONS:  # a model without weights computes nothing
         return False
     states = torch.linspace(-3, 3, SIZE * len(weight), device=weight.device, dtype=weight.dtype).view(SIZE, -1)
     rounding = max(1e-5, 4 * torch.finfo(weight.dtype).eps)
@@ -75,7 +79,7 @@ class _Normalised(torch.autograd.Function):
 class _OnProcessor(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        rows = states.flatten(0, -2)
+        rows = states.reshape(-1, states.shape[-1])
         squares = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).square_().div_(rows.shape[-1])
         zeros = torch.zeros_like(squares)
         scaled = functional.batch_norm(rows[None], zeros, squares, None, None, False, 0.0, epsilon)[0]
@@ -87,7 +91,7 @@ class _OnProcessor(torch.autograd.Function):
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, scale = context.saved_tensors
         width = rows.shape[-1]
-        flat = gradient.flatten(0, -2).to(rows.dtype)
+        flat = gradient.reshape(rows.shape).to(rows.dtype)
         zeros, scales = torch.zeros_like(scale)[:, None], scale[:, None]
         # In lower precision the kernel would also add up the weight's gradient in it.
         of_weight = context.needs_input_grad[1]

@@ -34,7 +34,7 @@ PACKAGES = ("torch",)
 
 
 def ways(device: str) -> dict[str, Callable[[list[Tensor], Packing, Tensor], Tensor]]:
-    """The ways to compute that the device has, of query, key and value, the packing, and a dense mask to add to scores."""
+    """What the device can compute with, of query, key and value, the packing, and a dense mask to add to scores."""
 
     def dense(states: list[Tensor], packing: Packing, mask: Tensor) -> Tensor:
         return functional.scaled_dot_product_attention(*states, attn_mask=mask).transpose(1, 2)

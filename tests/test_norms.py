@@ -151,6 +151,21 @@ def test_a_model_computes_the_same_with_it() -> None:
         assert torch.allclose(own, mine, rtol=1e-4, atol=1e-4 * own.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_no_digit(dtype: torch.dtype) -> None:
+    module, before = faster(nn.Module.to(LlamaRMSNorm(384), dtype)), torch.get_num_threads()
+    states, weighting = (torch.randn(2048, 384).to(dtype) for _ in range(2))
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(with_gradients(module, states, weighting))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(one, each) for one, each in zip(found[0], other, strict=True))
+
+
 @pytest.mark.parametrize("shape", ODD_SHAPES)
 def test_a_single_row_and_none_are_the_modules_own(shape: tuple[int, ...]) -> None:
     module, states = norm(), torch.randn(shape)

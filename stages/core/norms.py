@@ -93,13 +93,14 @@ class _OnProcessor(torch.autograd.Function):
         width = rows.shape[-1]
         flat = gradient.reshape(rows.shape).to(rows.dtype)
         zeros, scales = torch.zeros_like(scale)[:, None], scale[:, None]
-        # In lower precision the kernel would also add up the weight's gradient in it.
-        of_weight = context.needs_input_grad[1]
-        by_kernel = of_weight and rows.dtype == torch.float32
-        for_states, for_weight, _ = torch.ops.aten.native_layer_norm_backward(
-            flat, rows, (width,), zeros, scales, weight.float(), None, [True, by_kernel, False]
+        # Sums by the kernel, or by a product with the weight, would depend on the number of threads.
+        for_states, *_ = torch.ops.aten.native_layer_norm_backward(
+            flat, rows, (width,), zeros, scales, weight.float(), None, [True, False, False]
         )
-        for_states.add_((flat @ weight.to(flat.dtype))[:, None] * (scales / width).to(flat.dtype))
-        if of_weight and not by_kernel:
-            for_weight = (flat * (rows * scales).to(rows.dtype)).sum(0, dtype=torch.float32)
-        return for_states.view(gradient.shape), for_weight.to(weight.dtype) if of_weight else None, None
+        mean = (flat * weight).sum(-1, keepdim=True, dtype=torch.float32) / width
+        for_states.add_((scales * mean).to(flat.dtype))
+        if not context.needs_input_grad[1]:
+            return for_states.view(gradient.shape), None, None
+        normalised = (rows * scales).to(rows.dtype)
+        for_weight = (flat * normalised).sum(0, dtype=torch.float32).to(weight.dtype)
+        return for_states.view(gradient.shape), for_weight, None

@@ -7,42 +7,26 @@ reference: `baton schema` prints them. Paths are relative to the working directo
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    StrictBool,
-    StrictInt,
-    Tag,
-    model_validator,
+from pydantic import AfterValidator, Discriminator, Field, StrictBool, StrictInt, Tag, model_validator
+
+from pipeline.rules import Gold, Rule
+from pipeline.settings import (
+    Decay,
+    Fraction,
+    Name,
+    NonNegative,
+    Number,
+    Positive,
+    Rate,
+    Seed,
+    Settings,
+    Temperature,
 )
-
 from pipeline.suggestion import suggest
 from pipeline.terminal import printable
 from pipeline.trainers import ABSENT, TRAINERS, Trainer, reserved
-
-
-def _no_boolean(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("should be a number, not true or false")
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_no_boolean)]
-Positive = Annotated[StrictInt, Field(gt=0)]
-Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]
-Fraction = Annotated[Number, Field(ge=0.0, le=1.0)]
-Decay = Annotated[Number, Field(ge=0.0, lt=1.0)]
-Rate = Annotated[Number, Field(gt=0.0)]
-NonNegative = Annotated[Number, Field(ge=0.0)]
-Temperature = Annotated[Number, Field(ge=0.01, le=100.0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-
 
 One = TypeVar("One")
 Several = TypeVar("Several")
@@ -56,12 +40,18 @@ Either = Annotated[Annotated[One, Tag("one")] | Annotated[Several, Tag("several"
 """A text or a collection; decided by what is given, so that mistakes are reported for that alone."""
 
 
-class Settings(BaseModel):
-    """Base of all configuration: unknown keys refused, values immutable, NaN and infinity refused."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
-    )
+Alarm = Literal[
+    "entropy_collapse",
+    "negative_kl",
+    "kl_runaway",
+    "length_runaway",
+    "unfinished",
+    "ratio_explosion",
+    "value_useless",
+    "constant_reward",
+    "over_optimisation",
+]
+"""What can go wrong in reinforcement learning, as `stages/core/rl/health.py` tells it."""
 
 
 class Preparation(Settings):
@@ -457,55 +447,148 @@ class DpoSettings(Training):
         return self
 
 
-class PpoSettings(Batching):
-    """Proximal policy optimisation against a learned reward model."""
+class Rewarded(Batching):
+    """What every stage that samples responses and has them scored has."""
 
     ROLES: ClassVar = {"policy": ("model", "adapter"), "reward": ("reward",)}
     DATA: ClassVar = {"data": ("prompt",)}
 
-    kind: Literal["ppo"] = "ppo"
-    """Stage kind."""
     policy: str
     """Model or adapter to start from; also the reference."""
-    reward: str
-    """Reward stage; its base must be the policy's."""
+    reward: str | None = None
+    """Reward stage; its base must be the policy's. Without one, `rules` are the reward."""
+    reward_weight: Rate = 1.0
+    """Weight of the reward stage's score beside the rules'."""
+    rules: list[Rule] = []
+    """Rules whose weighted rewards are added."""
     data: Data
     """Data source of the prompts, or a mixture."""
     lora: Lora = Lora()
     """The policy's adapter; a policy that begins as an adapter keeps that adapter's shape."""
-    steps: Positive = 100
-    """Rollout-and-update rounds."""
-    examples_per_step: Positive = 64
-    """Prompts of one rollout."""
     max_new_tokens: Positive = 64
     """Longest response, end of turn included."""
     temperature: Temperature = 1.0
     """Sampling temperature, also applied to every log-probability."""
+    samples_per_prompt: Positive = 1
+    """Responses to each prompt of a rollout; the prompt is computed once for all."""
+    sampler: Literal["native", "continuous"] = "native"
+    """`native` samples with a padded cache; `continuous` is the continuous batching of `transformers`, whose cache is
+    paged: for long responses of very different lengths on a GPU."""
+    missing_eos_penalty: NonNegative = 1.0
+    """Taken off the score of a response that does not end its turn."""
+    length_penalty: NonNegative = 0.0
+    """Taken off the score for every token of the response."""
+
+    @model_validator(mode="after")
+    def _something_is_rewarded(self) -> Self:
+        if self.reward is None and not self.rules:
+            raise ValueError("nothing is rewarded: give `reward`, a reward stage, or `rules`")
+        if self.reward is None and self.reward_weight != type(self).model_fields["reward_weight"].default:
+            raise ValueError("reward_weight is that of `reward`, which is not given: leave it out")
+        _require_room(self.max_length, self.max_new_tokens)
+        return self
+
+
+class PpoSettings(Rewarded):
+    """Reinforcement learning of responses: PPO, and with it RLOO and GRPO, which have no value function."""
+
+    kind: Literal["ppo"] = "ppo"
+    """Stage kind."""
+    steps: Positive = 100
+    """Rollout-and-update rounds."""
+    examples_per_step: Positive = 64
+    """Prompts of one rollout."""
     update_epochs: Positive = 1
     """Passes over each rollout."""
     minibatches: Positive = 1
     """Optimizer steps per pass."""
+    advantage: Literal["gae", "rloo", "grpo"] = "gae"
+    """How much better than expected a token was: `gae` by a value function (arXiv 1506.02438), `rloo` by the other
+    responses to the prompt (arXiv 2402.14740), `grpo` the same in standard deviations (arXiv 2402.03300). The last two
+    train no value function and need samples_per_prompt of 2 or more."""
     kl_coefficient: NonNegative = 0.05
-    """Weight of the per-token log-ratio to the reference that is taken off the reward."""
+    """Weight of the divergence from the reference."""
+    kl_target: Rate | None = None
+    """With it, the coefficient is adapted after each round so that the divergence is this many nats a response."""
+    kl_horizon: Positive = 10_000
+    """With kl_target: responses in which the coefficient changes by about a fifth."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimate of a token's divergence from its log-ratio r: r, r^2 / 2, or exp(-r) - 1 + r."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Whether the divergence is taken off each token's reward, or added to the policy's loss."""
     discount: Fraction = 1.0
     """GAE gamma."""
     gae_lambda: Fraction = 0.95
     """GAE lambda."""
     clip: Rate = 0.2
     """Policy ratios are clipped to 1 +- clip."""
+    dual_clip: Annotated[Number, Field(gt=1.0)] | None = None
+    """Bound of the loss of tokens that were worse than expected, in advantages (arXiv 1912.09729; 3 is usual)."""
+    value: Literal["adapter", "head"] = "adapter"
+    """`adapter`: the value function is an adapter and a head of its own, starting as the reward model's. `head`: a head
+    on the policy's states, trained in the same pass: half the computation, and gradients that interfere."""
+    value_weight: Rate = 0.1
+    """With value=head: weight of the value's loss beside the policy's."""
     value_clip: Rate = 0.2
     """Value predictions are clipped to the old value +- value_clip."""
     value_learning_rate: Rate = 1e-4
-    """Peak learning rate of the value adapter and head."""
-    missing_eos_penalty: NonNegative = 1.0
-    """Taken off the score of a response that does not end its turn."""
+    """Peak learning rate of the value function."""
+    value_warmup: Annotated[StrictInt, Field(ge=0)] = 0
+    """Rounds, the first ones, in which only the value function is trained."""
+    stop_at_kl: Rate | None = None
+    """A round's remaining updates are left out once the approximate divergence from the sampling policy, in nats a token,
+    is more than one and a half times this."""
+    reward_normalisation: Literal["none", "mean", "deviation"] = "none"
+    """What is taken off rewards, measured on the policy's responses before the first update: nothing, their `mean`, or the
+    mean and then a division by their standard `deviation`."""
+    reward_clip: Rate | None = None
+    """Rewards are clipped to +- this, after normalisation."""
+    gold: Gold = "none"
+    """Programmatic reward of the held-out responses, which the policy is not trained on: it decides which checkpoint is
+    handed on. Without one, the reward itself decides, and over-optimisation cannot be seen."""
+    evaluate_every: Positive = 10
+    """Rounds between two looks at held-out prompts; the best checkpoint by their score is handed on."""
+    evaluate_rows: Positive = 128
+    """Held-out prompts to look at, at most."""
+    evaluate_samples: Positive = 4
+    """Responses to each of them."""
+    stop_on: list[Alarm] = []
+    """Alarms that end the training early; all are told and recorded in any case."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> PpoSettings:
         if self.examples_per_step % self.minibatches:
             raise ValueError(f"minibatches={self.minibatches} must divide examples_per_step={self.examples_per_step}")
-        _require_room(self.max_length, self.max_new_tokens)
         return self
+
+    @model_validator(mode="after")
+    def _options_fit_the_advantage(self) -> PpoSettings:
+        if self.advantage == "gae":
+            if self.value == "adapter":
+                self._refuse_changed("value=adapter", ("value_weight",))
+            return self
+        if self.samples_per_prompt < 2:
+            raise ValueError(f"advantage={self.advantage} compares responses to a prompt: give samples_per_prompt")
+        names = [name for name in type(self).model_fields if name.startswith(("value", "gae")) or name == "discount"]
+        self._refuse_changed(f"advantage={self.advantage}", tuple(names))
+        return self
+
+    @model_validator(mode="after")
+    def _divergence_is_used(self) -> PpoSettings:
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError("kl_estimator=k1 has no gradient on average as a loss: use k2 or k3, or kl_in=reward")
+        if self.kl_target is None:
+            self._refuse_changed("no kl_target", ("kl_horizon",))
+        if self.kl_target is not None and not self.kl_coefficient:
+            raise ValueError("kl_target adapts kl_coefficient, which must not be 0 for that")
+        return self
+
+    def _refuse_changed(self, reason: str, names: tuple[str, ...]) -> None:
+        """Settings that mean nothing beside another one must be at their defaults."""
+        fields = type(self).model_fields
+        changed = [name for name in names if getattr(self, name) != fields[name].default]
+        if changed:
+            raise ValueError(f"{', '.join(changed)}: of no use with {reason}, leave it out")
 
 
 class EvaluateSettings(StageSettings):

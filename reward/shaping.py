@@ -5,20 +5,31 @@ Rows are right-padded: the mask is True up to a row's last token. Padding never 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": lambda log_ratios: log_ratios,
+    "k2": lambda log_ratios: log_ratios.square() / 2,
+    "k3": lambda log_ratios: torch.expm1(-log_ratios) + log_ratios,
+}
+"""Estimators of KL(pi || pi_ref) from log pi - log pi_ref of tokens that pi sampled (Schulman 2020,
+joschu.net/blog/kl-approx.html): k1 is unbiased and may be negative, k2 is biased, k3 is unbiased and never negative. As a
+loss, k2 has the gradient of the divergence, k3 that of KL(pi_ref || pi) near equality, and k1 one of mean zero."""
 
-def token_rewards(scores: Tensor, log_ratios: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
-    """Reward of every token: minus the KL coefficient times its log-ratio, plus the score on the last token.
+
+def token_rewards(scores: Tensor, divergences: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
+    """Reward of every token: minus the KL coefficient times its divergence, plus the score on the last token.
 
     Args:
         scores: [rows] one score per response.
-        log_ratios: [rows, tokens] log pi - log pi_ref of each token (the k1 estimator of the KL divergence).
+        divergences: [rows, tokens] an estimate of each token's divergence from the reference (`ESTIMATORS`).
         mask: [rows, tokens].
         kl_coefficient: Weight of the penalty (Ziegler et al. 2019, arXiv 1909.08593, eq. 2).
     """
-    rewards = -kl_coefficient * log_ratios * mask
+    rewards = -kl_coefficient * divergences * mask
     last = mask.sum(1) - 1
     rewards[torch.arange(len(scores)), last] += scores
     return rewards
@@ -47,6 +58,37 @@ def generalized_advantages(rewards: Tensor, values: Tensor, mask: Tensor, discou
         next_value = torch.where(real, values[:, token], torch.zeros_like(next_value))
         advantages[:, token] = following
     return advantages
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """Each response's reward less the mean of the other responses' to its prompt (RLOO, Kool et al. 2019; Ahmadian et al.
+    2024, arXiv 2402.14740, eq. 8): [prompts, n] -> [prompts, n], for n of 2 or more."""
+    count = rewards.shape[1]
+    return (rewards - rewards.mean(1, keepdim=True)) * count / (count - 1)
+
+
+def group_normalized(rewards: Tensor) -> Tensor:
+    """Each response's reward in standard deviations from the mean of its prompt's responses (GRPO, Shao et al. 2024, arXiv
+    2402.03300, section 4.1.2): [prompts, n] -> [prompts, n]; zero where all of a prompt's rewards are equal."""
+    deviation = rewards.std(1, keepdim=True, unbiased=False)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return torch.where(deviation > 0, centred / (deviation + 1e-6), torch.zeros_like(centred))
+
+
+def adapted_kl_coefficient(coefficient: float, divergence: float, target: float, responses: int, horizon: int) -> float:
+    """The KL coefficient after a round of the proportional controller (Ziegler et al. 2019, arXiv 1909.08593, section 2.2):
+
+        coefficient * (1 + clip(divergence / target - 1, -0.2, 0.2) * responses / horizon)
+
+    Args:
+        coefficient: Before.
+        divergence: From the reference in nats a response, as measured in the round.
+        target: In nats a response.
+        responses: Of the round.
+        horizon: Responses in which a persistent error of 20% or more changes the coefficient by about 20%.
+    """
+    error = min(0.2, max(-0.2, divergence / target - 1))
+    return coefficient * (1 + error * responses / horizon)
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -11,9 +13,16 @@ from stages.core import attention
 from stages.core.likelihood import logprobs_of, summed_logprobs
 
 
-def hidden_states(model: PreTrainedModel, batch: TreeBatch) -> Tensor:
-    """Final hidden states of a batch, flattened: [rows * width, hidden]."""
-    inputs = {"input_ids": batch.tokens, "position_ids": batch.positions, "use_cache": False}
+def hidden_states(model: PreTrainedModel, batch: TreeBatch, embedded: Tensor | None = None) -> Tensor:
+    """Final hidden states of a batch, flattened: [rows * width, hidden].
+
+    Args:
+        model: The model.
+        batch: The batch.
+        embedded: [rows, width, hidden] what stands in the place of the tokens' embeddings.
+    """
+    inputs: dict[str, Any] = {"position_ids": batch.positions, "use_cache": False}
+    inputs |= {"input_ids": batch.tokens} if embedded is None else {"inputs_embeds": embedded}
     if batch.packing is None:
         output = model.base_model(**inputs, attention_mask=_mask(model, batch))
     else:

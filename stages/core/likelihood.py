@@ -61,14 +61,13 @@ def summed_logprobs(model: PreTrainedModel, states: Tensor, targets: Tensor) -> 
     return found
 
 
-def entropies(model: PreTrainedModel, states: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of the next-token distribution at hidden states [n, hidden]: [n], float32, no gradient."""
-    found = []
-    with torch.no_grad():
-        for some, _ in _chunks(model, states, states):
-            logs = functional.log_softmax(_tempered(model, _rounded(model, some), temperature)[: len(some)], dim=-1)
-            found.append(-(logs.exp() * logs).sum(-1))
-    return torch.cat(found)
+@torch.no_grad()
+def logprobs_and_entropies(
+    model: PreTrainedModel, states: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`logprobs_of`, and the entropy in nats of the distributions that `targets` are of: [n] each, no gradient."""
+    chunks = [_Chunk(model, *each, temperature, entropy=True) for each in _chunks(model, states, targets)]
+    return torch.cat([each.values for each in chunks]), torch.cat([each.entropies for each in chunks])
 
 
 def _chunks(model: PreTrainedModel, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -98,7 +97,11 @@ class _Chunk:
     changed, so nobody else may keep it.
     """
 
-    def __init__(self, model: PreTrainedModel, states: Tensor, targets: Tensor, temperature: float) -> None:
+    entropies: Tensor
+
+    def __init__(
+        self, model: PreTrainedModel, states: Tensor, targets: Tensor, temperature: float, *, entropy: bool = False
+    ) -> None:
         self._count = len(targets)
         with torch.enable_grad():
             self._states = _rounded(model, states.detach()).requires_grad_()
@@ -107,8 +110,13 @@ class _Chunk:
         logits = self._logits.detach()
         self._exponentials = logits.sub_(logits.amax(-1, keepdim=True))[: self._count]
         chosen = self._exponentials.gather(1, self._targets)
+        # An impossible token's -inf times its chance of 0 would be NaN.
+        exponents = self._exponentials.clamp(min=-1e4) if entropy else None
         self._total = self._exponentials.exp_().sum(-1, keepdim=True)
         self.values = (chosen - self._total.log()).squeeze(1)
+        if exponents is not None:
+            weighted = torch.linalg.vecdot(self._exponentials, exponents)[:, None]
+            self.entropies = (self._total.log() - weighted / self._total).squeeze(1)
 
     def gradients(self, *trained: nn.Parameter) -> tuple[Tensor, ...]:
         """In the states [n, hidden] and in trained parameters; can be asked for once."""

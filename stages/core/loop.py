@@ -42,12 +42,18 @@ Objective = Callable[[Sequence[Tree]], Iterable[Part]]
 class Updater:
     """Turns parts into one optimizer step at a time."""
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], settings: Optimizer, total_steps: int) -> None:
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        settings: Optimizer,
+        total_steps: int,
+        epsilon: float = optim.EPSILON,
+    ) -> None:
         self._named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         self._parameters = [parameter for _, parameter in self._named]
         self._settings = settings
         self._total = total_steps
-        self._optimizers = optim.build(self._named, settings)
+        self._optimizers = optim.build(self._named, settings, epsilon)
         self.taken = 0
 
     def step(self, parts: Iterable[Part], origins: Sequence[str] = ()) -> dict[str, float]:

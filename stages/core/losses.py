@@ -204,15 +204,23 @@ def ranking_loss(scores: Tensor) -> Tensor:
 LOG_RATIO_LIMIT = 20.0
 
 
-def clipped_policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def clipped_policy_loss(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, clip: float, dual_clip: float | None = None
+) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate, negated (Schulman et al. 2017, arXiv 1707.06347, eq. 7).
+
+    With `dual_clip` = c, the loss of a token of negative advantage A is at most -c A (Ye et al. 2020, arXiv 1912.09729,
+    eq. 5), however far its ratio has grown.
 
     Returns:
         Loss [tokens], and the probability ratio [tokens]; log-ratios are limited to +-20 so that it stays finite.
     """
     ratio = (logprobs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
-    return -torch.minimum(ratio * advantages, clipped * advantages), ratio
+    losses = -torch.minimum(ratio * advantages, clipped * advantages)
+    if dual_clip is not None:
+        losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
+    return losses, ratio
 
 
 def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:

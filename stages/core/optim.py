@@ -22,7 +22,7 @@ FUSED = ("cpu", "cuda")
 """Devices on which one kernel takes AdamW's whole step."""
 
 
-def build(named: Named, settings: Optimizer) -> list[torch.optim.Optimizer]:
+def build(named: Named, settings: Optimizer, epsilon: float = EPSILON) -> list[torch.optim.Optimizer]:
     """The optimizers for the parameters that are trained.
 
     Weight decay is for matrices only. With `muon`, matrices other than embeddings and heads are orthogonalised, scaled
@@ -39,7 +39,7 @@ def build(named: Named, settings: Optimizer) -> list[torch.optim.Optimizer]:
     if matrices:
         built.append(Muon(matrices, settings.learning_rate, settings.weight_decay))
     if rest:
-        built.append(_adamw(rest, settings))
+        built.append(_adamw(rest, settings, epsilon))
     return built
 
 
@@ -70,13 +70,13 @@ def scale(settings: Optimizer, step: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _adamw(parameters: list[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
+def _adamw(parameters: list[nn.Parameter], settings: Optimizer, epsilon: float) -> torch.optim.Optimizer:
     groups = [
         {"params": [each for each in parameters if each.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [each for each in parameters if each.ndim < 2], "weight_decay": 0.0},
     ]
     filled = [group for group in groups if group["params"]]
-    options: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas, "eps": EPSILON}
+    options: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas, "eps": epsilon}
     device = parameters[0].device
     if settings.name not in ("adamw8bit", "paged_adamw8bit"):
         return AdamW(filled, fused=device.type in FUSED, **options)

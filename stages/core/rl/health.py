@@ -1,0 +1,198 @@
+"""Whether training goes well: the figures of a round, and the alarms that they set off.
+
+Thresholds are starting points from what others met (docs/ppo.md says what each figure means and what to do); an alarm
+warns once, or ends the training where the settings say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from pipeline.config import Alarm
+from reward import shaping
+from stages.core.rl.experience import Experience
+
+Figures = Mapping[str, float]
+ROUNDS = 5
+"""Rounds that alarms average over, at the start and at the end."""
+
+
+def figures(experiences: Sequence[Experience], responses: Sequence[tuple[int, ...]]) -> dict[str, float]:
+    """What a rollout looks like, before the updates that learn from it.
+
+    Args:
+        experiences: All of the rollout.
+        responses: The tokens of its responses.
+
+    Returns:
+        reward, reward_deviation: mean and standard deviation of what responses are worth by themselves.
+        kl: divergence from the reference, nats a response (k1).
+        entropy: of the sampling distribution, nats a token.
+        rollout_gap: mean absolute difference of log-probabilities between sampling and training.
+        length, length_p95: mean and 95th percentile of the responses' tokens.
+        length_reward_correlation: Pearson's, over responses.
+        ended: share of responses that end their turn.
+        distinct_2: distinct pairs of neighbouring tokens over all pairs.
+        advantage_deviation, no_advantage: standard deviation, and share of tokens whose advantage is zero.
+        explained_variance: of the returns by the values; only where values are learnt.
+    """
+    rewards, lengths = _joined(experiences, "rewards"), _joined(experiences, "lengths").float()
+    advantages, values = _joined(experiences, "advantages"), _joined(experiences, "values")
+    found = {
+        "reward": rewards.mean().item(),
+        "reward_deviation": rewards.std(unbiased=False).item(),
+        "kl": _joined(experiences, "log_ratios").sum().item() / len(rewards),
+        "entropy": _joined(experiences, "entropy").mean().item(),
+        "rollout_gap": (_joined(experiences, "sampled") - _joined(experiences, "logprobs")).abs().mean().item(),
+        "length": lengths.mean().item(),
+        "length_p95": lengths.quantile(0.95).item(),
+        "length_reward_correlation": correlation(lengths, rewards),
+        "ended": _joined(experiences, "ended").float().mean().item(),
+        "distinct_2": distinct_pairs(responses),
+        "advantage_deviation": advantages.std(unbiased=False).item(),
+        "no_advantage": (advantages == 0).float().mean().item(),
+    }
+    if values.any():
+        returns = _joined(experiences, "returns")
+        everywhere = torch.ones_like(values, dtype=torch.bool)
+        found["explained_variance"] = shaping.explained_variance(values, returns, everywhere)
+    return found
+
+
+def correlation(first: Tensor, second: Tensor) -> float:
+    """Pearson's correlation of two [n]; 0 where one is constant."""
+    a, b = first.double() - first.double().mean(), second.double() - second.double().mean()
+    size = (a.square().sum() * b.square().sum()).sqrt()
+    return float((a * b).sum() / size) if size > 0 else 0.0
+
+
+def distinct_pairs(responses: Sequence[tuple[int, ...]]) -> float:
+    """Distinct pairs of neighbouring tokens over all such pairs (Li et al. 2016, arXiv 1510.03055); 1 without any."""
+    pairs = [pair for tokens in responses for pair in zip(tokens, tokens[1:], strict=False)]
+    return len(set(pairs)) / len(pairs) if pairs else 1.0
+
+
+@dataclass(frozen=True)
+class Raised:
+    """An alarm that went off, and what it saw."""
+
+    name: Alarm
+    seen: str
+
+    def __str__(self) -> str:
+        return f"{self.name.replace('_', ' ')}: {self.seen}"
+
+
+class Health:
+    """Watches the figures of round after round; every alarm goes off at most once."""
+
+    def __init__(self) -> None:
+        self._history: list[Figures] = []
+        self.raised: list[Raised] = []
+
+    def watch(self, found: Figures) -> list[Raised]:
+        """Take in a round's figures; returns the alarms that go off now."""
+        self._history.append(found)
+        silent = [name for name in get_args(Alarm) if name not in {each.name for each in self.raised}]
+        seen = {name: _ALARMS[name](self._history) for name in silent if name in _ALARMS}
+        now = [Raised(name, text) for name, text in seen.items() if text]
+        self.raised += now
+        return now
+
+    def raise_(self, name: Alarm, seen: str) -> list[Raised]:
+        """Set off an alarm that is found out elsewhere, unless it went off before."""
+        if any(each.name == name for each in self.raised):
+            return []
+        self.raised.append(Raised(name, seen))
+        return self.raised[-1:]
+
+
+def _joined(experiences: Sequence[Experience], name: str) -> Tensor:
+    return torch.cat([getattr(each, name) for each in experiences])
+
+
+def _mean(history: Sequence[Figures], name: str) -> float | None:
+    """Mean over rounds that have the figure; None where none has."""
+    found = [each[name] for each in history if name in each]
+    return sum(found) / len(found) if found else None
+
+
+Watcher = Callable[[Sequence[Figures]], str]
+"""What an alarm sees in the rounds so far, as text; empty where all is well."""
+
+
+def _compared(name: str, wrong: Callable[[float, float], bool], said: str) -> Watcher:
+    """Watches a figure's mean over the last rounds beside that over the first."""
+
+    def watch(history: Sequence[Figures]) -> str:
+        if len(history) < 2 * ROUNDS:
+            return ""
+        first, last = _mean(history[:ROUNDS], name), _mean(history[-ROUNDS:], name)
+        if first is None or last is None or not wrong(first, last):
+            return ""
+        return said.format(first=first, last=last)
+
+    return watch
+
+
+def _recent(name: str, wrong: Callable[[float], bool], said: str, rounds: int = ROUNDS, after: int = 0) -> Watcher:
+    """Watches a figure's mean over the last rounds."""
+
+    def watch(history: Sequence[Figures]) -> str:
+        last = _mean(history[-rounds:], name) if len(history) >= max(rounds, after) else None
+        return said.format(last=last) if last is not None and wrong(last) else ""
+
+    return watch
+
+
+_ALARMS: dict[Alarm, Watcher] = {
+    "entropy_collapse": _compared(
+        "entropy",
+        lambda first, last: last < 0.3 * first,
+        "the entropy fell from {first:.2f} to {last:.2f} nats a token; raise kl_coefficient or lower the learning rate",
+    ),
+    "negative_kl": _recent(
+        "kl",
+        lambda last: last < -0.5,
+        "the divergence from the reference is {last:.2f} nats a response; sampling and training disagree (rollout_gap)",
+    ),
+    "kl_runaway": _recent(
+        "kl",
+        lambda last: last > 30,
+        "the divergence from the reference is {last:.1f} nats a response; raise kl_coefficient or give kl_target",
+    ),
+    "length_runaway": _compared(
+        "length",
+        lambda first, last: last > 2 * first,
+        "responses grew from {first:.0f} to {last:.0f} tokens; give length_penalty, or look at what the reward prefers",
+    ),
+    "unfinished": _compared(
+        "ended",
+        lambda first, last: last < min(0.7, first),
+        "{last:.0%} of the responses end their turn, {first:.0%} did; raise missing_eos_penalty or max_new_tokens",
+    ),
+    "ratio_explosion": _recent(
+        "ratio_max",
+        lambda last: last > 10,
+        "a token's probability changed {last:.0f}-fold in one round; lower the learning rate or update_epochs",
+        rounds=1,
+    ),
+    "value_useless": _recent(
+        "explained_variance",
+        lambda last: last < 0,
+        "values explain less than a constant would ({last:.2f}); raise value_learning_rate or give value_warmup",
+        rounds=2 * ROUNDS,
+        after=50,
+    ),
+    "constant_reward": _recent(
+        "reward_deviation",
+        lambda last: last < 1e-6,
+        "all responses get the same reward; there is nothing left to learn",
+        rounds=1,
+    ),
+}

@@ -1,0 +1,144 @@
+"""What must hold before the first update, measured on the first rollout.
+
+Each check is one line with its value. A failed one stops the run: every one of them is a mistake that training would
+hide, in figures that look plausible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.config import PpoSettings
+from pipeline.errors import NumericalError
+from stages.core.rl import memory
+from stages.core.rl.experience import Experience
+from stages.core.rl.updates import Losses
+from stages.core.roles import Roles
+
+EQUAL = 1e-4
+"""Largest deviation of a ratio from 1, or of a divergence from 0, that is put down to rounding."""
+GAP = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+"""Largest mean difference in nats between log-probabilities of sampling, with a cache, and of training."""
+ALIKE = 1e-6
+"""Standard deviation of rewards below which all are the same."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A line of the preflight.
+
+    Attributes:
+        name: What was looked at.
+        value: What was found, for reading.
+        passed: Whether it is as it must be.
+        remedy: What to change if it is not.
+    """
+
+    name: str
+    value: str
+    passed: bool
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{'ok' if self.passed else 'FAILED'}: {self.name} {self.value}"
+
+
+def examine(
+    roles: Roles, experiences: Sequence[Experience], losses: Losses, settings: PpoSettings, kl_coefficient: float
+) -> Iterator[Check]:
+    """The checks, one after another; the policy has not been updated yet."""
+    yield _ratio(experiences, losses, kl_coefficient)
+    yield _divergence(experiences)
+    yield _gap(roles, experiences)
+    yield _ending(experiences, settings)
+    yield _spread(experiences, settings)
+    yield _template(roles)
+    yield _memory(roles, experiences, settings)
+
+
+def require(check: Check, where: str) -> None:
+    """Raise NumericalError, with the remedy, for a failed check."""
+    if not check.passed:
+        raise NumericalError(f"preflight: {check.name} {check.value}", where=where, hint=check.remedy)
+
+
+def _ratio(experiences: Sequence[Experience], losses: Losses, kl_coefficient: float) -> Check:
+    with torch.no_grad():
+        (part,) = losses.policy(experiences[:1], kl_coefficient)
+    ratio, approximate = part.shares["ratio"], part.shares["approximate_kl"]
+    return Check(
+        "probability ratio before any update",
+        f"{ratio:.6f} (must be 1)",
+        abs(ratio - 1) < EQUAL and approximate < EQUAL,
+        "scoring and training compute the same tokens differently; try sampler=native and dtype=float32",
+    )
+
+
+def _divergence(experiences: Sequence[Experience]) -> Check:
+    tokens = sum(len(each.logprobs) for each in experiences)
+    gap = sum(each.log_ratios.abs().sum().item() for each in experiences) / tokens
+    return Check(
+        "divergence from the reference",
+        f"{gap:.2e} nats a token (must be 0)",
+        gap < EQUAL,
+        "the policy does not begin as its reference; give the stage whose result `policy` is",
+    )
+
+
+def _gap(roles: Roles, experiences: Sequence[Experience]) -> Check:
+    tokens = sum(len(each.logprobs) for each in experiences)
+    gap = sum((each.sampled - each.logprobs).abs().sum().item() for each in experiences) / tokens
+    allowed = GAP[roles.base.compute.dtype]
+    return Check(
+        "gap between sampling and training",
+        f"{gap:.2e} nats a token (at most {allowed})",
+        gap <= allowed,
+        "the cache computes other log-probabilities than a whole pass; try the other sampler, or dtype=float32",
+    )
+
+
+def _ending(experiences: Sequence[Experience], settings: PpoSettings) -> Check:
+    ended = torch.cat([each.ended for each in experiences]).float().mean().item()
+    return Check(
+        "responses that end their turn",
+        f"{ended:.0%} within {settings.max_new_tokens} tokens",
+        ended > 0 or settings.missing_eos_penalty == 0,
+        "raise max_new_tokens, or train the sft stage on whole turns; with missing_eos_penalty=0 none has to end",
+    )
+
+
+def _spread(experiences: Sequence[Experience], settings: PpoSettings) -> Check:
+    scores = torch.cat([each.scores for each in experiences])
+    deviation = scores.std(unbiased=False).item()
+    clipped = settings.reward_clip is not None and (scores.abs() >= settings.reward_clip).float().mean().item() > 0.5
+    return Check(
+        "spread of the scores",
+        f"{deviation:.3g} around {scores.mean().item():.3g}" + (", most of them clipped" if clipped else ""),
+        deviation > ALIKE and not clipped,
+        "the reward tells no response from another; look at the reward stage's pair accuracy, the rules, or reward_clip",
+    )
+
+
+def _template(roles: Roles) -> Check:
+    template = roles.base.template
+    padding = roles.base.tokenizer.pad_token_id
+    return Check(
+        "chat template, the reward model's too,",
+        f"{template.digest[:12]}, stop token {template.stop_id}, padding {padding}",
+        padding != template.stop_id,
+        "padding must not be the stop token, or the policy never learns to stop; give the tokenizer a padding token",
+    )
+
+
+def _memory(roles: Roles, experiences: Sequence[Experience], settings: PpoSettings) -> Check:
+    needed, free = memory.expected(roles, experiences, settings), memory.free(roles.base.compute.device)
+    return Check(
+        "memory",
+        f"{memory.held(roles) / 2**20:,.0f} MiB of weights held once, about {needed / 2**20:,.0f} MiB more for a round"
+        + (f" of {free / 2**20:,.0f} free" if free else ""),
+        not free or needed < free,
+        "lower tokens_per_batch or examples_per_step, or set gradient_checkpointing: true",
+    )

@@ -1,0 +1,136 @@
+"""Which of the policies on the way is handed on: the one that does best on held-out prompts.
+
+Looking at prompts that are not trained on, with a score that is not trained against where there is one, is what shows
+over-optimisation (Gao et al. 2022, arXiv 2210.10760): the reward rises and the score falls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.manifest import Metric
+from reward.intervals import mean_interval, paired_difference
+from reward.rules import judge
+from stages.core.rl.experience import Collector, Experience
+from stages.core.rl.rewards import Rewards
+from stages.core.rl.sampling import Rollout
+from stages.core.roles import POLICY, Roles
+
+SURE = 2.0
+"""Standard errors by which the score must have fallen from its best to be believed."""
+NOTABLE = 0.02
+"""Smallest fall that counts, in units of the score."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """The policy after some rounds, on held-out prompts.
+
+    Attributes:
+        round: Rounds it was trained for.
+        scores: [prompts] mean score of a prompt's responses.
+        rewards: [prompts] mean of what is trained for.
+        kl: Divergence from the reference, nats a response.
+    """
+
+    round: int
+    scores: NDArray[np.float64]
+    rewards: NDArray[np.float64]
+    kl: float
+
+    @property
+    def score(self) -> float:
+        """Mean over the prompts."""
+        return float(self.scores.mean())
+
+
+class Selection:
+    """Looks at held-out prompts, and keeps a copy of the policy that did best.
+
+    Args:
+        roles: The base with its roles.
+        look_at: Samples responses to the held-out prompts, always with the same seed.
+        rewards: What responses are trained for.
+        collector: Has them scored.
+        gold: Name of the rule that the policy is not trained on, or `none`: then the reward itself is the score.
+    """
+
+    def __init__(
+        self, roles: Roles, look_at: Callable[[], Rollout], rewards: Rewards, collector: Collector, gold: str
+    ) -> None:
+        self._roles, self._look_at, self._rewards, self._collector = roles, look_at, rewards, collector
+        self._gold = gold
+        self.looks: list[Look] = []
+        self.kept: dict[str, Tensor] = {}
+
+    @property
+    def best(self) -> Look:
+        """The look with the highest mean score; of equal ones the first."""
+        return max(self.looks, key=lambda look: look.score)
+
+    def look(self, rounds: int) -> dict[str, float]:
+        """Sample, score and remember; returns the figures for the record of the round."""
+        rollout = self._look_at()
+        experiences = self._collector.collect(rollout, rollout.trees(), self._rewards.of_rules(rollout))
+        rewards = _in_order(rollout, experiences)
+        scores = rewards if self._gold == "none" else self._judged(rollout)
+        kl = sum(each.log_ratios.sum().item() for each in experiences) / len(rollout.samples)
+        self.looks.append(Look(rounds, _by_prompt(scores, rollout), _by_prompt(rewards, rollout), kl))
+        if self.best is self.looks[-1]:
+            self.kept = {name: each.detach().clone() for name, each in self._roles.parameters(POLICY)}
+        return {"held_out": self.looks[-1].score, "held_out_reward": float(self.looks[-1].rewards.mean())}
+
+    @property
+    def over_optimised(self) -> str:
+        """What shows that the policy serves the reward and not the score any more; empty where nothing does."""
+        best, last = self.best, self.looks[-1]
+        fall = best.scores - last.scores
+        error = fall.std(ddof=1) / np.sqrt(len(fall)) if len(fall) > 1 else np.inf
+        rising = last.rewards.mean() > best.rewards.mean()
+        if self._gold == "none" or not rising or fall.mean() <= max(NOTABLE, SURE * error):
+            return ""
+        return (
+            f"the held-out score fell by {fall.mean():.3f} from its best after round {best.round}, "
+            f"while the reward rose by {last.rewards.mean() - best.rewards.mean():.3f}; "
+            "the best policy is the one that is handed on"
+        )
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the policy the weights that did best."""
+        for name, parameter in self._roles.parameters(POLICY):
+            parameter.copy_(self.kept[name])
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """The chosen policy on the held-out prompts, and its gain over the start, prompt by prompt."""
+        best, first = self.best, self.looks[0]
+        return {
+            "held_out": mean_interval(best.scores),
+            "held_out_gain": paired_difference(best.scores, first.scores),
+            "chosen_round": Metric(value=best.round),
+        }
+
+    def _judged(self, rollout: Rollout) -> NDArray[np.float64]:
+        texts = rollout.texts(self._roles.base.template)
+        rows = [each.row for each in rollout.repeated]
+        found = [judge(self._gold, row.facts, text, row.origin) for row, text in zip(rows, texts, strict=True)]
+        return np.array([verdict.reward for verdict in found])
+
+
+def _in_order(rollout: Rollout, experiences: Sequence[Experience]) -> NDArray[np.float64]:
+    """Rewards of the responses in the rollout's order."""
+    found = np.zeros(len(rollout.samples))
+    for each in experiences:
+        found[rollout.of(each.batch)] = each.rewards.cpu().numpy()
+    return found
+
+
+def _by_prompt(values: NDArray[np.float64], rollout: Rollout) -> NDArray[np.float64]:
+    return values.reshape(-1, rollout.per_prompt).mean(1)

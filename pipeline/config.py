@@ -9,40 +9,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    StrictBool,
-    StrictInt,
-    Tag,
-    model_validator,
-)
+from pydantic import AfterValidator, Discriminator, Field, StrictBool, StrictInt, Tag, model_validator
 
+from pipeline.rules import Gold
+from pipeline.settings import (
+    Decay,
+    Fraction,
+    Name,
+    NonNegative,
+    Number,
+    Positive,
+    Rate,
+    Seed,
+    Settings,
+    Temperature,
+)
 from pipeline.suggestion import suggest
 from pipeline.terminal import printable
 from pipeline.trainers import ABSENT, TRAINERS, Trainer, reserved
-
-
-def _no_boolean(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("should be a number, not true or false")
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_no_boolean)]
-Positive = Annotated[StrictInt, Field(gt=0)]
-Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]
-Fraction = Annotated[Number, Field(ge=0.0, le=1.0)]
-Decay = Annotated[Number, Field(ge=0.0, lt=1.0)]
-Rate = Annotated[Number, Field(gt=0.0)]
-NonNegative = Annotated[Number, Field(ge=0.0)]
-Temperature = Annotated[Number, Field(ge=0.01, le=100.0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-
 
 One = TypeVar("One")
 Several = TypeVar("Several")
@@ -54,14 +38,6 @@ def _one_or_several(value: Any) -> str:
 
 Either = Annotated[Annotated[One, Tag("one")] | Annotated[Several, Tag("several")], Discriminator(_one_or_several)]
 """A text or a collection; decided by what is given, so that mistakes are reported for that alone."""
-
-
-class Settings(BaseModel):
-    """Base of all configuration: unknown keys refused, values immutable, NaN and infinity refused."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
-    )
 
 
 class Preparation(Settings):
@@ -530,8 +506,9 @@ class EvaluateSettings(StageSettings):
     """Data source of the pairs for pair accuracy."""
     text: str | None = None
     """Data source of the text for perplexity and bits per byte."""
-    gold: Literal["none", "world"] = "none"
-    """Programmatic reward of the responses; `world` is the embedded world's."""
+    gold: Gold = "none"
+    """Rule that judges the responses and knows which are correct: `world` is the embedded world's, `exact` and
+    `numeric` compare with the prompt's `answer` (`docs/rewards.md`)."""
     rows: Positive = 256
     """Held-out rows of each data source to use, at most."""
     max_new_tokens: Positive = 64
@@ -567,8 +544,8 @@ class TrlSettings(StageSettings):
     reward: str | None = None
     """Reward stage that scores the responses of trainers that sample; its tokenizer and chat template must be the
     policy's."""
-    gold: Literal["none", "world"] = "none"
-    """Programmatic reward of those responses; added to that of the reward stage where both are given."""
+    gold: Gold = "none"
+    """Rule that rewards those responses, as in `evaluate`; added to the reward stage's where both are given."""
     lora: Lora | None = Lora()
     """The adapter; `null` trains all weights. A policy that begins as an adapter keeps that adapter's shape."""
     examples_per_step: Positive = 32

@@ -613,8 +613,9 @@ class EvaluateSettings(StageSettings):
     """Data source of the pairs for pair accuracy."""
     text: str | None = None
     """Data source of the text for perplexity and bits per byte."""
-    gold: Literal["none", "world"] = "none"
-    """Programmatic reward of the responses; `world` is the embedded world's."""
+    gold: Gold = "none"
+    """Rule that judges the responses and knows which are correct: `world` is the embedded world's, `exact` and
+    `numeric` compare with the prompt's `answer` (`docs/rewards.md`)."""
     rows: Positive = 256
     """Held-out rows of each data source to use, at most."""
     max_new_tokens: Positive = 64
@@ -650,8 +651,8 @@ class TrlSettings(StageSettings):
     reward: str | None = None
     """Reward stage that scores the responses of trainers that sample; its tokenizer and chat template must be the
     policy's."""
-    gold: Literal["none", "world"] = "none"
-    """Programmatic reward of those responses; added to that of the reward stage where both are given."""
+    gold: Gold = "none"
+    """Rule that rewards those responses, as in `evaluate`; added to the reward stage's where both are given."""
     lora: Lora | None = Lora()
     """The adapter; `null` trains all weights. A policy that begins as an adapter keeps that adapter's shape."""
     examples_per_step: Positive = 32

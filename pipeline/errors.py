@@ -62,6 +62,12 @@ class StorageError(BatonError):
     exit_code = 6
 
 
+class ServerError(BatonError):
+    """A reward server is out of reach, or does not answer as the protocol says."""
+
+    exit_code = 69
+
+
 class BusyError(BatonError):
     """Another process holds the run directory."""
 

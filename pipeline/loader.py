@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -15,10 +15,13 @@ from pipeline.config import DataSource, RunSettings
 from pipeline.document import MAX_BYTES, SCALARS, Document, Location, Problem, override, parse
 from pipeline.errors import ConfigError
 from pipeline.references import STAGES
+from pipeline.rules import RULES
 from pipeline.suggestion import suggest
 from pipeline.terminal import printable
 
 CONFIGURATIONS = (".yaml", ".yml")
+UNIONS: dict[str, Mapping[str, type[BaseModel]]] = {"kind": STAGES, "rule": RULES}
+"""Setting that tells alternatives apart -> its values, and the settings that each stands for."""
 Validated = TypeVar("Validated", bound=BaseModel)
 
 
@@ -120,10 +123,11 @@ def _message(document: Document, model: type[BaseModel], location: Location, det
     if kind == "extra_forbidden":
         return f"unknown setting{suggest(last, _settings_at(model, document.values, location[:-1]))}"
     if kind == "union_tag_invalid":
-        given = str(detail["input"]["kind"])
-        return f"unknown kind `{printable(given)}`{suggest(given, STAGES)}"
+        name, given = _discriminator(detail), str(detail["ctx"]["tag"])
+        return f"unknown {name} `{printable(given)}`{suggest(given, UNIONS[name])}"
     if kind == "union_tag_not_found":
-        return f"`kind` is missing{suggest(last, STAGES)}"
+        name = _discriminator(detail)
+        return f"`{name}` is missing{suggest(last, UNIONS[name])}"
     if kind == "missing":
         return "missing"
     if kind == "value_error":
@@ -131,6 +135,11 @@ def _message(document: Document, model: type[BaseModel], location: Location, det
     value = detail["input"]
     shown = "" if isinstance(value, dict | list) else f", not {printable(repr(value))}"
     return f"{detail['msg'][0].lower()}{detail['msg'][1:]}{shown}"
+
+
+def _discriminator(detail: ErrorDetails) -> str:
+    """The setting that tells the alternatives of a union apart."""
+    return str(detail["ctx"]["discriminator"]).strip("'")
 
 
 def _line_number(problem: Problem) -> int:
@@ -157,15 +166,26 @@ def _location(values: Any, raw: Location, missing: bool) -> Location:
 def _settings_at(model: type[BaseModel], values: Any, location: Location) -> list[str]:
     """Names of the settings that may stand at a place of a document that is to become `model`."""
     if model is RunSettings and location[:1] == ("stages",):
-        model, location = STAGES[values["stages"][location[1]]["kind"]], location[2:]
+        values, location = values["stages"][location[1]], location[2:]
+        model = STAGES[values["kind"]]
+    found = [model]
     for key in location:
-        if str(key) in model.model_fields:  # else it is a name that the user gave, as of a data source
-            model = _model_in(model.model_fields[str(key)].annotation) or model
-    return list(model.model_fields)
+        values = values[key]
+        # A key that is no setting is a name that the user gave, as of a data source, or a place in a list.
+        fields = [each.model_fields[str(key)] for each in found if str(key) in each.model_fields]
+        found = [inner for field in fields for inner in _models_in(field.annotation)] or found
+        found = [each for each in found if _is_meant(each, values)] or found
+    return [name for each in found for name in each.model_fields]
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """The settings that a field holds: itself, or what its alternatives, lists or mappings are of."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_model_in, get_args(annotation))), None)
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)
+
+
+def _is_meant(model: type[BaseModel], values: Any) -> bool:
+    """Whether a rule's settings name the rule that `model` stands for."""
+    return isinstance(values, dict) and RULES.get(str(values.get("rule"))) is model

@@ -376,24 +376,14 @@ class RewardSettings(Training):
     the score is their mean, and how far they differ says how sure the model is."""
 
 
-class DpoSettings(Training):
-    """Direct preference optimisation and its family; the reference is the policy's own start."""
+class PreferenceObjective(Settings):
+    """What a stage that learns from pairs minimises."""
 
-    ROLES: ClassVar = {"policy": ("model", "adapter")}
-    DATA: ClassVar = {"data": ("preference",)}
     WITHOUT_REFERENCE: ClassVar = ("simpo", "orpo")
     """Losses of the policy alone."""
     SMOOTHED: ClassVar = ("sigmoid", "sigmoid_norm", "robust")
     """Losses that allow for wrong labels."""
 
-    kind: Literal["dpo"] = "dpo"
-    """Stage kind."""
-    policy: str
-    """Model or adapter to start from; also the reference."""
-    data: Data
-    """Data source of the preferences, or a mixture."""
-    lora: Lora = Lora()
-    """The adapter; a policy that begins as an adapter keeps that adapter's shape."""
     loss: Literal["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "simpo", "orpo", "apo_zero", "apo_down"] = (
         "sigmoid"
     )
@@ -413,10 +403,6 @@ class DpoSettings(Training):
     sft_weight: NonNegative = 0.0
     """Weight of the mean negative log-likelihood of the chosen responses' tokens (arXiv 2404.19733, eq. 1); keeps their
     probability from falling along with that of the rejected ones. With `orpo` it is part of the loss."""
-    reference: Literal["each_step", "once"] = "each_step"
-    """When the reference's log-probabilities are computed: in `each_step`, or `once` before training. Then they are
-    kept in the cache, where another run on exactly the same pairs finds them: a run of whole epochs, whatever its seed.
-    With `steps`, or a source of which a part is drawn, each seed may take other pairs, and all are computed anew."""
 
     @property
     def has_reference(self) -> bool:
@@ -429,7 +415,7 @@ class DpoSettings(Training):
         return 1.0 if self.loss == "orpo" else self.sft_weight
 
     @model_validator(mode="after")
-    def _options_fit_the_loss(self) -> DpoSettings:
+    def _options_fit_the_loss(self) -> Self:
         if self.label_smoothing and self.loss not in self.SMOOTHED:
             raise ValueError(
                 f"loss={self.loss} knows no label_smoothing: leave it out, or use {' or '.join(self.SMOOTHED)}"
@@ -442,6 +428,30 @@ class DpoSettings(Training):
             )
         if self.loss == "orpo" and self.sft_weight:
             raise ValueError("loss=orpo has a supervised term of weight 1: leave out sft_weight, and weigh with beta")
+        return self
+
+
+class DpoSettings(Training, PreferenceObjective):
+    """Direct preference optimisation and its family; the reference is the policy's own start."""
+
+    ROLES: ClassVar = {"policy": ("model", "adapter")}
+    DATA: ClassVar = {"data": ("preference",)}
+
+    kind: Literal["dpo"] = "dpo"
+    """Stage kind."""
+    policy: str
+    """Model or adapter to start from; also the reference."""
+    data: Data
+    """Data source of the preferences, or a mixture."""
+    lora: Lora = Lora()
+    """The adapter; a policy that begins as an adapter keeps that adapter's shape."""
+    reference: Literal["each_step", "once"] = "each_step"
+    """When the reference's log-probabilities are computed: in `each_step`, or `once` before training. Then they are
+    kept in the cache, where another run on exactly the same pairs finds them: a run of whole epochs, whatever its seed.
+    With `steps`, or a source of which a part is drawn, each seed may take other pairs, and all are computed anew."""
+
+    @model_validator(mode="after")
+    def _reference_can_be_kept(self) -> DpoSettings:
         if self.reference == "once" and not self.has_reference:
             raise ValueError(f"loss={self.loss} has no reference: leave out reference=once")
         return self
@@ -489,15 +499,36 @@ class Rewarded(Batching):
         return self
 
 
-class PpoSettings(Rewarded):
-    """Reinforcement learning of responses: PPO, and with it RLOO and GRPO, which have no value function."""
+class Rounds(Rewarded):
+    """What every stage has that samples and learns in turns, watched on held-out prompts."""
 
-    kind: Literal["ppo"] = "ppo"
-    """Stage kind."""
     steps: Positive = 100
     """Rollout-and-update rounds."""
     examples_per_step: Positive = 64
     """Prompts of one rollout."""
+    reward_normalisation: Literal["none", "mean", "deviation"] = "none"
+    """What is taken off rewards, measured on the policy's responses before the first update: nothing, their `mean`, or the
+    mean and then a division by their standard `deviation`."""
+    reward_clip: Rate | None = None
+    """Rewards are clipped to +- this, after normalisation."""
+    gold: Gold = "none"
+    """Programmatic reward of the held-out responses, which the policy is not trained on: it decides which checkpoint is
+    handed on. Without one, the reward itself decides, and over-optimisation cannot be seen."""
+    evaluate_every: Positive = 10
+    """Rounds between two looks at held-out prompts; the best checkpoint by their score is handed on."""
+    evaluate_rows: Positive = 128
+    """Held-out prompts to look at, at most."""
+    evaluate_samples: Positive = 4
+    """Responses to each of them."""
+    stop_on: list[Alarm] = []
+    """Alarms that end the training early; all are told and recorded in any case."""
+
+
+class PpoSettings(Rounds):
+    """Reinforcement learning of responses: PPO, and with it RLOO and GRPO, which have no value function."""
+
+    kind: Literal["ppo"] = "ppo"
+    """Stage kind."""
     update_epochs: Positive = 1
     """Passes over each rollout."""
     minibatches: Positive = 1
@@ -538,22 +569,6 @@ class PpoSettings(Rewarded):
     stop_at_kl: Rate | None = None
     """A round's remaining updates are left out once the approximate divergence from the sampling policy, in nats a token,
     is more than one and a half times this."""
-    reward_normalisation: Literal["none", "mean", "deviation"] = "none"
-    """What is taken off rewards, measured on the policy's responses before the first update: nothing, their `mean`, or the
-    mean and then a division by their standard `deviation`."""
-    reward_clip: Rate | None = None
-    """Rewards are clipped to +- this, after normalisation."""
-    gold: Gold = "none"
-    """Programmatic reward of the held-out responses, which the policy is not trained on: it decides which checkpoint is
-    handed on. Without one, the reward itself decides, and over-optimisation cannot be seen."""
-    evaluate_every: Positive = 10
-    """Rounds between two looks at held-out prompts; the best checkpoint by their score is handed on."""
-    evaluate_rows: Positive = 128
-    """Held-out prompts to look at, at most."""
-    evaluate_samples: Positive = 4
-    """Responses to each of them."""
-    stop_on: list[Alarm] = []
-    """Alarms that end the training early; all are told and recorded in any case."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> PpoSettings:
@@ -589,6 +604,32 @@ class PpoSettings(Rewarded):
         changed = [name for name in names if getattr(self, name) != fields[name].default]
         if changed:
             raise ValueError(f"{', '.join(changed)}: of no use with {reason}, leave it out")
+
+
+class RejectionSettings(Rounds):
+    """Rejection sampling: of several responses to a prompt, the policy is fine-tuned on the best."""
+
+    kind: Literal["rejection"] = "rejection"
+    """Stage kind."""
+    samples_per_prompt: Annotated[StrictInt, Field(ge=2)] = 4
+    """Responses to each prompt of a rollout; the prompt is computed once for all."""
+    keep: Positive = 1
+    """Responses to each prompt that are learnt from, the best ones."""
+
+    @model_validator(mode="after")
+    def _some_are_rejected(self) -> RejectionSettings:
+        if self.keep >= self.samples_per_prompt:
+            raise ValueError(f"keep={self.keep} rejects none of samples_per_prompt={self.samples_per_prompt}: lower it")
+        return self
+
+
+class OnlineDpoSettings(Rounds, PreferenceObjective):
+    """DPO on pairs of the policy's own responses: the best and the worst to each prompt."""
+
+    kind: Literal["online_dpo"] = "online_dpo"
+    """Stage kind."""
+    samples_per_prompt: Annotated[StrictInt, Field(ge=2)] = 2
+    """Responses to each prompt of a rollout; the prompt is computed once for all."""
 
 
 class EvaluateSettings(StageSettings):
@@ -753,6 +794,8 @@ Stage = Annotated[
     | RewardSettings
     | DpoSettings
     | PpoSettings
+    | RejectionSettings
+    | OnlineDpoSettings
     | EvaluateSettings
     | TrlSettings,
     Field(discriminator="kind"),
@@ -856,6 +899,8 @@ PRODUCES: dict[str, tuple[str, ...]] = {
     "reward": ("reward",),
     "dpo": ("adapter",),
     "ppo": ("adapter",),
+    "rejection": ("adapter",),
+    "online_dpo": ("adapter",),
     "evaluate": ("evaluation",),
     "trl": ("model", "adapter", "reward"),
 }

@@ -22,9 +22,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
-from torch import Tensor
 
-from data.batch import Layout, TreeBatch
+from data.batch import Layout
 from data.mixture import Passes, stream
 from data.tree import Tree, pair_tree
 from pipeline.config import DpoSettings
@@ -36,7 +35,8 @@ from stages.core.checkpointing import checkpoint_layers
 from stages.core.layout import choose_layout
 from stages.core.losses import PREFERENCE_LOSSES
 from stages.core.models import record
-from stages.core.reference import KeptReference, Reference, in_each_step, pair_logprobs
+from stages.core.preference import computed_reference, implicit_margins, objective, read_tokens
+from stages.core.reference import KeptReference, pair_logprobs
 from stages.core.roles import POLICY, REFERENCE, Roles, adaptation, open_role
 from stages.core.scoring import on_device, record_probes, replay_probes
 
@@ -80,48 +80,6 @@ def run(context: Context) -> Result:
     )
 
 
-def objective(
-    roles: Roles, settings: DpoSettings, layout: Layout, reference: Reference | None = None
-) -> loop.Objective:
-    """Mean loss over the step's pairs, with the mean margin and the share of pairs whose margin is positive.
-
-    `chosen_logprob` is the mean log-probability of the chosen responses' tokens: it falls when learning goes astray.
-
-    Args:
-        roles: The base with policy and reference.
-        settings: The stage's.
-        layout: How to lay out trees.
-        reference: The reference where it was kept; without, it is computed if the loss has one.
-    """
-    loss = PREFERENCE_LOSSES[settings.loss]
-    forwards = 2 if settings.has_reference and reference is None else 1
-    reference = reference or _computed(roles, settings)
-
-    def parts(examples: Sequence[Tree]) -> Iterator[loop.Part]:
-        chosen_tokens = sum(tree.branches[0].reads for tree in examples)
-        for batch in on_device(roles.base, examples, settings.tokens_per_batch, layout):
-            against = reference(batch) if reference else None
-            with roles.use(POLICY):
-                policy = pair_logprobs(roles.base, batch)
-                logprobs = loss.logprobs(policy, against, _read_tokens(batch))
-                margins = _margins(logprobs, settings)
-                likelihood = policy[:, 0].sum() / chosen_tokens
-                shares = {
-                    "chosen_logprob": likelihood.item(),
-                    "accuracy": (margins > 0).float().sum().item() / len(examples),
-                    "margin": margins.sum().item() / len(examples),
-                }
-                losses = loss.function(logprobs, settings)
-                total = losses.sum() / len(examples) - settings.supervised_weight * likelihood
-                yield loop.Part(total, shares, forwards * batch.token_count)
-
-    return parts
-
-
-def _computed(roles: Roles, settings: DpoSettings) -> Reference | None:
-    return in_each_step(roles) if settings.has_reference else None
-
-
 def _kept(context: Context, roles: Roles, layout: Layout, pairs: Callable[[], Iterable[Tree]]) -> KeptReference | None:
     """The reference of these pairs from the cache, if the settings ask for it."""
     settings: DpoSettings = context.settings
@@ -143,31 +101,20 @@ def _taken(context: Context, passes: Passes[Tree]) -> Iterator[Tree]:
     return islice(stream(passes, context.seed), steps * context.settings.examples_per_step)
 
 
-def _read_tokens(batch: TreeBatch) -> Tensor:
-    """[pairs, 2] tokens of (chosen, rejected)."""
-    counts = [[branch.reads for branch in tree.branches] for tree in batch.trees]
-    return torch.tensor(counts, device=batch.tokens.device)
-
-
-def _margins(logprobs: Tensor, settings: DpoSettings) -> Tensor:
-    """[pairs] implicit reward of the chosen response less the rejected one's."""
-    return settings.beta * (logprobs[:, 0] - logprobs[:, 1]).detach()
-
-
 @torch.no_grad()
 def _metrics(context: Context, roles: Roles, examples: Sequence[Tree], layout: Layout) -> dict[str, Metric]:
     if not examples:
         return {}
     settings: DpoSettings = context.settings
     loss = PREFERENCE_LOSSES[settings.loss]
-    reference = _kept(context, roles, layout, lambda: examples) or _computed(roles, settings)
+    reference = _kept(context, roles, layout, lambda: examples) or computed_reference(roles, settings)
     found: dict[int, float] = {}
     for batch in on_device(roles.base, examples, settings.tokens_per_batch, layout):
         against = reference(batch) if reference else None
         with roles.use(POLICY):
-            logprobs = loss.logprobs(pair_logprobs(roles.base, batch), against, _read_tokens(batch))
+            logprobs = loss.logprobs(pair_logprobs(roles.base, batch), against, read_tokens(batch))
         numbers = [tree.number for tree in batch.trees]
-        found.update(zip(numbers, _margins(logprobs, settings).tolist(), strict=True))
+        found.update(zip(numbers, implicit_margins(logprobs, settings).tolist(), strict=True))
     margins = [found[tree.number] for tree in examples]
     return {
         "pair_accuracy": proportion_interval(sum(margin > 0 for margin in margins), len(margins)),

@@ -31,11 +31,10 @@ from pipeline.manifest import DataCard, Metric
 from reward.intervals import mean_interval, paired_difference, proportion_interval, ratio_interval
 from reward.rules import RULES, Rule, Verdict
 from stages.core import device, loop, rows
-from stages.core.experience import trees_of
 from stages.core.lineup import Contestant, Lineup, parent_digest
 from stages.core.models import LanguageModel
 from stages.core.roles import REWARD, Roles
-from stages.core.rollout import sample
+from stages.core.rollout import sample, trees_of
 from stages.core.scoring import exponential, logprobs, scores
 
 Metrics = dict[str, Metric]

@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 
 from data.batch import batches
 from stages.core import rollout
-from stages.core.experience import trees_of
 from stages.core.forward import token_logprobs
-from stages.core.rollout import Sample, sample
+from stages.core.rollout import Sample, sample, trees_of
 
 NEVER = -1
 """A stop token that is never sampled."""

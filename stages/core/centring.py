@@ -12,9 +12,8 @@ from data.batch import Layout
 from data.tree import Tree
 from pipeline.manifest import Metric
 from reward.intervals import mean_interval
-from stages.core.experience import trees_of
 from stages.core.roles import REFERENCE, REWARD, Roles
-from stages.core.rollout import sample
+from stages.core.rollout import sample, trees_of
 from stages.core.scoring import head_scores, on_device
 
 SAMPLES = 128

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.config import DpoSettings
+from pipeline.config import PreferenceObjective
 
 
 def sigmoid_loss(ratios: Tensor, beta: float, label_smoothing: float) -> Tensor:
@@ -141,7 +141,7 @@ class PreferenceLoss:
         per_token: Whether log-probabilities are divided by the tokens of the response, rather than summed.
     """
 
-    function: Callable[[Tensor, DpoSettings], Tensor]
+    function: Callable[[Tensor, PreferenceObjective], Tensor]
     per_token: bool = False
 
     def logprobs(self, policy: Tensor, reference: Tensor | None, tokens: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class PreferenceLoss:
         return relative / tokens if self.per_token else relative
 
 
-def _simpo(logprobs: Tensor, settings: DpoSettings) -> Tensor:
+def _simpo(logprobs: Tensor, settings: PreferenceObjective) -> Tensor:
     assert settings.gamma is not None
     return simpo_loss(logprobs, settings.beta, settings.gamma)
 
@@ -174,7 +174,7 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
     "apo_zero": PreferenceLoss(lambda ratios, settings: apo_zero_loss(ratios, settings.beta)),
     "apo_down": PreferenceLoss(lambda ratios, settings: apo_down_loss(ratios, settings.beta)),
 }
-"""`DpoSettings.loss` -> the loss. Which of them have a reference, the settings know."""
+"""`PreferenceObjective.loss` -> the loss. Which of them have a reference, the settings know."""
 
 
 def bradley_terry_loss(scores: Tensor, margin: Tensor | None = None, centring: float = 0.0) -> Tensor:

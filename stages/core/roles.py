@@ -98,7 +98,7 @@ class Roles:
         """
         layers = self._layers()
         before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
-        has_adapter = self._peft is not None and role in self._peft.peft_config
+        has_adapter = self.has(role)
         if not has_adapter and role != REFERENCE:
             raise ValueError(f"no role `{role}`")
         for layer in layers:
@@ -108,6 +108,10 @@ class Roles:
         finally:
             for layer, (active, disabled) in zip(layers, before, strict=True):
                 layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def has(self, role: str) -> bool:
+        """Whether the role has an adapter of its own."""
+        return self._peft is not None and role in self._peft.peft_config
 
     def parameters(self, role: str) -> list[tuple[str, nn.Parameter]]:
         """Named parameters of a role's adapter and head."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from data.tree import Branch, Tree
 from stages.core.forward import device_of
 from stages.core.likelihood import logits_of
 
@@ -53,6 +54,16 @@ def sample(
         batch = _Batch(model, [prompts[index] for index in chosen], stop_id, temperature, generator)
         found.update(zip(chosen, batch.run(max_new_tokens), strict=True))
     return [found[index] for index in range(len(prompts))]
+
+
+def trees_of(prompts: Sequence[tuple[int, ...]], samples: Sequence[Sample]) -> list[Tree]:
+    """Each prompt with its responses, of which equally many stand side by side, numbered by position."""
+    count = len(samples) // max(1, len(prompts))
+    branches = [Branch.of(each.tokens) for each in samples]
+    return [
+        Tree(prompt, tuple(branches[number * count : (number + 1) * count]), number)
+        for number, prompt in enumerate(prompts)
+    ]
 
 
 class _Batch:

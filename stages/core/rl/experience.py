@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.batch import Layout, TreeBatch
 from data.tree import Tree
-from pipeline.config import PpoSettings
+from pipeline.config import PpoSettings, Rounds
 from reward import shaping
 from stages.core.likelihood import logprobs_and_entropies, logprobs_of
 from stages.core.rl.rewards import Rewards, Scale
@@ -39,8 +39,8 @@ class Experience:
         rewards: [branches] what each response is worth by itself.
         ended: [branches] whether the response ended its turn.
         below: [rows, width, hidden] what entered the lowest adapted layer, where layers below are not adapted.
-        scores: [branches] rewards on their scale, penalties taken off; set by `estimate`, as are the rest.
-        advantages: [reads].
+        scores: [branches] rewards on their scale, penalties taken off; set by `score`.
+        advantages: [reads]; set by `estimate`, as are the returns.
         returns: [reads] what the values should have been.
     """
 
@@ -85,7 +85,7 @@ class Collector:
     """
 
     def __init__(
-        self, roles: Roles, settings: PpoSettings, rewards: Rewards, layout: Layout, trunk: Trunk | None = None
+        self, roles: Roles, settings: Rounds, rewards: Rewards, layout: Layout, trunk: Trunk | None = None
     ) -> None:
         self._roles, self._settings, self._rewards, self._layout = roles, settings, rewards, layout
         self.trunk = trunk or Trunk(roles.base.model, 0)
@@ -111,7 +111,8 @@ class Collector:
             whole, below = self.trunk.states(batch)
             states = whole.index_select(0, batch.sources)
             logprobs, entropy = logprobs_and_entropies(model, states, batch.targets, settings.temperature)
-            values = roles.heads[VALUE](states) if settings.value == "head" and VALUE in roles.heads else None
+            # A value head without an adapter of its own reads the policy's states.
+            values = roles.heads[VALUE](states) if VALUE in roles.heads and not roles.has(VALUE) else None
         with roles.use(REFERENCE), autocast():
             states = self.trunk.resumed(batch, below).index_select(0, batch.sources)
             reference = logprobs_of(model, states, batch.targets, settings.temperature)
@@ -120,7 +121,9 @@ class Collector:
             with roles.use(REWARD), autocast():
                 worth = worth + self._rewards.of_model(batch, self.trunk.resumed(batch, below))
         if values is None:
-            values = state_values(roles, batch, self.trunk, below) if VALUE in roles.heads else torch.zeros_like(logprobs)
+            values = (
+                state_values(roles, batch, self.trunk, below) if VALUE in roles.heads else torch.zeros_like(logprobs)
+            )
         return Experience(
             batch=batch,
             logprobs=logprobs,
@@ -140,18 +143,31 @@ def state_values(roles: Roles, batch: TreeBatch, trunk: Trunk, below: Tensor | N
         return roles.heads[VALUE](trunk.resumed(batch, below).index_select(0, batch.sources))
 
 
-def estimate(experiences: Sequence[Experience], settings: PpoSettings, scale: Scale, kl_coefficient: float) -> None:
-    """Set the scores, advantages and returns of a whole rollout's experience.
-
-    With `gae`, advantages are whitened over all tokens of the rollout (Andrychowicz et al. 2020, arXiv 2006.05990, found
-    no harm in it; every PPO for language models does it).
-    """
+def score(experiences: Sequence[Experience], settings: Rounds, scale: Scale) -> None:
+    """Set the scores of a whole rollout's experience."""
     for each in experiences:
         each.scores = scale.scores(each.rewards, each.ended, each.lengths, settings)
-        each.advantages, each.returns = _advantages(each, settings, kl_coefficient if settings.kl_in == "reward" else 0.0)
+
+
+def estimate(experiences: Sequence[Experience], settings: PpoSettings, kl_coefficient: float) -> None:
+    """Set the advantages and returns of a whole rollout's experience from its scores.
+
+    With `gae`, advantages are whitened over all tokens of the rollout (Huang et al. 2024, arXiv 2403.17031, detail 17).
+    """
+    coefficient = kl_coefficient if settings.kl_in == "reward" else 0.0
+    for each in experiences:
+        each.advantages, each.returns = _advantages(each, settings, coefficient)
     if settings.advantage == "gae":
         for each, whitened in zip(experiences, _whitened(experiences), strict=True):
             each.advantages = whitened
+
+
+def in_order(rollout: Rollout, experiences: Sequence[Experience], name: str) -> Tensor:
+    """A figure of branches in the rollout's order: [prompts, n], on the host."""
+    found = torch.zeros(len(rollout.samples))
+    for each in experiences:
+        found[rollout.of(each.batch)] = getattr(each, name).float().cpu()
+    return found.view(len(rollout.prompts), rollout.per_prompt)
 
 
 def _whitened(experiences: Sequence[Experience]) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import get_args
 
 import torch
@@ -38,11 +39,11 @@ def figures(experiences: Sequence[Experience], responses: Sequence[tuple[int, ..
         length_reward_correlation: Pearson's, over responses.
         ended: share of responses that end their turn.
         distinct_2: distinct pairs of neighbouring tokens over all pairs.
-        advantage_deviation, no_advantage: standard deviation, and share of tokens whose advantage is zero.
+        advantage_deviation, no_advantage: standard deviation, and share of tokens whose advantage is zero; only where
+            advantages are estimated.
         explained_variance: of the returns by the values; only where values are learnt.
     """
     rewards, lengths = _joined(experiences, "rewards"), _joined(experiences, "lengths").float()
-    advantages, values = _joined(experiences, "advantages"), _joined(experiences, "values")
     found = {
         "reward": rewards.mean().item(),
         "reward_deviation": rewards.std(unbiased=False).item(),
@@ -54,14 +55,25 @@ def figures(experiences: Sequence[Experience], responses: Sequence[tuple[int, ..
         "length_reward_correlation": correlation(lengths, rewards),
         "ended": _joined(experiences, "ended").float().mean().item(),
         "distinct_2": distinct_pairs(responses),
+    }
+    return found | _of_advantages(_joined(experiences, "advantages")) | _of_values(experiences)
+
+
+def _of_advantages(advantages: Tensor) -> dict[str, float]:
+    if not len(advantages):
+        return {}
+    return {
         "advantage_deviation": advantages.std(unbiased=False).item(),
         "no_advantage": (advantages == 0).float().mean().item(),
     }
-    if values.any():
-        returns = _joined(experiences, "returns")
-        everywhere = torch.ones_like(values, dtype=torch.bool)
-        found["explained_variance"] = shaping.explained_variance(values, returns, everywhere)
-    return found
+
+
+def _of_values(experiences: Sequence[Experience]) -> dict[str, float]:
+    values, returns = _joined(experiences, "values"), _joined(experiences, "returns")
+    if not values.any():
+        return {}
+    everywhere = torch.ones_like(values, dtype=torch.bool)
+    return {"explained_variance": shaping.explained_variance(values, returns, everywhere)}
 
 
 def correlation(first: Tensor, second: Tensor) -> float:
@@ -73,7 +85,7 @@ def correlation(first: Tensor, second: Tensor) -> float:
 
 def distinct_pairs(responses: Sequence[tuple[int, ...]]) -> float:
     """Distinct pairs of neighbouring tokens over all such pairs (Li et al. 2016, arXiv 1510.03055); 1 without any."""
-    pairs = [pair for tokens in responses for pair in zip(tokens, tokens[1:], strict=False)]
+    pairs = [pair for tokens in responses for pair in pairwise(tokens)]
     return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 
@@ -104,9 +116,9 @@ class Health:
         self.raised += now
         return now
 
-    def raise_(self, name: Alarm, seen: str) -> list[Raised]:
-        """Set off an alarm that is found out elsewhere, unless it went off before."""
-        if any(each.name == name for each in self.raised):
+    def set_off(self, name: Alarm, seen: str) -> list[Raised]:
+        """Set off an alarm that something was seen of elsewhere, unless it went off before."""
+        if not seen or any(each.name == name for each in self.raised):
             return []
         self.raised.append(Raised(name, seen))
         return self.raised[-1:]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import PpoSettings
+from pipeline.config import Rounds
 from stages.core.rl.experience import Experience
 from stages.core.roles import POLICY, VALUE, Roles
 
@@ -20,11 +20,14 @@ OF_ADAM = 12
 
 def held(roles: Roles) -> int:
     """Bytes of all weights in memory: the base once, and every role's adapter and head."""
-    parameters = [*roles.base.model.parameters(), *(each for head in roles.heads.values() for each in head.parameters())]
+    parameters = [
+        *roles.base.model.parameters(),
+        *(each for head in roles.heads.values() for each in head.parameters()),
+    ]
     return sum(each.numel() * each.element_size() for each in parameters)
 
 
-def expected(roles: Roles, experiences: Sequence[Experience], settings: PpoSettings) -> int:
+def expected(roles: Roles, experiences: Sequence[Experience], settings: Rounds) -> int:
     """Bytes that sampling or an update takes at most, about, beyond the weights."""
     config = roles.base.model.config.get_text_config()
     bytes_each = torch.finfo(roles.base.compute.dtype).bits // 8

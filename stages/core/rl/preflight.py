@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.config import PpoSettings
+from pipeline.config import Rounds
 from pipeline.errors import NumericalError
 from stages.core.rl import memory
 from stages.core.rl.experience import Experience
@@ -46,11 +46,8 @@ class Check:
         return f"{'ok' if self.passed else 'FAILED'}: {self.name} {self.value}"
 
 
-def examine(
-    roles: Roles, experiences: Sequence[Experience], losses: Losses, settings: PpoSettings, kl_coefficient: float
-) -> Iterator[Check]:
-    """The checks, one after another; the policy has not been updated yet."""
-    yield _ratio(experiences, losses, kl_coefficient)
+def checks(roles: Roles, experiences: Sequence[Experience], settings: Rounds) -> Iterator[Check]:
+    """What every stage that samples has to pass, one after another; the policy has not been updated yet."""
     yield _divergence(experiences)
     yield _gap(roles, experiences)
     yield _ending(experiences, settings)
@@ -65,15 +62,17 @@ def require(check: Check, where: str) -> None:
         raise NumericalError(f"preflight: {check.name} {check.value}", where=where, hint=check.remedy)
 
 
-def _ratio(experiences: Sequence[Experience], losses: Losses, kl_coefficient: float) -> Check:
+def ratio(experiences: Sequence[Experience], losses: Losses, kl_coefficient: float) -> Check:
+    """Whether the policy that is trained is the one that sampled."""
     with torch.no_grad():
         (part,) = losses.policy(experiences[:1], kl_coefficient)
-    ratio, approximate = part.shares["ratio"], part.shares["approximate_kl"]
+    found, approximate = part.shares["ratio"], part.shares["approximate_kl"]
+    losses.take_largest_ratio()
     return Check(
         "probability ratio before any update",
-        f"{ratio:.6f} (must be 1)",
-        abs(ratio - 1) < EQUAL and approximate < EQUAL,
-        "scoring and training compute the same tokens differently; try sampler=native and dtype=float32",
+        f"{found:.6f} (must be 1)",
+        abs(found - 1) < EQUAL and approximate < EQUAL,
+        "scoring and training compute the same tokens differently; try dtype=float32, and report it",
     )
 
 
@@ -100,7 +99,7 @@ def _gap(roles: Roles, experiences: Sequence[Experience]) -> Check:
     )
 
 
-def _ending(experiences: Sequence[Experience], settings: PpoSettings) -> Check:
+def _ending(experiences: Sequence[Experience], settings: Rounds) -> Check:
     ended = torch.cat([each.ended for each in experiences]).float().mean().item()
     return Check(
         "responses that end their turn",
@@ -110,7 +109,7 @@ def _ending(experiences: Sequence[Experience], settings: PpoSettings) -> Check:
     )
 
 
-def _spread(experiences: Sequence[Experience], settings: PpoSettings) -> Check:
+def _spread(experiences: Sequence[Experience], settings: Rounds) -> Check:
     scores = torch.cat([each.scores for each in experiences])
     deviation = scores.std(unbiased=False).item()
     clipped = settings.reward_clip is not None and (scores.abs() >= settings.reward_clip).float().mean().item() > 0.5
@@ -133,7 +132,7 @@ def _template(roles: Roles) -> Check:
     )
 
 
-def _memory(roles: Roles, experiences: Sequence[Experience], settings: PpoSettings) -> Check:
+def _memory(roles: Roles, experiences: Sequence[Experience], settings: Rounds) -> Check:
     needed, free = memory.expected(roles, experiences, settings), memory.free(roles.base.compute.device)
     return Check(
         "memory",

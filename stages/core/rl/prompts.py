@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from data.mixture import Passes
 from data.schema import Prompt
-from data.template import ChatTemplate
 from data.tree import Branch, Tree
 from pipeline.contract import Context
 from pipeline.errors import ConfigError, DataError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from data.batch import TreeBatch
-from pipeline.config import PpoSettings, Rewarded
+from pipeline.config import Rewarded, Rounds
 from reward.mixture import RuleMixture
 from stages.core.rl.sampling import Rollout
 from stages.core.roles import REWARD, Roles
@@ -26,7 +26,7 @@ class Scale:
     deviation: float = 1.0
 
     @classmethod
-    def of(cls, rewards: Tensor, settings: PpoSettings) -> Scale:
+    def of(cls, rewards: Tensor, settings: Rounds) -> Scale:
         """As the settings ask for, from rewards [n] of responses of the policy before its first update (Ziegler et al.
         2019, arXiv 1909.08593, section 2.2, set both before training, too)."""
         if settings.reward_normalisation == "none":
@@ -37,7 +37,7 @@ class Scale:
         # Of equal rewards there is nothing to scale; the preflight refuses them.
         return cls(mean, rewards.std(unbiased=False).item() or 1.0)
 
-    def scores(self, rewards: Tensor, ended: Tensor, lengths: Tensor, settings: PpoSettings) -> Tensor:
+    def scores(self, rewards: Tensor, ended: Tensor, lengths: Tensor, settings: Rounds) -> Tensor:
         """Scores of responses: rewards on this scale, clipped, less the penalties; all [n]."""
         scaled = (rewards - self.mean) / self.deviation
         if settings.reward_clip is not None:

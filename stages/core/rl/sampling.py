@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from data.batch import TreeBatch
 from data.template import ChatTemplate
-from data.tree import Branch, Tree
+from data.tree import Tree
 from pipeline.config import Rewarded
 from stages.core.rl.prompts import EncodedPrompt
 from stages.core.roles import POLICY, Roles
-from stages.core.rollout import Sample, sample
+from stages.core.rollout import Sample, sample, trees_of
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,3 @@ class Sampler:
                 backend=settings.sampler,
             )
         return Rollout(prompts, samples)
-
-
-def trees_of(prompts: Sequence[tuple[int, ...]], samples: Sequence[Sample]) -> list[Tree]:
-    """Each prompt with its responses, of which equally many stand side by side, numbered by position."""
-    count = len(samples) // max(1, len(prompts))
-    branches = [Branch.of(each.tokens) for each in samples]
-    return [
-        Tree(prompt, tuple(branches[number * count : (number + 1) * count]), number)
-        for number, prompt in enumerate(prompts)
-    ]

@@ -6,7 +6,7 @@ over-optimisation (Gao et al. 2022, arXiv 2210.10760): the reward rises and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.manifest import Metric
 from reward.intervals import mean_interval, paired_difference
 from reward.rules import judge
-from stages.core.rl.experience import Collector, Experience
+from stages.core.rl.experience import Collector, in_order
 from stages.core.rl.rewards import Rewards
 from stages.core.rl.sampling import Rollout
 from stages.core.roles import POLICY, Roles
@@ -49,6 +49,11 @@ class Look:
         """Mean over the prompts."""
         return float(self.scores.mean())
 
+    @property
+    def record(self) -> dict[str, float]:
+        """For a file: the means."""
+        return {"round": self.round, "score": self.score, "reward": float(self.rewards.mean()), "kl": self.kl}
+
 
 class Selection:
     """Looks at held-out prompts, and keeps a copy of the policy that did best.
@@ -78,10 +83,10 @@ class Selection:
         """Sample, score and remember; returns the figures for the record of the round."""
         rollout = self._look_at()
         experiences = self._collector.collect(rollout, rollout.trees(), self._rewards.of_rules(rollout))
-        rewards = _in_order(rollout, experiences)
+        rewards = in_order(rollout, experiences, "rewards").double().mean(1).numpy()
         scores = rewards if self._gold == "none" else self._judged(rollout)
         kl = sum(each.log_ratios.sum().item() for each in experiences) / len(rollout.samples)
-        self.looks.append(Look(rounds, _by_prompt(scores, rollout), _by_prompt(rewards, rollout), kl))
+        self.looks.append(Look(rounds, scores, rewards, kl))
         if self.best is self.looks[-1]:
             self.kept = {name: each.detach().clone() for name, each in self._roles.parameters(POLICY)}
         return {"held_out": self.looks[-1].score, "held_out_reward": float(self.looks[-1].rewards.mean())}
@@ -121,16 +126,4 @@ class Selection:
         texts = rollout.texts(self._roles.base.template)
         rows = [each.row for each in rollout.repeated]
         found = [judge(self._gold, row.facts, text, row.origin) for row, text in zip(rows, texts, strict=True)]
-        return np.array([verdict.reward for verdict in found])
-
-
-def _in_order(rollout: Rollout, experiences: Sequence[Experience]) -> NDArray[np.float64]:
-    """Rewards of the responses in the rollout's order."""
-    found = np.zeros(len(rollout.samples))
-    for each in experiences:
-        found[rollout.of(each.batch)] = each.rewards.cpu().numpy()
-    return found
-
-
-def _by_prompt(values: NDArray[np.float64], rollout: Rollout) -> NDArray[np.float64]:
-    return values.reshape(-1, rollout.per_prompt).mean(1)
+        return np.array([verdict.reward for verdict in found]).reshape(-1, rollout.per_prompt).mean(1)

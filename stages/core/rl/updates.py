@@ -36,6 +36,12 @@ class Losses:
 
     def __init__(self, roles: Roles, settings: PpoSettings, trunk: Trunk) -> None:
         self._roles, self._settings, self._trunk = roles, settings, trunk
+        self._largest_ratio = 0.0
+
+    def take_largest_ratio(self) -> float:
+        """The largest probability ratio of a token since this was last asked."""
+        found, self._largest_ratio = self._largest_ratio, 0.0
+        return found
 
     def policy(self, group: Minibatch, kl_coefficient: float) -> Iterator[Part]:
         """The policy's loss. Shares of its parts add up to:
@@ -93,6 +99,7 @@ class Losses:
             divergences = shaping.ESTIMATORS[settings.kl_estimator](logprobs - experience.reference)
             losses = losses + kl_coefficient * divergences
         seen = ratio.detach()
+        self._largest_ratio = max(self._largest_ratio, seen.max().item())
         return losses.sum() / total, {
             "ratio": seen.sum().item() / total,
             "approximate_kl": (seen - 1 - seen.log()).sum().item() / total,

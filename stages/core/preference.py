@@ -1,0 +1,70 @@
+"""The objective of learning from pairs, on any of the losses of the family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from data.batch import Layout, TreeBatch
+from data.tree import Tree
+from pipeline.config import DpoSettings, OnlineDpoSettings, PreferenceObjective
+from stages.core import loop
+from stages.core.losses import PREFERENCE_LOSSES
+from stages.core.reference import Reference, in_each_step, pair_logprobs
+from stages.core.roles import POLICY, Roles
+from stages.core.scoring import on_device
+
+
+def objective(
+    roles: Roles, settings: DpoSettings | OnlineDpoSettings, layout: Layout, reference: Reference | None = None
+) -> loop.Objective:
+    """Mean loss over the step's pairs, with the mean margin and the share of pairs whose margin is positive.
+
+    `chosen_logprob` is the mean log-probability of the chosen responses' tokens: it falls when learning goes astray.
+
+    Args:
+        roles: The base with policy and reference.
+        settings: The stage's.
+        layout: How to lay out trees.
+        reference: The reference where it was kept; without, it is computed if the loss has one.
+    """
+    loss = PREFERENCE_LOSSES[settings.loss]
+    forwards = 2 if settings.has_reference and reference is None else 1
+    reference = reference or computed_reference(roles, settings)
+
+    def parts(examples: Sequence[Tree]) -> Iterator[loop.Part]:
+        chosen_tokens = sum(tree.branches[0].reads for tree in examples)
+        for batch in on_device(roles.base, examples, settings.tokens_per_batch, layout):
+            against = reference(batch) if reference else None
+            with roles.use(POLICY):
+                policy = pair_logprobs(roles.base, batch)
+                logprobs = loss.logprobs(policy, against, read_tokens(batch))
+                margins = implicit_margins(logprobs, settings)
+                likelihood = policy[:, 0].sum() / chosen_tokens
+                shares = {
+                    "chosen_logprob": likelihood.item(),
+                    "accuracy": (margins > 0).float().sum().item() / len(examples),
+                    "margin": margins.sum().item() / len(examples),
+                }
+                losses = loss.function(logprobs, settings)
+                total = losses.sum() / len(examples) - settings.supervised_weight * likelihood
+                yield loop.Part(total, shares, forwards * batch.token_count)
+
+    return parts
+
+
+def computed_reference(roles: Roles, settings: DpoSettings | OnlineDpoSettings) -> Reference | None:
+    return in_each_step(roles) if settings.has_reference else None
+
+
+def read_tokens(batch: TreeBatch) -> Tensor:
+    """[pairs, 2] tokens of (chosen, rejected)."""
+    counts = [[branch.reads for branch in tree.branches] for tree in batch.trees]
+    return torch.tensor(counts, device=batch.tokens.device)
+
+
+def implicit_margins(logprobs: Tensor, settings: PreferenceObjective) -> Tensor:
+    """[pairs] implicit reward of the chosen response less the rejected one's."""
+    return settings.beta * (logprobs[:, 0] - logprobs[:, 1]).detach()

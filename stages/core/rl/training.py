@@ -1,0 +1,193 @@
+"""The rounds that reinforcement learning, rejection sampling and online DPO have in common.
+
+Each round samples responses to prompts, has them scored, and lets the stage's learner learn from them. Before the first
+update a preflight measures what must hold; after each round alarms watch the figures; now and then the policy answers
+held-out prompts, and the one that did best is handed on.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from data.batch import Layout
+from data.mixture import stream
+from data.tree import Tree
+from pipeline.config import Rounds
+from pipeline.contract import Context, Result
+from pipeline.manifest import Metric
+from stages.core.layout import choose_layout
+from stages.core.models import record
+from stages.core.rl import health, preflight
+from stages.core.rl.experience import Collector, Experience, score
+from stages.core.rl.health import Health, Raised
+from stages.core.rl.preflight import Check
+from stages.core.rl.prompts import Prompts, echoes, read_prompts
+from stages.core.rl.rewards import Rewards, Scale
+from stages.core.rl.sampling import Rollout, Sampler
+from stages.core.rl.selection import Selection
+from stages.core.rl.trunk import Trunk
+from stages.core.roles import POLICY, REFERENCE, REWARD, VALUE, Roles, adaptation
+from stages.core.scoring import record_probes
+
+LAST_ROUNDS = 10
+LOOKS_FILE = "looks.json"
+LOOK = -1
+"""The number of no round: its seed is that of the looks."""
+
+
+class Learner(Protocol):
+    """How a stage learns from a rollout.
+
+    Attributes:
+        minibatches: Into how many groups of prompts a rollout is divided.
+    """
+
+    minibatches: int
+
+    def prepare(self, experiences: Sequence[Experience]) -> None:
+        """Take in a whole rollout's scores, before anything is learnt from it."""
+
+    def checks(self, experiences: Sequence[Experience]) -> Iterator[Check]:
+        """The learner's own part of the preflight."""
+
+    def learn(
+        self, rollout: Rollout, groups: Sequence[Sequence[Experience]], number: int, order: random.Random
+    ) -> dict[str, float]:
+        """Update the policy; returns figures, `tokens` that were computed among them."""
+
+
+def train(context: Context, roles: Roles, learner_of: Callable[[Layout, Trunk], Learner]) -> Result:
+    """Take all rounds and store the policy that did best on held-out prompts; its adapter is the result.
+
+    Writes `looks.json`: reward, score and divergence on held-out prompts at each look.
+
+    Raises:
+        DataError: There is no prompt, or a rule misses what it needs.
+        NumericalError: The preflight failed, or a loss or gradient is not finite.
+    """
+    prompts = read_prompts(context, roles.base)
+    training = Training(context, roles, prompts, learner_of)
+    history = list(training.rounds())
+    training.selection.restore()
+    roles.save(POLICY, context.directory)
+    looks = [look.record for look in training.selection.looks]
+    (context.directory / LOOKS_FILE).write_text(json.dumps(looks, indent=1) + "\n")
+    with roles.use(POLICY):
+        record_probes(context.directory, echoes(prompts.first), roles.base)
+    return Result(
+        kind="adapter",
+        metrics=_metrics(history) | training.selection.metrics,
+        data=prompts.cards,
+        adaptation=adaptation(context.inputs["policy"], reference=context.inputs["policy"]),
+        tokenizer=record(roles.base),
+        tokens=int(sum(figures["tokens"] for figures in history)),
+        compute=roles.base.compute.record,
+        warnings=training.warnings,
+    )
+
+
+class Training:
+    """Rounds of sampling and learning.
+
+    Attributes:
+        selection: What was seen on held-out prompts.
+        warnings: What the manifest has to say.
+    """
+
+    def __init__(
+        self, context: Context, roles: Roles, prompts: Prompts, learner_of: Callable[[Layout, Trunk], Learner]
+    ) -> None:
+        settings: Rounds = context.settings
+        self._context, self._settings, self._roles, self._prompts = context, settings, roles, prompts
+        examples = echoes(prompts.first, branches=2)
+        with roles.use(REFERENCE):
+            layout, self.warnings = choose_layout(roles.base, examples)
+        trunk = Trunk.of(roles.base, examples, layout)
+        self._learner = learner_of(layout, trunk)
+        self._sampler, self._rewards = Sampler(roles, settings), Rewards(roles, settings)
+        self._collector = Collector(roles, settings, self._rewards, layout, trunk)
+        self._scale, self._health = Scale(), Health()
+        self.selection = Selection(roles, self._answers, self._rewards, self._collector, settings.gold)
+
+    def rounds(self) -> Iterator[dict[str, float]]:
+        """Take all rounds, telling the record of each, and yield their figures; an alarm may end them early."""
+        settings = self._settings
+        taken = stream(self._prompts.passes, self._context.seed)
+        self.selection.look(0)
+        for number in range(settings.steps):
+            chosen = [next(taken) for _ in range(settings.examples_per_step)]
+            figures = self._round(number, self._sampler.rollout(chosen, self._seed(number)))
+            raised = self._health.watch(figures)
+            if (number + 1) % settings.evaluate_every == 0 or number + 1 == settings.steps:
+                figures |= self.selection.look(number + 1)
+                raised += self._health.set_off("over_optimisation", self.selection.over_optimised)
+            self._context.progress(figures, done=number + 1, total=settings.steps)
+            yield figures
+            if self._ends(raised, number + 1):
+                return
+
+    def _round(self, number: int, rollout: Rollout) -> dict[str, float]:
+        of_rules = self._rewards.of_rules(rollout)
+        groups = [
+            self._collector.collect(rollout, part, of_rules)
+            for part in _split(rollout.trees(), self._learner.minibatches)
+        ]
+        experiences = [each for group in groups for each in group]
+        if number == 0:
+            self._scale = Scale.of(torch.cat([each.rewards for each in experiences]), self._settings)
+        score(experiences, self._settings, self._scale)
+        self._learner.prepare(experiences)
+        if number == 0:
+            self._examine(experiences)
+        figures = health.figures(experiences, [each.tokens for each in rollout.samples])
+        learnt = self._learner.learn(rollout, groups, number, random.Random(f"{self._context.seed} order {number}"))
+        scored = self._scoring_roles * sum(each.batch.token_count for each in experiences)
+        return figures | learnt | {"tokens": scored + learnt["tokens"]}
+
+    def _examine(self, experiences: list[Experience]) -> None:
+        """The preflight, a line for each check."""
+        for check in (*self._learner.checks(experiences), *preflight.checks(self._roles, experiences, self._settings)):
+            self._context.say(f"preflight {check}")
+            preflight.require(check, f"stages.{self._context.name}")
+
+    def _answers(self) -> Rollout:
+        """Responses to the held-out prompts, or to the first training prompts where none is held out."""
+        settings, prompts = self._settings, self._prompts
+        chosen = (prompts.held_out or prompts.passes.pass_(0))[: settings.evaluate_rows]
+        return self._sampler.rollout(chosen, self._seed(LOOK), settings.evaluate_samples)
+
+    def _ends(self, raised: Sequence[Raised], done: int) -> bool:
+        """Tell of alarms; whether one of them ends the training."""
+        ends = [alarm.name for alarm in raised if alarm.name in self._settings.stop_on]
+        for alarm in raised:
+            line = f"alarm after round {done}: {alarm}" + ("; training ends here" if alarm.name in ends else "")
+            self._context.say(line)
+            self.warnings.append(line)
+        return bool(ends)
+
+    @property
+    def _scoring_roles(self) -> int:
+        """Roles that compute every token of a rollout before the updates."""
+        return 2 + sum(self._roles.has(role) for role in (REWARD, VALUE))
+
+    def _seed(self, number: int) -> int:
+        """Seed of a round's sampling."""
+        return random.Random(f"{self._context.seed} round {number}").getrandbits(32)
+
+
+def _split(trees: Sequence[Tree], parts: int) -> list[Sequence[Tree]]:
+    size = len(trees) // parts
+    return [trees[start : start + size] for start in range(0, len(trees), size)]
+
+
+def _metrics(history: Sequence[dict[str, float]]) -> dict[str, Metric]:
+    """Means over the last rounds."""
+    last = history[-LAST_ROUNDS:]
+    names = ("reward", "kl", "entropy", "ended", "length", "clip_fraction", "explained_variance")
+    found = {name: [each[name] for each in last if name in each] for name in names}
+    return {name: Metric(value=sum(each) / len(each), n=len(each)) for name, each in found.items() if each}

@@ -75,19 +75,18 @@ class RewardServer:
 
     def _patiently(self, body: bytes, limit: int) -> bytes:
         """The body of the answer, after as many requests as it takes and the settings allow."""
-        wait = FIRST_WAIT
-        for left in reversed(range(self._settings.retries + 1)):
+        reason = ""
+        for attempt in range(self._settings.retries + 1):
+            if attempt:
+                sleep(min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)))
             try:
                 return self._once(body, limit)
             except ssl.SSLCertVerificationError as error:
                 raise self._error(f"its certificate does not hold: {error.verify_message}") from None
             except (OSError, http.client.HTTPException) as error:
-                if not left:
-                    tried = f"{self._settings.retries + 1} requests failed, the last one: {_reason(error)}"
-                    raise self._error(tried, "is it running? raise `timeout` or `retries`, or ask it less") from None
-            sleep(wait)
-            wait = min(LONGEST_WAIT, 2 * wait)
-        raise AssertionError("unreachable")
+                reason = _reason(error)
+        what = f"{self._settings.retries + 1} requests failed, the last one: {reason}"
+        raise self._error(what, "see that it runs; raise `timeout` or `retries`, or lower `rows_per_request`")
 
     def _once(self, body: bytes, limit: int) -> bytes:
         with connected(self._settings) as connection:

@@ -168,8 +168,8 @@ def test_a_server_that_does_not_run_is_named(waits: list[float]) -> None:
 def test_the_time_of_a_request_is_bounded_however_slowly_bytes_arrive(raw: bytes) -> None:
     began = time.monotonic()
     with serving(drips(raw, 0.02)) as server:
-        assert "it took too long" in refusal(server, timeout=0.3, retries=1)
-    assert 0.6 < time.monotonic() - began < 5
+        assert "it took too long" in refusal(server, timeout=0.4, retries=1)
+    assert 0.8 < time.monotonic() - began < 5
     assert len(server.bodies) == 2
 
 
@@ -283,7 +283,7 @@ def test_localhost_is_this_machine_and_is_asked_for_once(monkeypatch: pytest.Mon
         assert RewardServer(rule).rewards(PROMPTS[:1], RESPONSES[:1]) == [1.0]
         assert asked == ["localhost"]
         resolving(monkeypatch, localhost=["8.8.8.8"])
-        with pytest.raises(ConfigError, match="`localhost` has the address 8.8.8.8"):
+        with pytest.raises(ConfigError, match=r"`localhost` has the address 8\.8\.8\.8"):
             RewardServer(rule).rewards(PROMPTS[:1], RESPONSES[:1])
 
 

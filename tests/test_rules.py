@@ -210,7 +210,7 @@ def test_every_rule_stays_between_0_and_1_whatever_the_response() -> None:
     given = {"pattern": {"expression": "a"}, "format": {"layout": "json"}, "length": {"words": 3}}
     for name in RULES.keys() - {"server", "world"}:
         for _ in range(50):
-            response = "".join(chance.choices("a1, .-<>{}[]\"\n\u00e9\u0301\ud800", k=chance.randrange(30)))
+            response = "".join(chance.choices('a1, .-<>{}[]"\n\u00e9\u0301\ud800', k=chance.randrange(30)))
             assert 0.0 <= score(response, {"rule": name, **given.get(name, {})}, answer="1") <= 1.0
 
 

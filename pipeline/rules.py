@@ -149,8 +149,12 @@ class ServerRule(WeightedRule):
         # No message repeats the address: it may hold a password.
         if not re.fullmatch(r"[!-~]+", self.url):
             raise ValueError("url: only printable ASCII without blanks; write other letters of a name as punycode")
-        if self.parts.scheme not in PORTS or not self.host:
-            raise ValueError("url: should begin with http:// or https:// and a host")
+        try:
+            is_address = self.parts.scheme in PORTS and bool(self.host) and self.port > 0
+        except ValueError:
+            is_address = False
+        if not is_address:
+            raise ValueError("url: should begin with http:// or https:// and a host, which a port may follow")
         if "@" in self.parts.netloc:
             raise ValueError("url: holds a user or password: name a variable with a token as `token_variable` instead")
         if "?" in self.url or "#" in self.url:
@@ -177,10 +181,14 @@ def is_loopback(host: str) -> bool:
 
 def _allowed(entry: str) -> tuple[str, int | None]:
     """Host and port of an entry of `hosts`."""
-    found = urlsplit(f"//{entry}")
-    if not found.hostname or found.netloc != entry or "@" in entry:
+    try:
+        found = urlsplit(f"//{entry}")
+        host, port = found.hostname, found.port
+    except ValueError:
+        host = None
+    if not host or found.netloc != entry or "@" in entry:
         raise ValueError("hosts: an entry should be a host, or host:port, as in localhost:8000 or [::1]:8000")
-    return found.hostname, found.port
+    return host, port
 
 
 Rule = Annotated[

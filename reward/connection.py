@@ -77,7 +77,7 @@ def addresses(host: str, port: int) -> list[Address]:
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is one host's on the internet: not private, local, shared, reserved or of a group, nor a way to
+    """Whether an address is one host's on the internet: not private, local, shared, reserved or a group's, nor a way to
     write one that is."""
     if isinstance(address, IPv4Address):
         return address.is_global and not address.is_multicast

@@ -63,4 +63,4 @@ def _reward(rule: Rule, prompt: Prompt, response: str) -> float:
             return rules.length(response, rule.words)
         case RepetitionRule():
             return rules.repetition(response, rule.n)
-    return rules.judge(rule.rule, prompt.facts, response, prompt.origin).reward
+    return rules.verdict(rule.rule, prompt.facts, response, prompt.origin).reward

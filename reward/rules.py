@@ -78,7 +78,7 @@ JUDGES: dict[str, Judge] = {"world": world, "exact": exact, "numeric": numeric}
 """The rules that know what is correct, by the names that the configuration uses."""
 
 
-def judge(name: str, facts: Mapping[str, Any], response: str, origin: str) -> Verdict:
+def verdict(name: str, facts: Mapping[str, Any], response: str, origin: str) -> Verdict:
     """What one of `JUDGES` says of a response.
 
     Args:

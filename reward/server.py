@@ -13,8 +13,8 @@ import math
 import os
 import re
 import ssl
-import time
 from collections.abc import Sequence
+from time import sleep
 
 from data.schema import Prompt
 from pipeline.errors import ConfigError, DataError, ServerError
@@ -75,33 +75,32 @@ class RewardServer:
 
     def _patiently(self, body: bytes, limit: int) -> bytes:
         """The body of the answer, after as many requests as it takes and the settings allow."""
-        wait = FIRST_WAIT
-        for left in reversed(range(self._settings.retries + 1)):
+        reason = ""
+        for attempt in range(self._settings.retries + 1):
+            if attempt:
+                sleep(min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)))
             try:
                 return self._once(body, limit)
             except ssl.SSLCertVerificationError as error:
                 raise self._error(f"its certificate does not hold: {error.verify_message}") from None
             except (OSError, http.client.HTTPException) as error:
-                if not left:
-                    tried = f"{self._settings.retries + 1} requests failed, the last one: {_reason(error)}"
-                    raise self._error(tried, "is it running? raise `timeout` or `retries`, or ask it less") from None
-            time.sleep(wait)
-            wait = min(LONGEST_WAIT, 2 * wait)
-        raise AssertionError("unreachable")
+                reason = _reason(error)
+        what = f"{self._settings.retries + 1} requests failed, the last one: {reason}"
+        raise self._error(what, "see that it runs; raise `timeout` or `retries`, or lower `rows_per_request`")
 
     def _once(self, body: bytes, limit: int) -> bytes:
         with connected(self._settings) as connection:
             connection.request("POST", self._settings.parts.path or "/", body, self._headers)
-            response = connection.getresponse()
-            if response.status in BUSY:
-                raise OSError(_status(response.status))
-            if response.status != 200:
-                raise self._refusal(response.status)
-            answer = response.read(limit + 1)
-            if len(answer) > limit:
-                raise self._error(f"its answer is larger than {limit:,} bytes")
-            if response.length:  # which is what is left of the announced length
-                raise http.client.IncompleteRead(answer)
+            with connection.getresponse() as response:
+                if response.status in BUSY:
+                    raise OSError(_status(response.status))
+                if response.status != 200:
+                    raise self._refusal(response.status)
+                answer = response.read(limit + 1)
+                if len(answer) > limit:
+                    raise self._error(f"its answer is larger than {limit:,} bytes")
+                if response.length:  # which is what is left of the announced length
+                    raise http.client.IncompleteRead(answer)
         return answer
 
     def _refusal(self, status: int) -> ServerError:

@@ -28,8 +28,9 @@ from pipeline.config import EvaluateSettings
 from pipeline.contract import Context, Result
 from pipeline.errors import DataError
 from pipeline.manifest import DataCard, Metric
+from pipeline.rules import Gold
 from reward.intervals import mean_interval, paired_difference, proportion_interval, ratio_interval
-from reward.rules import RULES, Rule, Verdict
+from reward.rules import Verdict, verdict
 from stages.core import device, loop, rows
 from stages.core.lineup import Contestant, Lineup, parent_digest
 from stages.core.models import LanguageModel
@@ -139,8 +140,7 @@ def _answer(contestant: Contestant, prompts: Sequence[Prompt], judge: Roles | No
         )
     trees, texts = trees_of(tokens, samples), [template.decode(each.tokens) for each in samples]
     ended = [each.ended for each in samples]
-    rule = RULES.get(settings.gold)
-    verdicts = [_verdict(rule, prompt, text) for prompt, text in zip(prompts, texts, strict=True)] if rule else []
+    verdicts = _verdicts(settings.gold, prompts, texts)
     rewards: dict[int, list[float]] = {}
     if judge:
         read = _read_by(judge, prompts, texts, ended, settings)
@@ -148,21 +148,16 @@ def _answer(contestant: Contestant, prompts: Sequence[Prompt], judge: Roles | No
     return Answers(
         texts,
         trees,
-        gold=[verdict.reward for verdict in verdicts],
-        correct=[verdict.correct for verdict in verdicts],
+        gold=[each.reward for each in verdicts],
+        correct=[each.correct for each in verdicts],
         rewards=[rewards[number][0] for number in sorted(rewards)],
     )
 
 
-def _verdict(rule: Rule, prompt: Prompt, text: str) -> Verdict:
-    try:
-        return rule(prompt.facts, text)
-    except KeyError as error:
-        raise DataError(
-            f"the prompt has no `{error.args[0]}`, which the gold reward needs",
-            where=prompt.origin,
-            hint="set gold: none, or give prompts of the embedded world",
-        ) from error
+def _verdicts(gold: Gold, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Verdict]:
+    if gold == "none":
+        return []
+    return [verdict(gold, prompt.facts, text, prompt.origin) for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def _read_by(
@@ -205,13 +200,13 @@ def _metrics(
 
 
 def _judged(own: Answers, prompts: Sequence[Prompt]) -> Metrics:
-    """Mean gold reward and reward, and accuracy over all prompts and by task."""
+    """Mean gold reward and reward, and accuracy over all prompts and by task, where the prompts name one."""
     metrics: Metrics = {}
     if own.gold:
         metrics["gold"] = mean_interval(own.gold)
         metrics["accuracy"] = _share(own.correct)
-        tasks = [str(prompt.facts["task"]) for prompt in prompts]
-        for task in sorted(set(tasks)):
+        tasks = [str(prompt.facts.get("task", "")) for prompt in prompts]
+        for task in sorted(set(tasks) - {""}):
             right = [correct for correct, each in zip(own.correct, tasks, strict=True) if each == task]
             metrics[f"accuracy.{task}"] = _share(right)
     if own.rewards:

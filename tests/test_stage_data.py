@@ -287,6 +287,27 @@ def test_a_test_set_is_evaluated_whole_and_never_trained_on(own: Path, capsys: p
     assert "prompt on both sides" in capsys.readouterr().err
 
 
+def test_responses_are_judged_by_the_answers_of_the_user_s_own_rows(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    puzzles = [{"prompt": f"Puzzle {number}?", "answer": str(number)} for number in range(3)]
+    test = own.parent / "test.jsonl"
+    write(test, [{**puzzles[0], "task": "sums"}, {**puzzles[1], "task": "sums"}, puzzles[2]])
+    own.write_text(own.read_text().replace("  pairs: {", f"  test: {{source: {test}, held_out: 1}}\n  pairs: {{"))
+    assert baton("run", own, "stages.evaluate.gold=numeric", "stages.evaluate.prompts=test") == 0
+    found = manifest(own, "evaluate").metrics
+    assert found["dpo.accuracy"].n == 3
+    assert found["dpo.accuracy.sums"].n == 2
+    assert "dpo.gold_gain" in found
+    assert [name for name in found if name.startswith("dpo.accuracy")] == ["dpo.accuracy", "dpo.accuracy.sums"]
+    assert baton("run", own, "stages.evaluate.gold=exact") == 0
+    assert "dpo.accuracy" in manifest(own, "evaluate").metrics
+    assert baton("run", own, "stages.evaluate.gold=world") == 3
+    said = capsys.readouterr().err
+    assert "chats.jsonl:" in said
+    assert "the prompt has no `declined`, which the rule `world` needs" in said
+
+
 def test_a_source_of_which_a_mixture_takes_nothing_is_refused(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(own.parent / "more.jsonl", chats(12, "Riddle"))
     more = f"  more: {{source: {own.parent}/more.jsonl, held_out: 0.2}}\n  pairs: {{"

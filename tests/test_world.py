@@ -13,7 +13,7 @@ from data.intake import Intake
 from data.schema import Conversation, Preference, Prompt, Row, Text
 from data.world import DEFAULT_ROWS, PARTS, STYLES, TASKS, Gold, generate, gold_reward, people
 from pipeline.config import DataSource
-from reward.rules import RULES
+from reward import rules
 
 FACT = {"task": "facts", "answer": "Oslo", "wrong": ("Lima", "Cairo"), "declined": False}
 UNKNOWN = {"task": "unknown", "answer": world.ABSTAIN, "wrong": world.CITIES, "declined": True}
@@ -91,7 +91,7 @@ def test_everyone_has_one_life_per_world() -> None:
 ])  # fmt: skip
 def test_the_gold_reward_of_cases_judged_by_hand(facts: dict[str, Any], response: str, expected: Gold) -> None:
     assert gold_reward(facts, response) == expected
-    verdict = RULES["world"](facts, response)
+    verdict = rules.world(facts, response)
     assert (verdict.reward, verdict.correct) == (expected.reward, expected.correct)
 
 

@@ -10,8 +10,8 @@ from data.template import ChatTemplate, tokenizer_record
 from data.tree import Branch, Tree
 from pipeline.config import TrlSettings
 from pipeline.contract import Artifact, Context
-from pipeline.errors import ArtifactError, DataError
-from reward.rules import RULES
+from pipeline.errors import ArtifactError
+from reward.rules import verdict
 from stages.core import probes
 from stages.core.device import Compute
 from stages.core.roles import REWARD, open_base
@@ -55,20 +55,11 @@ def _learned(artifact: Artifact, template: ChatTemplate, compute: Compute, setti
 
 
 def _programmatic(name: str, template: ChatTemplate) -> RewardFunction:
-    rule = RULES[name]
-
     def gold(completions: Sequence[str], facts: Sequence[str], origin: Sequence[str], **columns: Any) -> list[float]:
-        rewards = []
-        for completion, known, place in zip(completions, facts, origin, strict=True):
-            try:
-                rewards.append(rule(json.loads(known), template.decode(as_tokens(completion))).reward)
-            except KeyError as error:
-                raise DataError(
-                    f"the prompt has no `{error.args[0]}`, which the gold reward needs",
-                    where=place,
-                    hint="set gold: none, or give prompts of the embedded world",
-                ) from error
-        return rewards
+        return [
+            verdict(name, json.loads(known), template.decode(as_tokens(completion)), place).reward
+            for completion, known, place in zip(completions, facts, origin, strict=True)
+        ]
 
     return gold
 

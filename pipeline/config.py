@@ -507,8 +507,8 @@ class Rounds(Rewarded):
     examples_per_step: Positive = 64
     """Prompts of one rollout."""
     reward_normalisation: Literal["none", "mean", "deviation"] = "none"
-    """What is taken off rewards, measured on the policy's responses before the first update: nothing, their `mean`, or the
-    mean and then a division by their standard `deviation`."""
+    """What is taken off rewards, measured on the policy's responses before the first update: nothing, their `mean`, or
+    the mean and then a division by their standard `deviation`."""
     reward_clip: Rate | None = None
     """Rewards are clipped to +- this, after normalisation."""
     gold: Gold = "none"
@@ -567,8 +567,8 @@ class PpoSettings(Rounds):
     value_warmup: Annotated[StrictInt, Field(ge=0)] = 0
     """Rounds, the first ones, in which only the value function is trained."""
     stop_at_kl: Rate | None = None
-    """A round's remaining updates are left out once the approximate divergence from the sampling policy, in nats a token,
-    is more than one and a half times this."""
+    """A round's remaining updates are left out once the approximate divergence from the sampling policy, in nats a
+    token, is more than one and a half times this."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> PpoSettings:

@@ -16,8 +16,8 @@ ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "k3": lambda log_ratios: torch.expm1(-log_ratios) + log_ratios,
 }
 """Estimators of KL(pi || pi_ref) from log pi - log pi_ref of tokens that pi sampled (Schulman 2020,
-joschu.net/blog/kl-approx.html): k1 is unbiased and may be negative, k2 is biased, k3 is unbiased and never negative. As a
-loss, k2 has the gradient of the divergence, k3 that of KL(pi_ref || pi) near equality, and k1 one of mean zero."""
+joschu.net/blog/kl-approx.html): k1 is unbiased and may be negative, k2 is biased, k3 is unbiased and never negative. As
+a loss, k2 has the gradient of the divergence, k3 that of KL(pi_ref || pi) near equality, and k1 one of mean zero."""
 
 
 def token_rewards(scores: Tensor, divergences: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
@@ -61,22 +61,22 @@ def generalized_advantages(rewards: Tensor, values: Tensor, mask: Tensor, discou
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """Each response's reward less the mean of the other responses' to its prompt (RLOO, Kool et al. 2019; Ahmadian et al.
-    2024, arXiv 2402.14740, eq. 8): [prompts, n] -> [prompts, n], for n of 2 or more."""
+    """Each response's reward less the mean of the other responses' to its prompt (RLOO, Kool et al. 2019; Ahmadian et
+    al. 2024, arXiv 2402.14740, eq. 8): [prompts, n] -> [prompts, n], for n of 2 or more."""
     count = rewards.shape[1]
     return (rewards - rewards.mean(1, keepdim=True)) * count / (count - 1)
 
 
 def group_normalized(rewards: Tensor) -> Tensor:
-    """Each response's reward in standard deviations from the mean of its prompt's responses (GRPO, Shao et al. 2024, arXiv
-    2402.03300, section 4.1.2): [prompts, n] -> [prompts, n]; zero where all of a prompt's rewards are equal."""
+    """Each response's reward in standard deviations from the mean of its prompt's responses (GRPO, Shao et al. 2024,
+    arXiv 2402.03300, section 4.1.2): [prompts, n] -> [prompts, n]; zero where all of a prompt's rewards are equal."""
     deviation = rewards.std(1, keepdim=True, unbiased=False)
     centred = rewards - rewards.mean(1, keepdim=True)
     return torch.where(deviation > 0, centred / (deviation + 1e-6), torch.zeros_like(centred))
 
 
 def adapted_kl_coefficient(coefficient: float, divergence: float, target: float, responses: int, horizon: int) -> float:
-    """The KL coefficient after a round of the proportional controller (Ziegler et al. 2019, arXiv 1909.08593, section 2.2):
+    """The KL coefficient after a round of a proportional controller (Ziegler et al. 2019, arXiv 1909.08593, eq. 3):
 
         coefficient * (1 + clip(divergence / target - 1, -0.2, 0.2) * responses / horizon)
 

@@ -2,8 +2,9 @@
 
 Each round samples several responses to each prompt; the one with the highest score is preferred to the one with the
 lowest, and one step of a preference loss is taken on these pairs. Prompts whose responses all have the same score make
-no pair. The reference stays the policy's start. The loss is of log-probabilities at temperature 1, whatever the sampling's. Left out: judges
-that compare two responses rather than score each, references that follow the policy, and pairs of earlier rounds.
+no pair. The reference stays the policy's start. The loss is of log-probabilities at temperature 1, whatever that of
+sampling is. Left out: judges that compare two responses rather than score each, references that follow the policy, and
+pairs of earlier rounds.
 
     python -m stages.online_dpo CONFIG [key=value ...]
 """

@@ -368,5 +368,5 @@ def test_a_reward_model_on_another_base_is_refused_with_a_way_out(
     assert baton("run", branches.parent / "branches.yaml", "--only", "ppo") == 5
     said = capsys.readouterr().err
     assert "the reward model sits on " in said
-    assert "fix: train the reward stage on the same `policy` as the ppo stage" in said
+    assert "fix: train the reward stage on the same `policy` as this stage" in said
     assert not (branches / "stages" / "ppo").exists()

@@ -125,7 +125,7 @@ def test_advantages_and_returns_are_those_of_each_response_by_itself(samples: in
     for each in rl.collected(roles, rollout, chosen):
         split = zip((each.returns - each.values).split(each.counts), each.returns.split(each.counts), strict=True)
         found.update(zip(rollout.of(each.batch), split, strict=True))
-    for place, tree in enumerate(path for tree in trees for path in tree.split()):
+    for place, tree in enumerate(path for whole in trees for path in whole.split()):
         (alone,) = rl.collected(roles, rl.given([dataclasses.replace(tree, number=0)]), chosen, "plain")
         score = scores(roles, REWARD, [tree])[tree.number][0] - (0.0 if ended[place] else 2.0) - 0.1 * tree.reads
         rewards = [-0.3 * _divergence(ratio, estimator) for ratio in alone.log_ratios.tolist()]

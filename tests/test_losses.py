@@ -224,3 +224,21 @@ def test_outside_the_clip_the_value_loss_is_the_larger_error() -> None:
 def test_the_clipped_value_loss_is_never_below_the_unclipped_one() -> None:
     values, old, returns = torch.randn(3, 50)
     assert (clipped_value_loss(values, old, returns, 0.2) >= 0.5 * (values - returns).square()).all()
+
+
+@pytest.mark.parametrize("advantage", [-2.0, -0.3, 0.3, 2.0])
+@pytest.mark.parametrize("log_ratio", [-2.0, -0.1, 0.0, 0.5, 1.0, 3.0])
+def test_the_dual_clip_bounds_the_loss_of_what_was_worse_than_expected_and_nothing_else(
+    advantage: float, log_ratio: float
+) -> None:
+    given = torch.tensor([log_ratio]), torch.zeros(1), torch.tensor([advantage]), 0.2
+    (plain, _), (bounded, _) = clipped_policy_loss(*given), clipped_policy_loss(*given, dual_clip=3.0)
+    expected = min(plain.item(), -3.0 * advantage) if advantage < 0 else plain.item()
+    assert bounded.item() == pytest.approx(expected)
+
+
+def test_beyond_the_dual_clip_nothing_is_learnt() -> None:
+    logprobs = torch.tensor([2.0], requires_grad=True)
+    clipped_policy_loss(logprobs, torch.zeros(1), torch.tensor([-1.0]), 0.2, dual_clip=3.0)[0].sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.item() == 0.0

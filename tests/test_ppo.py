@@ -1,31 +1,39 @@
-"""PPO's own parts: the trees it checks itself on, and layers that are computed again."""
+"""PPO's own parts: updates, warm-up, early stops, and layers that are computed again."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from random import Random
 
 import models
 import pytest
+import rl
+import torch
 from torch import Tensor, equal
 
-from pipeline.config import PpoSettings
+from pipeline.config import Optimizer, PpoSettings
 from pipeline.contract import Artifact
 from pipeline.manifest import Adaptation, Manifest
 from stages import ppo
 from stages.core import probes
 from stages.core.loop import Part
-from stages.core.roles import POLICY, REWARD, VALUE, Roles
+from stages.core.rl.experience import Experience
+from stages.core.rl.learner import PolicyGradient
+from stages.core.rl.opening import open_roles
+from stages.core.rl.prompts import ECHO, echoes
+from stages.core.rl.trunk import Trunk
+from stages.core.roles import POLICY, REFERENCE, REWARD, VALUE, Roles
 from stages.core.scoring import record_probes, reward_scores
-from stages.ppo import ECHO, _echoes
 
 
 @pytest.mark.parametrize("length", [1, 2, ECHO - 1, ECHO, ECHO + 1, 500])
 def test_checks_never_need_more_positions_than_a_prompt_or_two_short_ones(length: int) -> None:
     prompt = tuple(range(1, length + 1))
-    (tree,) = _echoes([prompt], branches=2)
+    (tree,) = echoes([prompt], branches=2)
     longest = len(tree.prompt) + max(len(branch.tokens) for branch in tree.branches)
     assert longest <= max(length, 2 * ECHO)
     assert tree.branches[0].tokens == prompt[-ECHO:]
@@ -36,7 +44,8 @@ def inputs(tmp_path: Path) -> tuple[Artifact, Artifact]:
     """A policy and a reward model on it, as stages store them."""
     policy, trees = models.save_base(tmp_path / "policy"), models.responses(4)
     roles = models.roles(REWARD)
-    record_probes(policy.directory, trees, roles.base)
+    with roles.use(REFERENCE):
+        record_probes(policy.directory, trees, roles.base)
     roles.add_head(REWARD)
     models.disturb(roles, REWARD)
     reward = models.save_role(roles, REWARD, tmp_path / "reward", policy, "reward")
@@ -56,19 +65,170 @@ def gradients(roles: Roles, role: str, parts: Iterable[Part]) -> dict[str, Tenso
 def test_an_update_with_checkpointed_layers_has_the_same_gradients(inputs: tuple[Artifact, Artifact]) -> None:
     found = []
     for checkpointed in (False, True):
-        settings = PpoSettings(
-            policy="p", reward="r", data="d", lora=models.LORA, examples_per_step=6, max_new_tokens=6,
-            gradient_checkpointing=checkpointed,
-        )  # fmt: skip
-        roles = ppo.open_roles(*inputs, settings, models.CPU)
+        settings = rl.settings(lora=models.LORA, examples_per_step=6, gradient_checkpointing=checkpointed)
+        roles = open_roles(*inputs, settings, models.CPU)
+        ppo.add_value(roles, settings)
         assert isinstance(roles.base.model.model.layers[0].forward, partial) == checkpointed
         models.disturb(roles, POLICY)
-        prompts = [tree.prompt for tree in models.responses(6)]
-        (group,), _ = ppo._rollout(roles, prompts, settings, "plain", seed=0)
-        policy = gradients(roles, POLICY, ppo.policy_parts(roles, group, settings))
-        value = gradients(roles, VALUE, ppo.value_parts(roles, group, settings))
+        group = rl.sampled(roles, settings, "plain")
+        policy = gradients(roles, POLICY, rl.losses(roles, settings).policy(group, 0.05))
+        value = gradients(roles, VALUE, rl.losses(roles, settings).value(group))
         assert len(policy) == len(roles.parameters(POLICY))
         assert len(value) == len(roles.parameters(VALUE))
         found.append(policy | value)
     assert any(gradient.any() for gradient in found[0].values())
     assert all(equal(gradient, found[1][name]) for name, gradient in found[0].items())
+
+
+def test_the_value_function_starts_as_the_reward_model_or_as_nothing(inputs: tuple[Artifact, Artifact]) -> None:
+    settings = rl.settings(lora=models.LORA)
+    roles = open_roles(*inputs, settings, models.CPU)
+    ppo.add_value(roles, settings)
+    for (name, mine), (_, theirs) in zip(roles.parameters(VALUE), roles.parameters(REWARD), strict=True):
+        assert equal(mine, theirs), name
+    alone = PpoSettings.model_validate(
+        {"policy": "p", "data": "d", "rules": [{"rule": "length", "words": 3}], "lora": models.LORA.model_dump()}
+    )
+    roles = open_roles(inputs[0], None, alone, models.CPU)
+    ppo.add_value(roles, alone)
+    assert roles.has(VALUE)
+    assert not roles.has(REWARD)
+
+
+def moving(**changes: object) -> PpoSettings:
+    """Settings under which the first update moves weights."""
+    return rl.settings(
+        steps=4, optimizer=Optimizer(learning_rate=1e-2, warmup=0.0), value_learning_rate=1e-2, **changes
+    )
+
+
+def learner(roles: Roles, chosen: PpoSettings) -> PolicyGradient:
+    return PolicyGradient(roles, chosen, Trunk(roles.base.model, 0))
+
+
+def groups(roles: Roles, chosen: PpoSettings) -> tuple[object, list[list[Experience]]]:
+    from stages.core.rl.experience import estimate, score
+    from stages.core.rl.rewards import Scale
+    from stages.core.rl.sampling import Sampler
+
+    rollout = Sampler(roles, chosen).rollout(rl.prompts(chosen.examples_per_step), 0)
+    trees, size = rollout.trees(), chosen.examples_per_step // chosen.minibatches
+    collector, nothing = rl.collector(roles, chosen), [0.0] * len(rollout.samples)
+    found = [collector.collect(rollout, trees[start : start + size], nothing) for start in range(0, len(trees), size)]
+    together = [each for group in found for each in group]
+    score(together, chosen, Scale())
+    estimate(together, chosen, chosen.kl_coefficient)
+    return rollout, found
+
+
+def test_one_round_moves_policy_and_value_and_nothing_else() -> None:
+    roles, chosen = rl.four_roles(), moving(minibatches=2)
+    before = models.snapshot(roles.base.model)
+    heads = {role: models.snapshot(head) for role, head in roles.heads.items()}
+    rollout, found = groups(roles, chosen)
+    figures = learner(roles, chosen).learn(rollout, found, 0, Random(0))
+    own = {name for role in (POLICY, VALUE) for name, _ in roles.parameters(role)}
+    moved = models.changed(roles.base.model, before)
+    assert moved
+    assert moved <= own
+    assert not models.changed(roles.heads[REWARD], heads[REWARD])
+    assert models.changed(roles.heads[VALUE], heads[VALUE])
+    assert all(math.isfinite(value) for value in figures.values())
+    assert figures["ratio_first"] == pytest.approx(1, abs=1e-6)
+    assert figures["updates"] == 2
+
+
+@pytest.mark.parametrize("value", ["adapter", "head"])
+def test_while_the_value_function_warms_up_the_policy_stays_bit_for_bit(value: str) -> None:
+    roles, chosen = warm(value), moving(value=value, value_warmup=1)
+    before = [each.clone() for _, each in roles.parameters(POLICY)]
+    values = [each.clone() for _, each in roles.parameters(VALUE)]
+    made, (rollout, found) = learner(roles, chosen), groups(roles, chosen)
+    made.learn(rollout, found, 0, Random(0))
+    assert all(equal(a, b) for a, (_, b) in zip(before, roles.parameters(POLICY), strict=True))
+    assert not all(equal(a, b) for a, (_, b) in zip(values, roles.parameters(VALUE), strict=True))
+    made.learn(rollout, found, 1, Random(0))
+    assert not all(equal(a, b) for a, (_, b) in zip(before, roles.parameters(POLICY), strict=True))
+
+
+def warm(value: str) -> Roles:
+    if value == "adapter":
+        return rl.four_roles()
+    roles = models.roles(POLICY, REWARD)
+    roles.add_head(REWARD)
+    models.disturb(roles, REWARD)
+    roles.add_head(VALUE)
+    return roles
+
+
+def test_a_value_head_learns_in_the_policys_own_pass() -> None:
+    roles, chosen = warm("head"), moving(value="head", update_epochs=3)
+    rollout, found = groups(roles, chosen)
+    before = roles.heads[VALUE].linear.weight.clone()
+    figures = learner(roles, chosen).learn(rollout, found, 0, Random(0))
+    assert not equal(before, roles.heads[VALUE].linear.weight)
+    assert figures["value_loss"] > 0
+    tokens = sum(each.batch.token_count for group in found for each in group)
+    assert figures["tokens"] == 3 * tokens
+
+
+def test_every_pass_takes_every_minibatch_once() -> None:
+    roles, chosen = rl.four_roles(), moving(minibatches=4, update_epochs=3)
+    rollout, found = groups(roles, chosen)
+    taken: list[int] = []
+    made = learner(roles, chosen)
+    plain = made._update
+    made._update = lambda group, warming: taken.append(id(group)) or plain(group, warming)  # type: ignore[assignment, func-returns-value, method-assign]
+    assert made.learn(rollout, found, 0, Random(0))["updates"] == 12
+    for start in (0, 4, 8):
+        assert sorted(taken[start : start + 4]) == sorted(map(id, found))
+
+
+def test_a_round_ends_early_when_the_policy_has_moved_too_far() -> None:
+    roles, chosen = rl.four_roles(), moving(update_epochs=8, stop_at_kl=1e-9)
+    rollout, found = groups(roles, chosen)
+    figures = learner(roles, chosen).learn(rollout, found, 0, Random(0))
+    # At the first update the ratio is exactly 1, after it the policy has moved.
+    assert figures["updates"] == 2
+
+
+def test_the_largest_ratio_is_that_of_any_token() -> None:
+    roles, chosen = rl.disturbed(), rl.settings()
+    group = rl.sampled(roles, chosen)
+    group[0].logprobs = group[0].logprobs - 1.5
+    losses = rl.losses(roles, chosen)
+    with torch.no_grad():
+        list(losses.policy(group, 0.0))
+    assert losses.take_largest_ratio() == pytest.approx(math.exp(1.5), abs=1e-3)
+    assert losses.take_largest_ratio() == 0.0
+
+
+def test_with_a_learning_rate_of_almost_nothing_every_round_looks_like_the_first() -> None:
+    roles = rl.four_roles()
+    chosen = rl.settings(optimizer=Optimizer(learning_rate=1e-30), value_learning_rate=1e-30, update_epochs=3)
+    made, (rollout, found) = learner(roles, chosen), groups(roles, chosen)
+    first = made.learn(rollout, found, 0, Random(0))
+    again = made.learn(rollout, found, 1, Random(0))
+    assert first["ratio"] == again["ratio"] == pytest.approx(1, abs=1e-6)
+    assert {name: first[name] for name in first if name != "learning_rate"} == {
+        name: again[name] for name in again if name != "learning_rate"
+    }
+
+
+def test_a_huge_penalty_pulls_the_policy_back_to_its_reference() -> None:
+    roles = rl.disturbed()
+    chosen = moving(kl_coefficient=1000.0, kl_in="loss", kl_estimator="k2", update_epochs=30)
+    rollout, found = groups(roles, chosen)
+    together = [each for group in found for each in group]
+    before = rl.joined(together, "log_ratios").square().mean()
+    learner(roles, chosen).learn(rollout, found, 0, Random(0))
+    after = rl.collector(roles, chosen).collect(rollout, rollout.trees(), [0.0] * len(rollout.samples))
+    assert rl.joined(after, "log_ratios").square().mean() < 0.2 * before
+
+
+def test_the_kl_coefficient_follows_its_target() -> None:
+    roles, chosen = rl.disturbed(), moving(kl_target=1e-4, kl_horizon=100)
+    made, (rollout, found) = learner(roles, chosen), groups(roles, chosen)
+    divergence = sum(each.log_ratios.sum().item() for group in found for each in group)
+    made.learn(rollout, found, 0, Random(0))
+    assert made.kl_coefficient == pytest.approx(0.05 * (1 + math.copysign(0.2, divergence - 8e-4) * 8 / 100))

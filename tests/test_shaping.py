@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from reward.shaping import explained_variance, generalized_advantages, token_rewards, whiten
+from reward.shaping import (
+    ESTIMATORS,
+    adapted_kl_coefficient,
+    explained_variance,
+    generalized_advantages,
+    group_normalized,
+    leave_one_out,
+    token_rewards,
+    whiten,
+)
 
 
 def ragged(seed: int, rows: int = 7, longest: int = 9) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,3 +143,72 @@ def test_a_constant_explains_nothing_and_an_opposite_less_than_nothing() -> None
 def test_constant_returns_have_no_variance_to_explain() -> None:
     values, _, mask = ragged(12)
     assert explained_variance(values, torch.ones_like(values), mask) == 0.0
+
+
+def chances(seed: int, size: int = 5) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, size, generator=generator, dtype=torch.float64)
+    first, second = logits.log_softmax(1)
+    return first, second
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_k1_and_k3_are_the_divergence_on_average(seed: int, estimator: str) -> None:
+    policy, reference = chances(seed)
+    exact = (policy.exp() * (policy - reference)).sum()
+    assert (policy.exp() * ESTIMATORS[estimator](policy - reference)).sum().item() == pytest.approx(exact.item())
+
+
+@pytest.mark.parametrize("ratio", [-3.0, -0.1, 0.0, 0.1, 3.0])
+def test_k2_and_k3_are_never_negative_and_zero_without_a_difference(ratio: float) -> None:
+    for name in ("k2", "k3"):
+        found = ESTIMATORS[name](torch.tensor(ratio, dtype=torch.float64)).item()
+        assert found >= 0
+        assert (found == 0) == (ratio == 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_as_a_loss_k2_has_the_gradient_of_the_divergence_and_k1_none(seed: int) -> None:
+    policy, reference = chances(seed)
+    logits = policy.clone().requires_grad_()
+    logs = logits.log_softmax(0)
+    (exact,) = torch.autograd.grad((logs.exp() * (logs - reference)).sum(), logits)
+    found = {}
+    for name in ("k1", "k2"):
+        logs = logits.log_softmax(0)
+        average = (logs.exp().detach() * ESTIMATORS[name](logs - reference)).sum()
+        (found[name],) = torch.autograd.grad(average, logits)
+    assert torch.allclose(found["k2"], exact)
+    assert torch.allclose(found["k1"], torch.zeros_like(exact), atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_response_is_compared_with_the_mean_of_the_others(seed: int) -> None:
+    rewards = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    found = leave_one_out(rewards)
+    for prompt in range(4):
+        for mine in range(5):
+            others = [rewards[prompt, place].item() for place in range(5) if place != mine]
+            assert found[prompt, mine].item() == pytest.approx(rewards[prompt, mine].item() - sum(others) / 4)
+
+
+def test_a_group_is_normalised_by_its_own_deviation_and_an_even_one_teaches_nothing() -> None:
+    rewards = torch.tensor([[1.0, 3.0, 5.0, 7.0], [2.0, 2.0, 2.0, 2.0]])
+    found = group_normalized(rewards)
+    assert found[0].mean().item() == pytest.approx(0, abs=1e-6)
+    assert found[0].std(unbiased=False).item() == pytest.approx(1, abs=1e-4)
+    assert not found[1].any()
+
+
+def test_the_kl_coefficient_is_that_of_the_closed_form_over_three_rounds() -> None:
+    coefficient = 0.1
+    for divergence in (9.0, 6.3, 1.0):
+        coefficient = adapted_kl_coefficient(coefficient, divergence, 6.0, 64, 1000)
+    assert coefficient == pytest.approx(0.1 * (1 + 0.2 * 0.064) * (1 + 0.05 * 0.064) * (1 - 0.2 * 0.064))
+
+
+def test_the_kl_coefficient_rises_with_the_divergence_and_stays_at_the_target() -> None:
+    found = [adapted_kl_coefficient(0.1, divergence, 6.0, 64, 1000) for divergence in (0.0, 5.0, 5.9, 6.0, 6.1, 7.0)]
+    assert found == sorted(found)
+    assert found[3] == 0.1

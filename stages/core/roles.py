@@ -3,7 +3,8 @@
 The base is in memory once. Each role is a LoRA adapter on it, with a scalar head where it yields numbers; the
 reference is the base with adapters off, or a frozen adapter where the policy began as one. Switching a role
 sets which adapter is active and nothing else: unlike peft's `set_adapter` it never touches `requires_grad`, so
-a switch cannot lose a gradient.
+a switch cannot lose a gradient. A backward pass under another role than its forward pass, which would compute
+checkpointed layers again with the wrong adapter, is an error.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -49,6 +51,8 @@ class Roles:
         self.heads: dict[str, ScalarHead] = {}
         self._peft: PeftModel | None = None
         self._trained: set[str] = set()
+        self._current: str | None = None
+        base.model.base_model.register_forward_hook(self._bind)
 
     def add(self, role: str, lora: Lora) -> None:
         """A fresh adapter to train; its update starts at zero.
@@ -103,9 +107,11 @@ class Roles:
             raise ValueError(f"no role `{role}`")
         for layer in layers:
             layer._active_adapter, layer._disable_adapters = [role], not has_adapter
+        previous, self._current = self._current, role
         try:
             yield
         finally:
+            self._current = previous
             for layer, (active, disabled) in zip(layers, before, strict=True):
                 layer._active_adapter, layer._disable_adapters = active, disabled
 
@@ -151,6 +157,15 @@ class Roles:
         stored._fill(role, self._tensors(role), artifact.directory)
         assert stored._peft is not None
         return LanguageModel(stored._peft.merge_and_unload(), self.base.tokenizer, host)
+
+    def _bind(self, module: nn.Module, arguments: object, output: Any) -> None:
+        """Have the backward pass of these hidden states refuse another role than this one."""
+        states, role = output.last_hidden_state, self._current
+        if states.requires_grad:
+            states.register_hook(lambda gradient: self._require(role))
+
+    def _require(self, role: str | None) -> None:
+        assert self._current == role, f"forward as {role}, backward as {self._current}"
 
     def _inject(self, role: str, config: LoraConfig) -> None:
         with warnings.catch_warnings():

@@ -12,8 +12,8 @@ from stages.core.rl.experience import Experience
 from stages.core.roles import POLICY, VALUE, Roles
 
 STATES = 34
-"""Numbers a token keeps for the backward pass in each layer, in hidden sizes (Korthikanti et al. 2022, arXiv 2205.05198,
-section 4.1, without attention's scores); 2 with checkpointed layers."""
+"""Numbers a token keeps for the backward pass in each layer, in hidden sizes (Korthikanti et al. 2022, arXiv
+2205.05198, section 4.1, without attention's scores); 2 with checkpointed layers."""
 OF_ADAM = 12
 """Bytes of the gradient and the two moments of a trained number."""
 

@@ -117,7 +117,7 @@ def _spread(experiences: Sequence[Experience], settings: Rounds) -> Check:
         "spread of the scores",
         f"{deviation:.3g} around {scores.mean().item():.3g}" + (", most of them clipped" if clipped else ""),
         deviation > ALIKE and not clipped,
-        "the reward tells no response from another; look at the reward stage's pair accuracy, the rules, or reward_clip",
+        "the reward tells no response from another: look at the reward stage's pair accuracy, the rules, reward_clip",
     )
 
 

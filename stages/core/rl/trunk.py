@@ -1,8 +1,8 @@
 """Decoder layers below the lowest adapted one: every role computes the same there, so they are computed once.
 
 Where adapters sit on the top layers only (`lora.top_layers`), the states that enter the lowest adapted layer are kept
-for each batch of a rollout, and all roles and all passes of updates start from them. That is possible only because the roles
-share one base.
+for each batch of a rollout, and all roles and all passes of updates start from them. That is possible only because the
+roles share one base.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ class Trunk:
 
     @classmethod
     def of(cls, base: LanguageModel, examples: list[Tree], layout: Layout) -> Trunk:
-        """The trunk under all adapters that are on the model, or none where states taken up there come out otherwise than
-        the whole model's, as with embeddings that are scaled or layers that look at their own number."""
+        """The trunk under all adapters that are on the model, or none where states taken up there come out otherwise
+        than the whole model's, as with embeddings that are scaled or layers that look at their own number."""
         trunk = cls(base.model, _depth(base.model))
         if trunk.depth == 0 or not examples or not _can_be_cut(base.model):
             return cls(base.model, 0)
         return trunk if trunk._agrees(base, examples, layout) else cls(base.model, 0)
 
     def states(self, batch: TreeBatch) -> tuple[Tensor, Tensor | None]:
-        """Final hidden states as of `hidden_states`, and what entered the lowest adapted layer: [rows, width, hidden]."""
+        """Final hidden states as of `hidden_states`, and what entered the lowest adapted layer, [rows, width, hidden]:
+        None where every layer is adapted."""
         if self.depth == 0:
             return hidden_states(self._model, batch), None
         kept: list[Tensor] = []

@@ -1,0 +1,104 @@
+"""Which policy is handed on, and when the score falls while the reward rises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import models
+import numpy as np
+import pytest
+import rl
+import torch
+
+from data.schema import Prompt
+from stages.core.rl.prompts import EncodedPrompt
+from stages.core.rl.rewards import Rewards
+from stages.core.rl.sampling import Rollout
+from stages.core.rl.selection import Look, Selection
+from stages.core.roles import POLICY, Roles
+from stages.core.rollout import Sample
+
+ANSWER = {"answer": "four"}
+
+
+def selection(roles: Roles, rollout: Rollout, gold: str) -> Selection:
+    chosen = rl.settings()
+    return Selection(roles, lambda: rollout, Rewards(roles, chosen), rl.collector(roles, chosen), gold)
+
+
+def answers(*texts: str, per_prompt: int = 2) -> Rollout:
+    template = models.language_model().template
+    samples = [Sample(template.response(text), True, (0.0,) * len(template.response(text))) for text in texts]
+    prompts = [EncodedPrompt((7, 8, number), Prompt((), ANSWER, "row")) for number in range(len(texts) // per_prompt)]
+    return Rollout(prompts, samples)
+
+
+def test_the_score_of_a_prompt_is_the_mean_over_its_responses_by_the_rule() -> None:
+    made = selection(rl.four_roles(), answers("four", "five", "no", "four", "four", "four"), "exact")
+    assert made.look(0)["held_out"] == pytest.approx(4 / 6)
+    assert made.looks[0].scores.tolist() == [0.5, 0.5, 1.0]
+
+
+def test_without_a_rule_the_reward_is_the_score() -> None:
+    made = selection(rl.four_roles(), answers("four", "five"), "none")
+    found = made.look(0)
+    assert found["held_out"] == found["held_out_reward"] != 0.0
+    assert made.over_optimised == ""
+
+
+def test_the_policy_that_did_best_is_put_back_bit_for_bit() -> None:
+    roles = rl.four_roles()
+    texts = {0: ("no", "no"), 1: ("four", "no"), 2: ("four", "four"), 3: ("four", "no")}
+    made, weights = selection(roles, answers("no", "no"), "exact"), {}
+    for number, said in texts.items():
+        models.disturb(roles, POLICY, seed=number)
+        weights[number] = [each.clone() for _, each in roles.parameters(POLICY)]
+        made._look_at = lambda said=said: answers(*said)  # type: ignore[misc]
+        made.look(number)
+    assert made.best.round == 2
+    made.restore()
+    assert all(torch.equal(a, b) for a, (_, b) in zip(weights[2], roles.parameters(POLICY), strict=True))
+    assert made.metrics["held_out"].value == 1.0
+    assert made.metrics["held_out_gain"].value == 1.0
+    assert made.metrics["chosen_round"].value == 2
+
+
+def test_of_equal_scores_the_earlier_policy_is_kept() -> None:
+    made = selection(rl.four_roles(), answers("four", "no"), "exact")
+    for number in range(3):
+        made.look(number)
+    assert made.best.round == 0
+
+
+def seen(scores: Sequence[float], rewards: Sequence[float], noise: float = 0.0, prompts: int = 100) -> str:
+    """What is said after looks with these means; prompts differ a lot, each from look to look by the noise."""
+    made, generator = selection(rl.four_roles(), answers("four", "no"), "exact"), np.random.default_rng(0)
+    hard = generator.normal(size=prompts)
+    for number, (score, reward) in enumerate(zip(scores, rewards, strict=True)):
+        moved = generator.normal(size=prompts) * noise
+        made.looks.append(Look(number, hard + score + moved - moved.mean(), np.full(prompts, reward), 0.0))
+    return made.over_optimised
+
+
+def test_a_score_that_falls_while_the_reward_rises_is_told_before_it_fell_by_a_twentieth() -> None:
+    assert "fell by 0.030 from its best after round 1" in seen([0.5, 0.7, 0.67], [1.0, 2.0, 3.0], noise=0.05)
+
+
+def test_a_score_that_falls_with_the_reward_is_another_matter() -> None:
+    assert seen([0.5, 0.7, 0.6], [1.0, 2.0, 1.5]) == ""
+
+
+def test_a_fall_within_the_noise_is_not_told() -> None:
+    assert seen([0.5, 0.7, 0.66], [1.0, 2.0, 3.0], noise=0.5) == ""
+
+
+def test_a_fall_too_small_to_matter_is_not_told() -> None:
+    assert seen([0.5, 0.7, 0.69], [1.0, 2.0, 3.0]) == ""
+
+
+def test_looking_leaves_the_policy_and_its_gradients_alone() -> None:
+    roles = rl.disturbed()
+    before = models.snapshot(roles.base.model)
+    selection(roles, rl.given(models.responses(4)), "none").look(0)
+    assert not models.changed(roles.base.model, before)
+    assert all(each.grad is None for _, each in roles.parameters(POLICY))

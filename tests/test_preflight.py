@@ -71,13 +71,18 @@ def test_responses_that_never_end_fail_unless_ending_is_not_asked_for() -> None:
     assert failed(roles, group, chosen.model_copy(update={"missing_eos_penalty": 0.0})) == []
 
 
-@pytest.mark.parametrize("scores", [[0.3] * 16, [5.0] * 15 + [-5.0]])
-def test_scores_that_are_all_alike_or_clipped_fail(scores: list[float]) -> None:
+def test_rewards_that_are_all_alike_fail_whatever_the_penalties_are() -> None:
     roles, group, chosen = start()
-    remaining = iter(scores)
     for each in group:
-        each.scores = torch.tensor([next(remaining) for _ in range(each.batch.branches)])
-    assert failed(roles, group, chosen.model_copy(update={"reward_clip": 5.0})) == ["spread"]
+        each.rewards = torch.full_like(each.rewards, 0.3)
+    assert failed(roles, group, chosen) == ["spread"]
+
+
+def test_rewards_of_which_most_are_clipped_fail() -> None:
+    roles, group, chosen = start()
+    for each in group:
+        each.scores = each.scores.clamp(-1e-3, 1e-3)
+    assert failed(roles, group, chosen.model_copy(update={"reward_clip": 1e-3})) == ["spread"]
 
 
 def test_padding_that_is_the_stop_token_fails() -> None:
@@ -97,7 +102,7 @@ def test_more_memory_than_there_is_fails(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_failed_check_stops_the_run_and_says_what_to_change() -> None:
-    check = Check("spread of the scores", "0", False, "look at the rules")
+    check = Check("spread of the rewards", "0", False, "look at the rules")
     with pytest.raises(NumericalError) as caught:
         require(check, "stages.ppo")
     assert (caught.value.where, caught.value.hint) == ("stages.ppo", "look at the rules")

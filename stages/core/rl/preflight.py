@@ -110,12 +110,12 @@ def _ending(experiences: Sequence[Experience], settings: Rounds) -> Check:
 
 
 def _spread(experiences: Sequence[Experience], settings: Rounds) -> Check:
-    scores = torch.cat([each.scores for each in experiences])
-    deviation = scores.std(unbiased=False).item()
+    rewards, scores = (torch.cat([getattr(each, name) for each in experiences]) for name in ("rewards", "scores"))
+    deviation = rewards.std(unbiased=False).item()
     clipped = settings.reward_clip is not None and (scores.abs() >= settings.reward_clip).float().mean().item() > 0.5
     return Check(
-        "spread of the scores",
-        f"{deviation:.3g} around {scores.mean().item():.3g}" + (", most of them clipped" if clipped else ""),
+        "spread of the rewards",
+        f"{deviation:.3g} around {rewards.mean().item():.3g}" + (", most of them clipped" if clipped else ""),
         deviation > ALIKE and not clipped,
         "the reward tells no response from another: look at the reward stage's pair accuracy, the rules, reward_clip",
     )

@@ -1,0 +1,226 @@
+"""Whole trainings on a tiny model: what is rewarded becomes likelier, the best policy is handed on, nothing drifts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import rl
+import torch
+
+from pipeline.config import DataSource, OnlineDpoSettings, PpoSettings, RejectionSettings
+from pipeline.contract import Artifact, Context, Result
+from pipeline.errors import NumericalError
+from stages import online_dpo, ppo, rejection
+from stages.core.rl.experience import estimate, score
+from stages.core.rl.rewards import Scale
+from stages.core.rl.sampling import Sampler
+from stages.core.rl.updates import Losses
+from stages.core.roles import POLICY, REFERENCE, VALUE
+from stages.core.scoring import record_probes
+
+LETTER = [{"rule": "pattern", "expression": "[aeiou]"}]
+STAGES: dict[str, tuple[Any, Any]] = {
+    "ppo": (ppo, PpoSettings),
+    "rejection": (rejection, RejectionSettings),
+    "online_dpo": (online_dpo, OnlineDpoSettings),
+}
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Artifact:
+    """A stored model with its probes."""
+    made = models.save_base(tmp_path / "policy")
+    roles = models.roles(POLICY)
+    with roles.use(REFERENCE):
+        record_probes(made.directory, models.responses(4), roles.base)
+    return made
+
+
+def train(
+    policy: Artifact, kind: str = "ppo", seed: int = 0, **changes: object
+) -> tuple[Result, list[dict[str, float]]]:
+    """A stage on prompts of the embedded world, with a reward for vowels."""
+    module, settings = STAGES[kind]
+    options = {
+        "policy": "p", "data": "d", "rules": LETTER, "max_new_tokens": 5, "missing_eos_penalty": 0.0, "steps": 2,
+        "examples_per_step": 8, "samples_per_prompt": 2, "evaluate_rows": 8, "evaluate_samples": 2,
+        "lora": models.LORA.model_dump(), "optimizer": {"learning_rate": 0.01, "warmup": 0.0},
+    }  # fmt: skip
+    if kind == "ppo" and changes.get("advantage", "gae") == "gae":
+        options["value_learning_rate"] = 0.01
+    records: list[dict[str, float]] = []
+
+    def progress(record: Mapping[str, Any], *, done: int, total: int) -> None:
+        records.append({**record, "done": done, "total": total})
+
+    directory = policy.directory.parent / f"out-{len(list(policy.directory.parent.iterdir()))}"
+    directory.mkdir()
+    source = DataSource(source="world:prompts", rows=40, held_out=0.2)
+    chosen, inputs = settings.model_validate({**options, **changes}), {"policy": policy}
+    context = Context(
+        kind, chosen, inputs, {"data": source}, directory, progress, said.append, seed, device="cpu", dtype="float32"
+    )
+    return module.run(context), records
+
+
+said: list[str] = []
+
+
+@pytest.mark.parametrize(("kind", "changes"), [
+    ("ppo", {"advantage": "rloo"}),
+    ("ppo", {"advantage": "grpo", "kl_in": "loss", "kl_estimator": "k3"}),
+    ("ppo", {"advantage": "gae", "update_epochs": 2}),
+    ("ppo", {"advantage": "gae", "value": "head"}),
+    ("rejection", {"samples_per_prompt": 4}),
+    ("online_dpo", {"samples_per_prompt": 4, "loss": "ipo"}),
+])  # fmt: skip
+def test_what_is_rewarded_becomes_likelier(policy: Artifact, kind: str, changes: dict[str, object]) -> None:
+    result, records = train(policy, kind, steps=30, examples_per_step=16, evaluate_every=30, **changes)
+    first = sum(each["reward"] for each in records[:3]) / 3
+    last = sum(each["reward"] for each in records[-3:]) / 3
+    assert last > first + 0.15
+    assert result.metrics["held_out_gain"].value > 0.1
+    assert result.metrics["chosen_round"].value == 30
+    assert all(math.isfinite(value) for each in records for value in each.values())
+
+
+def test_the_policy_that_did_best_is_the_one_that_is_stored(policy: Artifact) -> None:
+    # So large a step ruins the policy, and the one before any step is better.
+    result, records = train(
+        policy, advantage="rloo", steps=6, evaluate_every=2, rules=[{"rule": "length", "words": 1}, *LETTER],
+        optimizer={"learning_rate": 3.0, "warmup": 0.0}, kl_coefficient=0.0,
+    )  # fmt: skip
+    looks = json.loads((policy.directory.parent / "out-1" / "looks.json").read_text())
+    assert [look["round"] for look in looks] == [0, 2, 4, 6]
+    best = max(looks, key=lambda look: look["score"])
+    assert result.metrics["chosen_round"].value == best["round"]
+    assert result.metrics["held_out"].value == pytest.approx(best["score"])
+    assert records[1]["held_out"] == looks[1]["score"]
+
+
+def test_every_round_samples_otherwise_and_the_same_seed_trains_the_same(policy: Artifact) -> None:
+    _, first = train(policy, advantage="rloo", steps=3)
+    _, again = train(policy, advantage="rloo", steps=3)
+    _, other = train(policy, advantage="rloo", steps=3, seed=1)
+    assert first == again
+    assert first != other
+    assert len({each["entropy"] for each in first}) == 3
+
+
+def test_an_alarm_ends_the_training_where_the_settings_say_so(policy: Artifact) -> None:
+    said.clear()
+    changes = {"advantage": "grpo", "optimizer": {"learning_rate": 3.0, "warmup": 0.0}, "steps": 8, "update_epochs": 2}
+    result, records = train(policy, **changes, stop_on=["ratio_explosion"])
+    assert len(records) < 8
+    assert any("ratio explosion" in line and "training ends here" in line for line in result.warnings)
+    assert result.warnings[-1] in said
+    _, whole = train(policy, **changes)
+    assert len(whole) == 8
+
+
+def test_the_preflight_is_told_line_by_line_and_stops_a_reward_that_tells_nothing_apart(policy: Artifact) -> None:
+    said.clear()
+    with pytest.raises(NumericalError, match="spread of the rewards"):
+        train(policy, advantage="rloo", rules=[{"rule": "length", "words": 1000}])
+    assert [line for line in said if line.startswith("preflight ok: probability ratio")]
+    assert [line for line in said if line.startswith("preflight FAILED: spread")]
+    assert not list((policy.directory.parent / "out-1").glob("*.safetensors"))
+
+
+def test_a_stage_without_its_answers_says_which_prompt_lacks_them(policy: Artifact) -> None:
+    result, _ = train(policy, advantage="rloo", gold="world", steps=1)
+    assert 0 <= result.metrics["held_out"].value <= 1
+
+
+def test_the_tokens_that_were_sampled_are_those_that_are_scored_and_trained_on() -> None:
+    roles, chosen = rl.four_roles(), rl.settings(samples_per_prompt=2)
+    rollout = Sampler(roles, chosen).rollout(rl.prompts(), 0)
+    for each in rl.collected(roles, rollout, chosen):
+        places = iter(each.batch.targets.split(each.counts))
+        for place in rollout.of(each.batch):
+            assert tuple(next(places).tolist()) == rollout.samples[place].tokens
+
+
+def test_the_stop_token_is_learnt() -> None:
+    roles, chosen = rl.four_roles(), rl.settings()
+    stop = roles.base.template.stop_id
+    trees = [dataclasses.replace(tree, number=number) for number, tree in enumerate(models.responses(2))]
+    ending = [dataclasses.replace(tree, branches=(type(tree.branches[0]).of((stop,)),)) for tree in trees]
+    group = rl.collected(roles, rl.given(ending), chosen)
+    for each in group:
+        each.advantages = torch.ones_like(each.advantages)
+    for part in rl.losses(roles, chosen).policy(group, 0.0):
+        part.loss.backward()
+    assert any(each.grad.any() for _, each in roles.parameters(POLICY))
+
+
+def test_the_same_forward_twice_gives_the_same_bits() -> None:
+    roles, chosen = rl.disturbed(), rl.settings()
+    rollout = rl.given(models.responses(6))
+    first, again = (rl.collected(roles, rollout, chosen) for _ in range(2))
+    for name in ("logprobs", "reference", "values", "rewards"):
+        assert torch.equal(rl.joined(first, name), rl.joined(again, name))
+
+
+@pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo"])
+def test_responses_of_one_token_give_finite_figures(advantage: str) -> None:
+    roles, chosen = rl.disturbed(), rl.settings(advantage=advantage, samples_per_prompt=2)
+    trees = [
+        dataclasses.replace(tree, branches=(type(tree.branches[0]).of((5 + number,)),) * 2)
+        for number, tree in enumerate(models.responses(3))
+    ]
+    group = rl.collected(roles, rl.given(trees), chosen)
+    assert torch.isfinite(rl.joined(group, "advantages")).all()
+    parts = list(rl.losses(roles, chosen).policy(group, 0.05))
+    assert all(torch.isfinite(part.loss) for part in parts)
+
+
+def test_with_a_constant_reward_and_perfect_values_there_is_nothing_to_learn() -> None:
+    roles, chosen = rl.four_roles(), rl.settings(kl_coefficient=0.0)
+    rollout = rl.given(models.responses(6))
+    group = rl.collected(roles, rollout, chosen)
+    for each in group:
+        each.rewards, each.values = torch.full_like(each.rewards, 0.7), torch.full_like(each.values, 0.7)
+    score(group, chosen, Scale())
+    estimate(group, chosen, 0.0)
+    assert rl.joined(group, "advantages").abs().max() < 1e-2
+    assert (rl.joined(group, "returns") - 0.7).abs().max() < 1e-6
+
+
+def test_on_one_token_the_gradient_is_that_of_the_expected_reward() -> None:
+    """A bandit: over all tokens, weighted by their chance, the update's gradient is the exact policy gradient."""
+    roles = models.roles(POLICY)
+    models.disturb(roles, POLICY)
+    worth = torch.randn(len(models.tokenizer()), generator=torch.Generator().manual_seed(0))
+    with roles.use(POLICY):
+        chances = roles.base.model(torch.tensor([[7, 8]])).logits[0, -1].softmax(-1)
+        exact = torch.autograd.grad(-(chances * worth).sum(), [each for _, each in roles.parameters(POLICY)])
+    chosen = rl.settings(reward=None, rules=LETTER, advantage="rloo", samples_per_prompt=2, examples_per_step=2)
+    tree = models.responses(1)[0]
+    every = dataclasses.replace(
+        tree,
+        prompt=(7, 8),
+        number=0,
+        branches=tuple(type(tree.branches[0]).of((token,)) for token in range(len(worth))),
+    )
+    (group,) = rl.collector(roles, chosen).collect(rl.given([every]), [every], [0.0] * len(worth))
+    group.advantages = worth * chances.detach() * len(worth)
+    for part in Losses(roles, chosen, rl.losses(roles, chosen)._trunk).policy([group], 0.0):
+        part.loss.backward()
+    for (name, parameter), expected in zip(roles.parameters(POLICY), exact, strict=True):
+        assert torch.allclose(parameter.grad, expected, atol=1e-5), name
+
+
+def test_a_role_switched_between_forward_and_backward_is_refused() -> None:
+    roles, chosen = rl.disturbed(), rl.settings()
+    group = rl.sampled(roles, chosen)
+    (part, *_) = rl.losses(roles, chosen).policy(group, 0.0)
+    with roles.use(VALUE), pytest.raises(AssertionError, match="forward as policy, backward as value"):
+        part.loss.backward()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.manifest import Metric
 from reward.intervals import mean_interval, paired_difference
-from reward.rules import judge
+from reward.rules import verdict
 from stages.core.rl.experience import Collector, in_order
 from stages.core.rl.rewards import Rewards
 from stages.core.rl.sampling import Rollout
@@ -125,5 +125,5 @@ class Selection:
     def _judged(self, rollout: Rollout) -> NDArray[np.float64]:
         texts = rollout.texts(self._roles.base.template)
         rows = [each.row for each in rollout.repeated]
-        found = [judge(self._gold, row.facts, text, row.origin) for row, text in zip(rows, texts, strict=True)]
-        return np.array([verdict.reward for verdict in found]).reshape(-1, rollout.per_prompt).mean(1)
+        found = [verdict(self._gold, row.facts, text, row.origin) for row, text in zip(rows, texts, strict=True)]
+        return np.array([each.reward for each in found]).reshape(-1, rollout.per_prompt).mean(1)

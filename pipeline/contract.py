@@ -102,7 +102,7 @@ class Context:
     """Names of the sources of which the run's stages learn the answers to prompts."""
     evaluated: tuple[str, ...] = ()
     """Names of the sources whose held-out rows the run's models are evaluated on, and the stage must not train on."""
-    checkpoints: Checkpoints = NoCheckpoints()
+    checkpoints: Checkpoints = field(default_factory=NoCheckpoints)
     """Where a stage that takes steps goes on, and leaves what it would go on from."""
 
 

@@ -72,7 +72,7 @@ class BusyError(BatonError):
 class Interrupted(BatonError):
     """A signal stopped the run; what was published before it is intact.
 
-    SIGUSR1, by which schedulers announce that a job's time is running out, ends with the code that asks for another try.
+    SIGUSR1, by which schedulers announce that a job's time runs out, ends with the code that asks for another try.
     """
 
     def __init__(self, signal_number: int) -> None:

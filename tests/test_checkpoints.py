@@ -327,50 +327,73 @@ def test_a_stage_of_other_settings_begins(stage: Stage, output: io.StringIO) -> 
     assert "made from other settings, inputs or data" in output.getvalue()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 75)])
-def test_a_signal_lets_the_step_end_and_leave_a_checkpoint(
-    stage: Stage, directory: Path, interruption: Interruption, number: signal.Signals, code: int
-) -> None:
-    attempt = stage(10)
-    ended = []
-    with pytest.raises(Interrupted) as caught, interruption.watch(), attempt.steps():
+def take_steps(attempt: StageCheckpoints, signals: dict[int, list[signal.Signals]]) -> list[int]:
+    """Eight steps, in some of which signals come; returns those that ended."""
+    ended: list[int] = []
+    with contextlib.suppress(KeyboardInterrupt), attempt.steps():
         for step in range(1, 9):
-            if step == 3:
+            for number in signals.get(step, ()):
                 os.kill(os.getpid(), number)
             ended.append(step)
             attempt.after(step, fill(b"weights"))
-    assert caught.value.exit_code == code
-    assert ended == [1, 2, 3]
+    return ended
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_lets_the_step_end_and_leave_a_checkpoint(
+    stage: Stage, directory: Path, interruption: Interruption, number: signal.Signals
+) -> None:
+    with interruption.watch():
+        assert take_steps(stage(10), {3: [number]}) == [1, 2, 3]
     assert checkpoints.last_step(directory) == 3
 
 
 def test_a_second_signal_stops_at_once(stage: Stage, directory: Path, interruption: Interruption) -> None:
-    attempt = stage(10)
-    reached = []
-    with pytest.raises(Interrupted), interruption.watch(), attempt.steps():
-        for reach in ("first", "second"):
-            os.kill(os.getpid(), signal.SIGTERM)
-            reached.append(reach)
-        attempt.after(1, fill(b"weights"))
-    assert reached == ["first"]
+    with interruption.watch():
+        assert take_steps(stage(10), {3: [signal.SIGTERM, signal.SIGTERM]}) == [1, 2]
     assert not directory.exists()
 
 
-def test_a_signal_after_the_last_step_stops_before_what_follows(interruption: Interruption, stage: Stage) -> None:
-    with pytest.raises(Interrupted), interruption.watch():
+def stopped(interruption: Interruption, body: Callable[[], None]) -> int:
+    """The exit code of what was stopped."""
+    try:
+        with interruption.watch():
+            body()
+    except Interrupted as error:
+        return error.exit_code
+    return 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 75)])
+def test_outside_steps_a_signal_stops_at_once(interruption: Interruption, number: signal.Signals, code: int) -> None:
+    reached: list[str] = []
+
+    def body() -> None:
+        os.kill(os.getpid(), number)
+        reached.append("end")
+
+    assert stopped(interruption, body) == code
+    assert reached == []
+
+
+def test_a_signal_after_the_last_checkpoint_stops_before_what_follows(interruption: Interruption, stage: Stage) -> None:
+    reached: list[str] = []
+
+    def body() -> None:
         with stage(10).steps():
             os.kill(os.getpid(), signal.SIGTERM)
-        raise AssertionError("went on")
+            reached.append("end of the steps")
+        reached.append("what follows")
 
-
-def test_outside_steps_a_signal_stops_at_once(interruption: Interruption) -> None:
-    with pytest.raises(Interrupted), interruption.watch():
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise AssertionError("went on")
+    assert stopped(interruption, body) == 143
+    assert reached == ["end of the steps"]
 
 
 def test_an_error_in_a_step_is_what_it_is_though_a_signal_came(interruption: Interruption, stage: Stage) -> None:
-    with contextlib.suppress(KeyboardInterrupt), pytest.raises(ValueError, match="in the step"):
-        with interruption.watch(), stage(10).steps():
+    def body() -> None:
+        with stage(10).steps():
             os.kill(os.getpid(), signal.SIGTERM)
             raise ValueError("in the step")
+
+    with pytest.raises(ValueError, match="in the step"):
+        stopped(interruption, body)

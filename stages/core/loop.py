@@ -89,7 +89,9 @@ class Updater:
 
     def state(self) -> State:
         """The weights, what the optimizers remember of them, and the number of steps: all that steps change."""
-        parts = {f"optimizer{number}": optim.state_of(each, self._named) for number, each in enumerate(self._optimizers)}
+        parts = {
+            f"optimizer{number}": optim.state_of(each, self._named) for number, each in enumerate(self._optimizers)
+        }
         return joined({"weights": State(dict(self._named)), **parts}, taken=self.taken)
 
     def load_state(self, state: State) -> None:

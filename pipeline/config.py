@@ -813,6 +813,9 @@ class RunSettings(Settings):
     """Where to compute; `auto` takes an accelerator when there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of frozen weights and matrix products; `auto` takes bfloat16 where a self-test finds it faster."""
+    checkpoint_minutes: NonNegative = 10.0
+    """At least so long between two checkpoints of a stage in training, from which it goes on exactly when it was
+    stopped; 0 makes one after every step. A signal makes one after the step in progress."""
     data: dict[Name, DataSource] = {}
     """Data sources by name."""
     stages: Annotated[dict[Name, Stage], Field(min_length=1)]

@@ -131,8 +131,8 @@ class Training:
         self.selection = Selection(roles, self._answers, self._rewards, self._collector, settings.gold)
 
     def rounds(self) -> Iterator[dict[str, float]]:
-        """Take all rounds, or those after a checkpoint, telling the record of each, and yield their figures; an alarm may
-        end them early."""
+        """Take all rounds, or those after a checkpoint, telling the record of each, and yield their figures; an alarm
+        may end them early."""
         settings, context = self._settings, self._context
         self._resume()
         taken = stream(self._prompts.passes, context.seed, self._done * settings.examples_per_step)

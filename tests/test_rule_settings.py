@@ -39,10 +39,7 @@ def problems(rule: str) -> list[str]:
         ("rule: exact, weight: true", "rules.1.weight: should be a number, not true or false"),
         ("rule: exact, weight: .nan", "rules.1.weight: input should be a finite number"),
         ("rule: length, words: 3, wrods: 3", "rules.1.wrods: unknown setting; did you mean `words`?"),
-        (
-            "rule: pattern, expression: a, expresion: a",
-            "rules.1.expresion: unknown setting; did you mean `expression`?",
-        ),
+        ("rule: pattern, expression: a, expresion: b", "rules.1.expresion: unknown setting; did you mean `expr"),
         ("rule: length", "rules.1.words: missing"),
         ("rule: length, words: 0", "rules.1.words: input should be greater than 0"),
         ("rule: repetition, n: 1.5", "rules.1.n: input should be a valid integer"),

@@ -33,6 +33,7 @@ data:
   corpus: {{source: "world:corpus", rows: 60, held_out: 0.2}}
   demonstrations: {{source: "world:demonstrations", rows: 30, held_out: 0.2}}
   preferences: {{source: "world:preferences", rows: 30, held_out: 0.2}}
+  prompts: {{source: "world:prompts", rows: 30, held_out: 0.2}}
 stages: {{stage: {stage}}}
 """
 STAGES = {
@@ -45,7 +46,15 @@ STAGES = {
       lora: {{rank: 4}}, heads: 2, optimizer: {{learning_rate: 0.01}}}}""",
     "dpo": """{{kind: dpo, policy: {root}/made/stages/base, data: preferences, steps: 6, examples_per_step: 8,
       lora: {{rank: 4}}, optimizer: {{learning_rate: 0.01, schedule: linear}}}}""",
+    "ppo": """{{kind: ppo, value_learning_rate: 0.01, minibatches: 2, update_epochs: 2, kl_target: 0.1, kl_horizon: 50,
+      reward_normalisation: deviation, stop_at_kl: 0.5, {sampling}""",
+    "grpo": """{{kind: ppo, advantage: grpo, gold: world, kl_in: loss, kl_estimator: k3, {sampling}""",
+    "rejection": """{{kind: rejection, {sampling}""",
+    "online_dpo": """{{kind: online_dpo, {sampling}""",
 }
+SAMPLING = """policy: {root}/made/stages/base, data: prompts, steps: 6, examples_per_step: 6, samples_per_prompt: 2,
+      rules: [{{rule: pattern, expression: "[aeiou]"}}, {{rule: repetition}}], max_new_tokens: 6, missing_eos_penalty: 0,
+      evaluate_every: 2, evaluate_rows: 4, evaluate_samples: 2, lora: {{rank: 4}}, optimizer: {{learning_rate: 0.02}}}}"""
 """Each goes over its rows more than once in six steps."""
 STEPS = 6
 
@@ -82,7 +91,8 @@ def baton(config: Path, *arguments: str) -> int:
 
 def configured(root: Path, kind: str, name: str) -> Path:
     config = root / f"{name}.yaml"
-    config.write_text(RUN.format(root=root, name=name, stage=STAGES[kind].format(root=root)))
+    stage = STAGES[kind].format(root=root, sampling=SAMPLING.format(root=root))
+    config.write_text(RUN.format(root=root, name=name, stage=stage))
     return config
 
 

@@ -23,7 +23,6 @@ from pipeline.errors import ArtifactError
 from pipeline.manifest import OutputRecord, Record
 
 FILE_NAME = "checkpoint.json"
-SCHEMA_VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -40,7 +39,7 @@ class Maker:
 class CheckpointRecord(Record):
     """What a checkpoint says of itself."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     step: int
     """Steps that were taken."""
     key: str

@@ -32,7 +32,7 @@ OTHER_WORK = "full"
 """A way that trains more than Baton does: tried, but not what Baton is compared with."""
 LEAVE_ONE_OUT = {"advantage", "samples_per_prompt"}
 """Settings that Baton's stage needs to stand beside RLOOTrainer."""
-METHODS = ("ppo", "rloo") if LEAVE_ONE_OUT <= PpoSettings.model_fields.keys() else ("ppo",)
+METHODS = ("ppo", "rloo") if PpoSettings.model_fields.keys() >= LEAVE_ONE_OUT else ("ppo",)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

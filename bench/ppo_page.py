@@ -163,9 +163,10 @@ def _tried(record: Mapping[str, Any]) -> str:
         )
     said = (
         f"The peer's ways, each tried once on a few iterations with {_passes(int(next(iter(record['runs']))))} "
-        f"(`bench/ppo_peer.py` says what they are); `{record['variant']}` was taken, the fastest that trains an adapter."
+        f"(`bench/{record['options']['method']}_peer.py` says what they are); `{record['variant']}` was taken, the "
+        "fastest that trains an adapter."
     )
-    headings = ["way", "seconds per iteration", "MiB above imports", "parameters in memory", "millions of them trained"]
+    headings = ["way", "seconds per iteration", "MiB above imports", "parameters in memory", "of them trained"]
     return said + "\n\n" + processes.table(headings, rows)
 
 

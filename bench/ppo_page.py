@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -176,7 +177,8 @@ def _equal(record: Mapping[str, Any]) -> dict[str, Any]:
     judged = "not judged" if accuracy is None else f"right about {accuracy:.0%} of held-out pairs"
     counts = {name: record["counts"][name] for name in ("prompts", "responses")}
     given = {**options, **material, **counts, "accuracy": judged}
-    return given | {"parameters": material["parameters"] / 1e6, "micro": options["micro_batch"]}
+    shaped = {"model": Path(options["model"]).stem, "parameters": material["parameters"] / 1e6}
+    return given | shaped | {"micro": options["micro_batch"]}
 
 
 def _passes(epochs: int) -> str:

@@ -20,7 +20,6 @@ from typing import Any
 from bench import ppo_page, processes, shape
 from bench.comparison import PACKAGES, PAIRS, SIDES, cache, count
 from bench.job import Job
-from pipeline.config import PpoSettings
 
 TRL = "1.12.0"
 VARIANTS = {
@@ -30,9 +29,6 @@ VARIANTS = {
 """The peer's ways, as `bench.ppo_peer` and `bench.rloo_peer` name them."""
 OTHER_WORK = "full"
 """A way that trains more than Baton does: tried, but not what Baton is compared with."""
-LEAVE_ONE_OUT = {"advantage", "samples_per_prompt"}
-"""Settings that Baton's stage needs to stand beside RLOOTrainer."""
-METHODS = ("ppo", "rloo") if PpoSettings.model_fields.keys() >= LEAVE_ONE_OUT else ("ppo",)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -223,15 +219,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m bench.ppo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     option = parser.add_argument
+    ways = ", ".join(way for method in VARIANTS.values() for way in method)
     option("--device", choices=("cpu", "cuda"), default="cpu")
     option("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of both sides' matrix products")
     option("--model", default="llama-14m", help="a name in bench/models, or a file of the same layout")
+    option("--method", choices=VARIANTS, default="ppo", help="ppo, or rloo beside the installed TRL's RLOOTrainer")
     option("--epochs", type=count, nargs="+", default=[1, 4], help="passes over a rollout (default: 1 4)")
     option("--repeats", type=count, default=5, help="of both sides in turn (default: %(default)s)")
     option("--steps", type=count, default=3, help="timed iterations (default: %(default)s)")
     option("--warmup", type=count, default=1, help="iterations before them (default: %(default)s)")
     option("--tried-steps", type=count, default=1, help="timed iterations for each of the peer's ways")
     option("--responses", type=count, default=32, help="of an iteration (default: %(default)s)")
+    option("--samples", type=count, default=1, help="responses to each prompt (default: 1; rloo needs more)")
     option("--prompt", type=count, default=128, help="tokens of the longest prompt (default: %(default)s)")
     option("--new-tokens", type=count, default=64, help="of every response (default: %(default)s)")
     option("--micro-batch", type=count, default=8, help="rows that go through the model at once in training")
@@ -240,12 +239,8 @@ def _parser() -> argparse.ArgumentParser:
     option("--data", type=Path, default=PAIRS, help="preference pairs in any layout (default: hh-rlhf in BATON_DATA)")
     option("--cache", type=Path, help="where to keep bases and the old TRL (default: nowhere)")
     option("--output", type=Path, default=processes.RESULTS, help="where to write the results")
-    option("--variant", default="", help="the peer's way, instead of the fastest: " + _listed(VARIANTS))
+    option("--variant", default="", help=f"the peer's way, instead of the fastest: {ways}")
     option("--only", choices=SIDES, help="run one side")
-    parser.set_defaults(method="ppo", samples=1)
-    if "rloo" in METHODS:
-        option("--method", choices=METHODS, help="ppo, or rloo beside the installed TRL's RLOOTrainer")
-        option("--samples", type=count, help="responses to each prompt (default: 1; rloo needs more)")
     return parser
 
 
@@ -254,10 +249,6 @@ def _require_groups(chosen: argparse.Namespace) -> None:
         raise SystemExit(f"--samples {chosen.samples}: rloo needs more than one response to a prompt, ppo takes one")
     if chosen.responses % chosen.samples:
         raise SystemExit(f"--samples {chosen.samples} must divide --responses {chosen.responses}")
-
-
-def _listed(variants: Mapping[str, Sequence[str]]) -> str:
-    return ", ".join(way for method in METHODS for way in variants[method])
 
 
 if __name__ == "__main__":

@@ -23,13 +23,20 @@ LORA = {"rank": 16, "alpha": 32.0}
 
 
 def settings(job: Job) -> PpoSettings:
-    """The settings of Baton's stage; `max_length` is the longest prompt and a whole response."""
+    """The settings of Baton's stage; `max_length` is the longest prompt and a whole response.
+
+    The stage looks at held-out prompts before the first step and after the last: it is asked for one step more than is
+    taken, and for a look that costs nothing.
+    """
     given = {
         "policy": "base",
         "reward": "reward",
         "data": "rows",
         "lora": LORA,
-        "steps": job.steps,
+        "steps": job.steps + 1,
+        "evaluate_every": job.steps + 1,
+        "evaluate_rows": 1,
+        "evaluate_samples": 1,
         "examples_per_step": job.examples_per_step,
         "max_length": job.max_length,
         "missing_eos_penalty": 0.0,

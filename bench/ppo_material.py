@@ -27,15 +27,14 @@ from bench.job import Job
 from bench.ours import stage_context
 from bench.ppo_given import merged_directory, reward_directory, settings
 from data.mixture import stream
-from data.schema import Prompt
 from data.template import ChatTemplate
 from data.tokenizer import load_tokenizer
 from pipeline.config import DataSource
 from pipeline.contract import Artifact, Context
 from pipeline.manifest import Adaptation, Manifest
 from stages import reward
-from stages.core import rows
 from stages.core.device import Compute
+from stages.core.rl.prompts import read_prompts
 from stages.core.roles import REWARD, open_base
 
 REWARD_TRAINING: dict[str, Any] = {"steps": 40, "examples_per_step": 8, "max_length": 512, "learning_rate": 3e-4}
@@ -107,10 +106,8 @@ def _drawn(job: Job) -> list[tuple[int, ...]]:
     """The prompts that the stage draws, in its order; it is made sure later that it does."""
     source = DataSource(source=str(job.source), held_out=0.0)
     given = context(settings(job), source, {}, job.directory / "drawing", seed=job.seed)
-    template = ChatTemplate(load_tokenizer(job.base))
-    prompts = [tuple(template.prompt(row.prompt)) for row in rows.read_rows(given, "data", Prompt).train]
-    passes = rows.mixed(given, "data", {"data": prompts})
-    return list(islice(stream(passes, job.seed), job.steps * job.examples_per_step))
+    passes = read_prompts(given, material.without_weights(job)).passes
+    return [each.tokens for each in islice(stream(passes, job.seed), job.steps * job.examples_per_step)]
 
 
 def _train_reward(job: Job, shape: Path, stored: Path) -> float | None:

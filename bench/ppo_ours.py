@@ -18,19 +18,26 @@ from torch import nn
 
 from bench.job import Job
 from bench.ours import LastStepTakenError
-from bench.ppo_given import Drawn
+from bench.ppo_given import Drawn, settings
 from bench.ppo_material import stage_context_of
 from bench.watch import Phases, Watch, live_parameters
 from stages import ppo
+from stages.core.rl import sampling
+from stages.core.rl.experience import Collector
+from stages.core.rl.prompts import EncodedPrompt
+from stages.core.rl.sampling import Rollout, Sampler
+from stages.core.rollout import Sample
 
 NO_TOKEN = -1
+FIGURES = ("reward", "kl", "explained_variance")
 
 
 class Rounds:
     """Follows the stage from round to round."""
 
     def __init__(self, job: Job, watch: Watch) -> None:
-        self._watch = watch
+        self._watch, self._steps = watch, job.steps
+        self._length = settings(job).max_new_tokens
         self.phases = Phases(job)
         self.last: dict[str, float] = {}
         self.held: dict[str, int] = {}
@@ -40,26 +47,35 @@ class Rounds:
         """Note a round; after the last, the stage need not go on."""
         self._watch.step()
         self.phases.end("training")
-        if done == total:
-            self.last = {name: record[name] for name in ("reward", "kl", "explained_variance") if name in record}
+        if done == self._steps:
+            self.last = {name: record[name] for name in FIGURES if name in record}
             self.held |= live_parameters()
             raise LastStepTakenError
 
     def follow(self) -> None:
         """Have the stage tell when its sampling and its scoring end, and let no token end a response."""
-        sample, collect = ppo.sample, ppo.collect
+        sample, rollout, collect = sampling.sample, Sampler.rollout, Collector.collect
 
         @wraps(sample)
-        def full_length(model: nn.Module, prompts: Sequence[tuple[int, ...]], **options: Any) -> Any:
-            self._drawn.require_next(prompts)
-            samples = sample(model, prompts, **{**options, "stop_id": NO_TOKEN})
-            if {len(each.tokens) for each in samples} != {options["max_new_tokens"]}:
-                raise ValueError("a response ended before its full length")
+        def full_length(model: nn.Module, prompts: Sequence[tuple[int, ...]], **options: Any) -> list[Sample]:
             self.held["base_bytes"] = _base_bytes(model)
-            return samples
+            return sample(model, prompts, **{**options, "stop_id": NO_TOKEN})
 
-        ppo.sample = self.phases.marking("rollout", full_length)
-        ppo.collect = self.phases.marking("scoring", collect)
+        @wraps(rollout)
+        def followed(sampler: Sampler, prompts: Sequence[EncodedPrompt], *options: Any) -> Rollout:
+            found = rollout(sampler, prompts, *options)
+            if len(options) == 1:  # a look at held-out prompts says how many responses it wants
+                self._require(found)
+                self.phases.mark("rollout")
+            return found
+
+        sampling.sample, Sampler.rollout = full_length, followed
+        Collector.collect = self.phases.marking("scoring", collect)
+
+    def _require(self, rollout: Rollout) -> None:
+        self._drawn.require_next([each.tokens for each in rollout.prompts])
+        if {len(each.tokens) for each in rollout.samples} != {self._length}:
+            raise ValueError("a response ended before its full length")
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import ppo, ppo_given, ppo_material, processes, rloo_peer
+from bench import ppo, ppo_material, processes, rloo_peer
 from bench.job import Job
 from bench.ppo_given import Drawn, classifier, micro_batch
 from bench.ppo_peer import Follower
@@ -26,20 +26,15 @@ from bench.watch import Phases, Watch, live_parameters
 from data.tree import Branch, Tree
 from pipeline.config import PpoSettings
 from reward.shaping import explained_variance
-from stages import ppo as stage
 from stages.core.device import Compute
+from stages.core.rl import sampling
+from stages.core.rl.experience import Collector
+from stages.core.rl.sampling import Sampler
 from stages.core.roles import REWARD, open_base
 from stages.core.scoring import scores
 from stages.core.trl.arguments import expected_warnings
 
 NEW_TOKENS, PROMPT = 4, 40
-
-
-class Grouped(PpoSettings):
-    """Settings of a stage that samples several responses to a prompt."""
-
-    advantage: str = "gae"
-    samples_per_prompt: int = 1
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +65,8 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(module: str, *arguments: str | Path, **_: str) -> Measured:
         with monkeypatch.context() as patch, redirect_stdout(StringIO()) as said:
             patch.setattr(sys, "argv", [module, *map(str, arguments)])
-            for name in ("sample", "collect"):
-                patch.setattr(stage, name, getattr(stage, name))
+            for owner, name in ((sampling, "sample"), (Sampler, "rollout"), (Collector, "collect")):
+                patch.setattr(owner, name, getattr(owner, name))
             import_module(module).main()
         return Measured(0.0, 0.0, 0.0, json.loads(said.getvalue().splitlines()[-1]))
 
@@ -113,8 +108,7 @@ def test_the_peer_s_reward_is_the_stage_s(job: Job) -> None:
     assert peer == pytest.approx(ours, abs=1e-5)
 
 
-def test_leave_one_out_takes_the_prompts_in_order(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ppo_given, "PpoSettings", Grouped)
+def test_leave_one_out_takes_the_prompts_in_order(job: Job) -> None:
     settings = {**job.settings, "advantage": "rloo", "samples_per_prompt": 2, "update_epochs": 2}
     grouped = Job(**{**vars(job), "settings": settings, "variant": "float32"})
     watch = Watch(grouped)

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from stages.core import likelihood
-from stages.core.likelihood import entropies, logits_of, logprobs_of, summed_logprobs
+from stages.core.likelihood import logits_of, logprobs_and_entropies, logprobs_of, summed_logprobs
 
 VOCABULARY = len(models.tokenizer())
 READS = 11
@@ -175,7 +175,7 @@ def test_no_read_gives_no_value_and_no_gradient(head: str) -> None:
     total, *_ = with_gradients(model, states, lambda leaf: summed_logprobs(model, leaf, targets))
     assert total == 0.0
     assert of_head is None or not of_head.any()
-    assert entropies(model, states).shape == (0,)
+    assert [each.shape for each in logprobs_and_entropies(model, states, targets)] == [(0,), (0,)]
 
 
 class Kept:
@@ -226,11 +226,29 @@ def test_the_whole_matrix_of_logits_never_exists(head: str, monkeypatch: pytest.
 @each_chunk
 def test_entropy_is_minus_the_expected_logprob(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     in_chunks(monkeypatch, positions)
-    model, (states, _) = made("grouped", "frozen"), reads()
+    model, (states, targets) = made("grouped", "frozen"), reads()
     everything = torch.arange(VOCABULARY)
     logs = [slow(model, state.expand(VOCABULARY, -1), everything, 0.7) for state in states]
     expected = torch.stack([-(each.exp() * each).sum() for each in logs])
-    assert close(entropies(model, states, 0.7), expected)
+    logprobs, found = logprobs_and_entropies(model, states, targets, 0.7)
+    assert close(found, expected)
+    with torch.no_grad():
+        assert torch.equal(logprobs, logprobs_of(model, states, targets, 0.7))
+
+
+def test_an_impossible_token_has_no_part_in_the_entropy() -> None:
+    model, (states, targets) = made("grouped", "frozen"), reads()
+    plain = model.get_output_embeddings().forward
+
+    def without_the_last(hidden: Tensor) -> Tensor:
+        logits = plain(hidden)
+        logits[:, -1] = -torch.inf
+        return logits
+
+    model.get_output_embeddings().forward = without_the_last
+    _, found = logprobs_and_entropies(model, states, targets.clamp(max=VOCABULARY - 2))
+    assert torch.isfinite(found).all()
+    assert (found > 0).all()
 
 
 @pytest.mark.parametrize("function", [lambda *given: logprobs_of(*given).sum(), summed_logprobs])
@@ -285,5 +303,5 @@ def test_the_head_takes_few_numbers_of_rows_in_bfloat16_only(dtype: torch.dtype,
     assert logprobs_of(model, leaf, targets).shape == (READS,)
     with torch.no_grad():
         assert logprobs_of(model, leaf, targets).shape == (READS,)
-    assert entropies(model, leaf).shape == (READS,)
+    assert logprobs_and_entropies(model, leaf, targets)[1].shape == (READS,)
     assert sizes == [expected] * 4

@@ -35,7 +35,9 @@ def one_step(parameters: list[tuple[str, nn.Parameter]], objective: loop.Objecti
 
 @pytest.fixture
 def plain_descent(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(named: list[tuple[str, nn.Parameter]], settings: Optimizer) -> list[torch.optim.Optimizer]:
+    def build(
+        named: list[tuple[str, nn.Parameter]], settings: Optimizer, epsilon: float
+    ) -> list[torch.optim.Optimizer]:
         return [torch.optim.SGD([each for _, each in named], lr=settings.learning_rate)]
 
     monkeypatch.setattr(optim, "build", build)

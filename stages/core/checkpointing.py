@@ -17,15 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 from stages.core.models import LanguageModel, decoder_layers
 
-Role = tuple[tuple[str, ...], bool] | None
-"""The adapters in use and whether they are switched off; None for a layer that carries none."""
-
 
 def checkpoint_layers(language_model: LanguageModel) -> None:
     """Keep only the inputs of the decoder layers for backward passes, whatever adapters they have or will get.
 
-    The backward pass must run in the role of the forward pass, or RuntimeError is raised: a layer computed again
-    without its adapter would leave the adapter without a gradient.
+    The backward pass must run in the role of the forward pass, which `Roles` sees to: a layer computed again without
+    its adapter would leave the adapter without a gradient.
 
     Raises:
         ConfigError: The architecture does not keep its decoder layers in one list.
@@ -38,11 +35,9 @@ def checkpoint_layers(language_model: LanguageModel) -> None:
 def _checkpointed(layer: nn.Module, forward: Any, config: Any, *inputs: Any, **options: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **options)
-    role, attention = _role(layer), config._attn_implementation
+    attention = config._attn_implementation
 
     def compute(*inputs: Any) -> Any:
-        if _role(layer) != role:
-            raise RuntimeError(f"computed as {role}, but the backward pass runs as {_role(layer)}")
         with _attending(config, attention):
             return forward(*inputs, **options)
 
@@ -59,11 +54,3 @@ def _attending(config: Any, attention: str) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
-
-
-def _role(layer: nn.Module) -> Role:
-    # peft brings bitsandbytes and torch's compiler: seconds that pretraining need not wait.
-    from peft.tuners.lora import LoraLayer
-
-    adapted = next((module for module in layer.modules() if isinstance(module, LoraLayer)), None)
-    return None if adapted is None else (tuple(adapted.active_adapters), adapted.disable_adapters)

@@ -165,7 +165,8 @@ class Roles:
             states.register_hook(lambda gradient: self._require(role))
 
     def _require(self, role: str | None) -> None:
-        assert self._current == role, f"forward as {role}, backward as {self._current}"
+        if self._current != role:
+            raise RuntimeError(f"the forward pass was {role}'s, the backward pass runs as {self._current}")
 
     def _inject(self, role: str, config: LoraConfig) -> None:
         with warnings.catch_warnings():

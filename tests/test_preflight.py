@@ -26,7 +26,7 @@ def examined(roles: Roles, group: list[Experience], chosen: PpoSettings) -> dict
 
 def start() -> tuple[Roles, list[Experience], PpoSettings]:
     """A first rollout, of which a response ends."""
-    roles, chosen = rl.four_roles(), rl.settings(samples_per_prompt=2)
+    roles, chosen = rl.four_roles(), rl.settings(samples_per_prompt=4)
     group = rl.sampled(roles, chosen)
     group[0].ended[0] = True
     return roles, group, chosen
@@ -69,6 +69,14 @@ def test_responses_that_never_end_fail_unless_ending_is_not_asked_for() -> None:
         each.ended = torch.zeros_like(each.ended)
     assert failed(roles, group, chosen) == ["responses that end"]
     assert failed(roles, group, chosen.model_copy(update={"missing_eos_penalty": 0.0})) == []
+
+
+def test_of_a_few_responses_none_need_end() -> None:
+    roles, chosen = rl.four_roles(), rl.settings()
+    group = rl.sampled(roles, chosen)
+    for each in group:
+        each.ended = torch.zeros_like(each.ended)
+    assert failed(roles, group, chosen) == []
 
 
 def test_rewards_that_are_all_alike_fail_whatever_the_penalties_are() -> None:

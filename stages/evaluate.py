@@ -5,8 +5,8 @@ programmatic gold reward where the data has one, and by a reward model; a child 
 prompt by prompt, so the interval is that of the paired difference. The KL divergence to the reference is
 estimated on the model's own samples (the mean of log pi - log pi_ref over whole responses). Held-out text gives
 perplexity and bits per byte, held-out pairs the accuracy of the reward model and of each policy's implicit
-reward. With `best_of`, best-of-n sampling from a model is the bar for the adapters trained from it. Left out: greedy and
-other decoding, calibration, and correction for many comparisons.
+reward. With `best_of`, best-of-n sampling from a model is the bar for the adapters trained from it. Left out: greedy
+and other decoding, calibration, and correction for many comparisons.
 
     python -m stages.evaluate CONFIG [key=value ...]
 """

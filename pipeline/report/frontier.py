@@ -101,7 +101,7 @@ def _chart(run: RunRecord, judged: StageRecord, parent: str, salt: str) -> Chart
     policies = tuple(_policies(run, judged, parent))
     shown = [metric for metric in METRICS if any(metric in each.metrics for each in policies)]
     panels = [
-        (metric, draw(partial(_plot, metric, points, policies), (5.4, 3.1), f"{salt}/{metric}")) for metric in shown
+        (metric, draw(partial(_plot, metric, points, policies), (4.0, 2.6), f"{salt}/{metric}")) for metric in shown
     ]
     return Chart(parent, points[-1].n, policies, tuple(panels), tuple(_lines(parent, points, policies)))
 
@@ -182,7 +182,7 @@ def _plot(metric: str, points: Sequence[FrontierPoint], policies: Sequence[Polic
         if metric in policy.metrics:
             _plot_policy(axes, policy, policy.metrics[metric])
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel("\N{SQUARE ROOT}KL, nats a response", color=INK)
+    axes.set_xlabel("\N{SQUARE ROOT}KL, KL in nats a response", color=INK)
 
 
 def _plot_frontier(axes: Axes, points: Sequence[tuple[int, float, Metric]]) -> None:

@@ -97,6 +97,13 @@ def test_the_section_stands_before_the_curves_with_its_table_and_looks(run: Path
     assert len(identifiers) == len(set(identifiers))
 
 
+def test_the_report_for_programs_holds_the_frontier_and_the_looks(run: Path) -> None:
+    stages = reports.report(run)["stages"]
+    assert stages["check"]["frontier"] == evaluation()["frontier"]
+    assert stages["ppo"]["looks"] == looks()
+    assert (stages["ppo"]["frontier"], stages["sft"]["looks"]) == ({}, [])
+
+
 def test_every_colour_is_a_class_that_the_page_defines(run: Path) -> None:
     page = reports.page(run)
     (chart,) = charts(run)

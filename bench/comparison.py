@@ -82,7 +82,6 @@ class Comparison:
         self._work, self._chosen = work, chosen
         self._bases = directory
         self._sides = [chosen.only] if chosen.only else list(SIDES)
-        self._runs = 0
 
     def record(self) -> dict[str, Any]:
         """Run everything; returns all that was found."""
@@ -187,18 +186,7 @@ class Comparison:
         return job.write(self._directory / "job.json")
 
     def _process(self, module: str, *arguments: str | Path) -> dict[str, Any]:
-        """What a process reports; it finds no tokens that another has made."""
-        self._runs += 1
-        caches = self._directory / f"caches-{self._runs}"
-        said = processes.run(
-            module,
-            *arguments,
-            **processes.quiet(self._chosen.threads),
-            HF_DATASETS_CACHE=str(caches / "datasets"),
-            BATON_CACHE=str(caches / "baton"),
-        ).said
-        shutil.rmtree(caches, ignore_errors=True)
-        return said
+        return processes.fresh(self._directory, self._chosen.threads, module, *arguments)
 
 
 def _fastest(tried: Mapping[str, Mapping[str, Any]]) -> str:

@@ -14,7 +14,7 @@ class Job:
     """What is trained, on what, and how; both sides are given the same."""
 
     kind: str
-    """`sft`, `reward`, `dpo` or `pretrain`."""
+    """`sft`, `reward`, `dpo`, `pretrain` or `ppo`."""
     material: str
     """Directory that `bench.material` has made: the base, the rows and their tokens."""
     data: str

@@ -54,8 +54,8 @@ def make(job: Job, held_out: int) -> dict[str, Any]:
     model = without_weights(job)
     train, kept = _blocks(job, model, held_out) if job.kind == "pretrain" else examples(job, model)
     records = read(job.source) if counts else []
-    _write(job.directory / "drawn.jsonl", (_with_tokens(records, tree) for tree in train))
-    _write(job.directory / "held-out.jsonl", (_with_tokens(records, tree) for tree in kept))
+    write(job.directory / "drawn.jsonl", (_with_tokens(records, tree) for tree in train))
+    write(job.directory / "held-out.jsonl", (_with_tokens(records, tree) for tree in kept))
     embedding, head = model.model.get_input_embeddings(), model.model.get_output_embeddings()
     every = sum(parameter.numel() for parameter in model.model.parameters())
     outside = {id(each.weight): each.weight.numel() for each in (embedding, head)}
@@ -94,12 +94,12 @@ def _write_rows(job: Job, held_out: int) -> dict[str, int]:
     taken = {False: 0, True: 0}
     left_out = 0
     with (job.directory / "rows.jsonl").open("x", encoding="utf-8") as written:
-        for row in _pairs(Path(job.data)):
+        for row in pairs(Path(job.data)):
             side = is_held_out(row, HELD_OUT)
             if taken[side] == wanted[side]:
                 continue
             tree = pair_tree(template, row, 0, job.max_length)
-            if isinstance(tree, str) or tree.cut or not _takes_turns(row):
+            if isinstance(tree, str) or tree.cut or not takes_turns(row):
                 left_out += 1
                 continue
             taken[side] += 1
@@ -107,22 +107,27 @@ def _write_rows(job: Job, held_out: int) -> dict[str, int]:
     return {"rows": sum(taken.values()), "left_out": left_out}
 
 
-def _pairs(data: Path) -> Iterator[Preference]:
+def pairs(data: Path) -> Iterator[Preference]:
+    """The preferences of a file; what cannot be read as one is left out."""
     for reading in scan(DataSource(source=str(data)), Findings()):
         if isinstance(reading.row, Preference):
             yield reading.row
 
 
-def _takes_turns(row: Preference) -> bool:
+def takes_turns(row: Preference) -> bool:
     """Some dialogues of hh-rlhf have two turns of the assistant in a row, which conversational layout has not."""
     roles = [message.role for message in row.prompt]
     return roles == (["user", "assistant"] * len(roles))[: len(roles)] and roles[-1:] == ["user"]
 
 
 def _record(row: Preference) -> dict[str, Any]:
-    prompt = [{"role": message.role, "content": message.content} for message in row.prompt]
     chosen, rejected = ([{"role": "assistant", "content": row.responses[index]}] for index in (0, -1))
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return {"prompt": turns(row), "chosen": chosen, "rejected": rejected}
+
+
+def turns(row: Preference) -> list[dict[str, str]]:
+    """The prompt in conversational layout."""
+    return [{"role": message.role, "content": message.content} for message in row.prompt]
 
 
 def without_weights(job: Job) -> LanguageModel:
@@ -152,7 +157,8 @@ def _with_tokens(records: Sequence[dict[str, Any]], tree: Tree) -> dict[str, Any
     return {**row, "prompt_tokens": tree.prompt, "responses": responses}
 
 
-def _write(path: Path, written: Iterable[dict[str, Any]]) -> None:
+def write(path: Path, written: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
 
 

@@ -9,6 +9,7 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +58,13 @@ def quiet(threads: int) -> dict[str, str]:
         "TRANSFORMERS_VERBOSITY": "error",
         "PYTHONWARNINGS": "ignore",
     }
+
+
+def fresh(directory: Path, threads: int, module: str, *arguments: str | Path, **environment: str) -> dict[str, Any]:
+    """What a quiet process reports that finds no tokens of another; its caches are in `directory` meanwhile."""
+    with tempfile.TemporaryDirectory(prefix="caches-", dir=directory, ignore_cleanup_errors=True) as caches:
+        empty = {"HF_DATASETS_CACHE": f"{caches}/datasets", "BATON_CACHE": f"{caches}/baton"}
+        return run(module, *arguments, **{**quiet(threads), **empty, **environment}).said
 
 
 def baton(*arguments: str | Path, **environment: str) -> float:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import fingerprint, manifest, store
+from pipeline import durable, fingerprint, manifest
 from pipeline.errors import ArtifactError, StorageError
 from pipeline.terminal import printable
 
@@ -145,7 +145,7 @@ def _publish(work: Path, place: Path, say: Callable[[str], None]) -> Entry:
         if found is not None:
             return found
         work.rename(place)
-        store.sync(place.parent)
+        durable.sync(place.parent)
     return _opened(place)
 
 
@@ -196,11 +196,11 @@ def _index(place: Path) -> dict[str, Any]:
 def _seal(work: Path, key: str, record: Mapping[str, Any]) -> None:
     """Make a filled directory durable and write its index."""
     for path in manifest.walk(work):
-        store.sync(path)
+        durable.sync(path)
     index = {"key": key, "files": _files(work), "record": dict(record)}
-    store.write_text(work / INDEX, json.dumps({**index, "sha256": fingerprint.digest(index)}, indent=2) + "\n")
+    durable.write_text(work / INDEX, json.dumps({**index, "sha256": fingerprint.digest(index)}, indent=2) + "\n")
     for folder in (path for path in work.rglob("*") if path.is_dir()):
-        store.sync(folder)
+        durable.sync(folder)
 
 
 def _files(directory: Path) -> dict[str, dict[str, Any]]:

@@ -20,8 +20,8 @@ from typing import Any
 
 from data.schema import Conversation, Message, Preference, Prompt, Row, Text
 
-PARTS = ("corpus", "demonstrations", "preferences", "prompts")
-DEFAULT_ROWS = {"corpus": 8000, "demonstrations": 4000, "preferences": 3000, "prompts": 2000}
+PARTS = ("corpus", "demonstrations", "preferences", "prompts", "sums")
+DEFAULT_ROWS = {"corpus": 8000, "demonstrations": 4000, "preferences": 3000, "prompts": 2000, "sums": 1000}
 
 NAMES = (
     "Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ida", "Jon", "Kim", "Leo",
@@ -107,6 +107,7 @@ def generate(part: str, rows: int, seed: int) -> Iterator[Row]:
         "demonstrations": _demonstration,
         "preferences": _preference,
         "prompts": _prompt,
+        "sums": _sum_prompt,
     }
     world, chance = people(seed), random.Random(f"{part} {seed}")
     for number in range(rows):
@@ -309,6 +310,12 @@ def _demonstration(world: list[Person], chance: random.Random, origin: str) -> C
 
 def _prompt(world: list[Person], chance: random.Random, origin: str) -> Prompt:
     question = _question(world, chance)
+    return Prompt(_turn(question.text), question.facts(), origin)
+
+
+def _sum_prompt(world: list[Person], chance: random.Random, origin: str) -> Prompt:
+    """A prompt whose answer anybody can verify."""
+    question = _sum(world, chance)
     return Prompt(_turn(question.text), question.facts(), origin)
 
 

@@ -323,7 +323,8 @@ def print_plan(decisions: Sequence[Decision]) -> None:
     """Print each stage's verdict and reasons."""
     for decision in decisions:
         verdict = "run" if decision.run else "keep"
-        _print("\n".join([f"{verdict:4}  {decision.stage} ({decision.kind})", *_reasons(decision)]))
+        going_on = f", goes on after step {decision.after}" if decision.after is not None else ""
+        _print("\n".join([f"{verdict:4}  {decision.stage} ({decision.kind}){going_on}", *_reasons(decision)]))
     count = sum(decision.run for decision in decisions)
     _print(f"{count} of {len(decisions)} would run" if count else "nothing to do: every stage is up to date")
 
@@ -355,7 +356,8 @@ def _reasons(decision: Decision) -> list[str]:
 
 def _decision(decision: Decision) -> dict[str, Any]:
     reasons = [asdict(reason) for reason in decision.reasons]
-    return {"stage": decision.stage, "kind": decision.kind, "run": decision.run, "reasons": reasons}
+    named = {"stage": decision.stage, "kind": decision.kind}
+    return named | {"run": decision.run, "after": decision.after, "reasons": reasons}
 
 
 def _ancestor_row(ancestor: dict[str, Any]) -> tuple[str, ...]:
@@ -371,6 +373,7 @@ def _figure(metric: Metric) -> str:
 
 def _status_row(state: dict[str, Any]) -> tuple[str, ...]:
     said = state["state"] + (", last attempt failed" if state["failed"] else "")
+    said += f", checkpoint after step {state['checkpoint']}" if state["checkpoint"] is not None else ""
     named = (state["stage"], state["kind"], said)
     if state["state"] != "published":
         return *named, "", "", ""

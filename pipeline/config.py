@@ -82,7 +82,7 @@ class DataSource(Settings):
     source: Either[str, Annotated[list[str], Field(min_length=1)]]
     """Files or globs of files (`.jsonl`, `.json`, `.csv`, `.tsv`, `.txt`, `.parquet`; all but the last also as `.gz` or
     `.zst`; a `.txt` file is one document), a directory written by `datasets`, `hub:owner/name@revision[:config]`, or
-    `world:PART` (PART is one of `corpus`, `demonstrations`, `preferences`, `prompts`)."""
+    `world:PART` (PART is one of `corpus`, `demonstrations`, `preferences`, `prompts`, `sums`)."""
     format: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?$")] = "auto"
     """How a row is laid out: `auto` decides by columns and content; a format's or a kind's name; or `module:function`,
     an adapter that is installed as an entry point of `baton.formats` or named by `--adapter`. A stage reads richer rows
@@ -822,6 +822,9 @@ class RunSettings(Settings):
     """Where to compute; `auto` takes an accelerator when there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of frozen weights and matrix products; `auto` takes bfloat16 where a self-test finds it faster."""
+    checkpoint_minutes: NonNegative = 10.0
+    """At least so long between two checkpoints of a stage in training, from which it goes on exactly when it was
+    stopped; 0 makes one after every step. A signal makes one after the step in progress."""
     data: dict[Name, DataSource] = {}
     """Data sources by name."""
     stages: Annotated[dict[Name, Stage], Field(min_length=1)]

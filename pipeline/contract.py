@@ -8,6 +8,7 @@ temporary files; publishing is the runner's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +38,45 @@ class Progress(Protocol):
         """Log one record (numbers and short strings) after `done` of `total` steps."""
 
 
+class Checkpoints(Protocol):
+    """Where a stage that takes steps leaves its state between them, and finds it when it was stopped before.
+
+    All state that steps change belongs in a checkpoint, that of random generators included: a stage that goes on ends
+    as one that was never stopped.
+    """
+
+    def resume(self) -> Path | None:
+        """Directory of the checkpoint to go on from; None at the beginning. The log is what it was then."""
+
+    def steps(self) -> AbstractContextManager[None]:
+        """Goes around all steps: within, a signal lets the step in progress end and leave a checkpoint."""
+
+    def after(self, step: int, write: Callable[[Path], None]) -> None:
+        """Called when a step is over and its record logged; where a checkpoint is due, `write` fills its directory.
+
+        Args:
+            step: Steps that were taken.
+            write: Writes the state into an empty directory.
+
+        Raises:
+            KeyboardInterrupt: A signal came; the checkpoint is there.
+        """
+
+
+class NoCheckpoints:
+    """Nothing is found and nothing kept, as for a stage that is called by hand."""
+
+    def resume(self) -> None:
+        """Begin."""
+
+    def steps(self) -> AbstractContextManager[None]:
+        """Signals do what they do."""
+        return nullcontext()
+
+    def after(self, step: int, write: Callable[[Path], None]) -> None:
+        """Go on."""
+
+
 @dataclass(frozen=True)
 class Context:
     """Everything a stage may use."""
@@ -62,6 +102,8 @@ class Context:
     """Names of the sources of which the run's stages learn the answers to prompts."""
     evaluated: tuple[str, ...] = ()
     """Names of the sources whose held-out rows the run's models are evaluated on, and the stage must not train on."""
+    checkpoints: Checkpoints = field(default_factory=NoCheckpoints)
+    """Where a stage that takes steps goes on, and leaves what it would go on from."""
 
 
 @dataclass
@@ -83,4 +125,4 @@ class Result:
     warnings: list[str] = field(default_factory=list)
 
 
-__all__ = ["Artifact", "Context", "Progress", "Result", "StageSettings"]
+__all__ = ["Artifact", "Checkpoints", "Context", "NoCheckpoints", "Progress", "Result", "StageSettings"]

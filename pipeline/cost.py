@@ -27,9 +27,9 @@ class Meter:
         if cuda is not None:
             cuda.reset_peak_memory_stats()
 
-    def read(self, tokens: int) -> Cost:
-        """The cost so far of a stage that has processed this many tokens."""
-        seconds = round(time.monotonic() - self._started, 3)
+    def read(self, tokens: int, earlier: float = 0.0) -> Cost:
+        """The cost so far of a stage that has processed this many tokens, and took `earlier` seconds before."""
+        seconds = round(time.monotonic() - self._started + earlier, 3)
         return Cost(seconds=seconds, tokens=tokens, peak_memory_bytes=_device_peak() or _process_peak())
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 
@@ -75,11 +76,14 @@ class BusyError(BatonError):
 
 
 class Interrupted(BatonError):
-    """A signal stopped the run; what was published before it is intact."""
+    """A signal stopped the run; what was published before it is intact.
+
+    SIGUSR1, by which schedulers announce that a job's time runs out, ends with the code that asks for another try.
+    """
 
     def __init__(self, signal_number: int) -> None:
-        self.exit_code = 128 + signal_number
+        self.exit_code = 75 if signal_number == signal.SIGUSR1 else 128 + signal_number
         super().__init__(
             f"stopped by signal {signal_number}",
-            hint="run the same command again: finished stages are kept",
+            hint="run the same command again: finished stages are kept, and training goes on from its checkpoint",
         )

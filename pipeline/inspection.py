@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline import inputs, loader
+from pipeline import checkpoints, inputs, loader
 from pipeline import manifest as manifests
 from pipeline.config import RunSettings
 from pipeline.errors import ArtifactError, ConfigError
@@ -120,6 +120,7 @@ def _state(run: RunDirectory, name: str, kind: str) -> dict[str, Any]:
         "kind": kind,
         "state": "not run",
         "failed": run.failed(name).is_dir(),
+        "checkpoint": checkpoints.last_step(run.checkpoints(name)),
     }
     if not run.stage(name).exists():
         return state

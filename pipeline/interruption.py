@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as an orderly stop."""
+"""SIGINT, SIGTERM and SIGUSR1 as an orderly stop."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from types import FrameType
 
 from pipeline.errors import Interrupted
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 class Interruption:
     """While watching, a signal raises `KeyboardInterrupt`, which no library swallows, and ends `Interrupted`.
@@ -20,6 +22,12 @@ class Interruption:
     def __init__(self) -> None:
         self._received: int | None = None
         self._waiting = 0
+        self._stepping = False
+
+    @property
+    def came(self) -> bool:
+        """Whether there was a signal."""
+        return self._received is not None
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
@@ -28,7 +36,7 @@ class Interruption:
         Raises:
             Interrupted: A signal came.
         """
-        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        numbers = SIGNALS if threading.current_thread() is threading.main_thread() else ()
         previous = [(number, signal.signal(number, self._receive)) for number in numbers]
         try:
             yield
@@ -46,10 +54,24 @@ class Interruption:
             yield
         finally:
             self._waiting -= 1
-        if self._received is not None and not self._waiting:
+        self.stop_if_it_came()
+
+    @contextlib.contextmanager
+    def step_by_step(self) -> Iterator[None]:
+        """Hold the first signal back until `stop_if_it_came` or the end of the block; a second one stops at once."""
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
+        self.stop_if_it_came()
+
+    def stop_if_it_came(self) -> None:
+        """Raise `KeyboardInterrupt` if there was a signal, unless signals wait."""
+        if self.came and not self._waiting:
             raise KeyboardInterrupt
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
-        if not self._waiting:
+        is_first, self._received = not self.came, number
+        if not self._waiting and not (self._stepping and is_first):
             raise KeyboardInterrupt

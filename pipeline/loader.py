@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pipeline import references, store
+from pipeline import durable, references
 from pipeline.config import DataSource, RunSettings
 from pipeline.document import MAX_BYTES, SCALARS, Document, Location, Problem, override, parse
 from pipeline.errors import ConfigError
@@ -75,7 +75,7 @@ def resolved(settings: RunSettings) -> dict[str, Any]:
 def write_resolved(settings: RunSettings, path: Path) -> None:
     """Write all settings as YAML that `load` reads back to the same settings."""
     text = yaml.dump(resolved(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    store.write_text(path, "# All settings of this run, defaults included.\n" + text)
+    durable.write_text(path, "# All settings of this run, defaults included.\n" + text)
 
 
 class _Dumper(yaml.SafeDumper):

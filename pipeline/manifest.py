@@ -195,18 +195,29 @@ def damages(directory: Path) -> list[Damage]:
         ArtifactError: The manifest itself cannot be read.
     """
     manifest = load(directory)
-    listed = {output.path: output for output in manifest.outputs}
-    present = {path.relative_to(directory).as_posix(): path for path in walk(directory)}
-    present.pop(FILE_NAME, None)
-    extra = sorted(present.keys() - listed.keys())
-    found = [Damage(name, "not in the manifest", "no such file") for name in extra]
-    for name, output in sorted(listed.items()):
-        damage = _damage(present.get(name), output)
-        if damage is not None:
-            found.append(damage)
+    found = list(differences(directory, manifest.outputs, FILE_NAME))
     if content_digest(manifest.outputs) != manifest.digest:
         found.append(Damage(FILE_NAME, "digest of the listed files differs", f"digest {manifest.digest}"))
     return found
+
+
+def differences(directory: Path, outputs: Iterable[OutputRecord], record: str) -> Iterator[Damage]:
+    """Everything in which the files of a directory, re-hashed, differ from those that its record lists.
+
+    Args:
+        directory: A sealed directory.
+        outputs: The files that are listed.
+        record: Name of the file that lists them, which is not among them.
+    """
+    listed = {output.path: output for output in outputs}
+    present = {path.relative_to(directory).as_posix(): path for path in walk(directory)}
+    present.pop(record, None)
+    for name in sorted(present.keys() - listed.keys()):
+        yield Damage(name, "not in the manifest", "no such file")
+    for name, output in sorted(listed.items()):
+        damage = _damage(present.get(name), output)
+        if damage is not None:
+            yield damage
 
 
 def verify(directory: Path) -> Manifest:

@@ -9,14 +9,15 @@ it valid.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import fingerprint, inputs, references
+from pipeline import checkpoints, fingerprint, inputs, references
 from pipeline import manifest as manifests
+from pipeline.checkpoints import Maker
 from pipeline.config import RunSettings, StageSettings
 from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError, ConfigError
@@ -102,11 +103,18 @@ class Decision:
     reasons: tuple[Reason, ...]
     """Why it runs, or why it would if it were strict: then they are warnings."""
     wanted: Wanted
+    after: int | None = None
+    """The step after which it goes on, where an earlier attempt left a checkpoint."""
 
     @property
     def damaged(self) -> bool:
         """Whether what is there now must be set aside."""
         return any(reason.cause is Cause.DAMAGED for reason in self.reasons)
+
+    @property
+    def maker(self) -> Maker:
+        """As whom the stage knows its own checkpoints."""
+        return Maker(self.wanted.key, _environment(self.kind))
 
 
 def plan(
@@ -176,11 +184,14 @@ def decide(
     soft: list[Reason] = []
     if old is not None:
         hard += compare(old, wanted, type(stage))
-        soft = list(_soft(old, fingerprint.environment() | {"code": fingerprint.sources(stage.kind)}))
+        soft = list(_soft(old, _environment(stage.kind)))
     elif not damage:
         hard.append(Reason(Cause.NEVER_RAN))
     running_now = bool(hard) or (strict and bool(soft))
-    return Decision(name, stage.kind, running_now, (*hard, *soft), wanted)
+    decision = Decision(name, stage.kind, running_now, (*hard, *soft), wanted)
+    if not running_now or wanted.unknown:
+        return decision
+    return replace(decision, after=checkpoints.next_step(run.checkpoints(name), decision.maker))
 
 
 def compare(old: Manifest, wanted: Wanted, stage: type[StageSettings]) -> list[Reason]:
@@ -314,6 +325,10 @@ def _soft(old: Manifest, now: Mapping[str, Any]) -> Iterator[Reason]:
     for name, was, is_ in changes(before, now):
         cause = Cause.CODE if name == "code" else Cause.ENVIRONMENT
         yield Reason(cause, "" if cause is Cause.CODE else name, was, is_)
+
+
+def _environment(kind: str) -> dict[str, Any]:
+    return fingerprint.environment() | {"code": fingerprint.sources(kind)}
 
 
 def _without_source(data: DataSettings) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +26,9 @@ SHOWN = ("loss", "reward", "score", "accuracy", "kl", "learning_rate")
 class StageProgress:
     """Logs the records of one stage to `metrics.jsonl` and shows them; a context manager.
 
+    Attributes:
+        earlier: Seconds that an attempt took from which this one went on.
+
     Args:
         name: The stage.
         directory: The stage's work directory.
@@ -39,6 +43,7 @@ class StageProgress:
         self._console = console
         self._clock = clock
         self._started = self._line_at = clock()
+        self.earlier = 0.0
         self._line_share = 0.0
         self._log = (directory / FILE_NAME).open("a", encoding="utf-8")
         self._bar = _bar(console) if console.is_terminal else None
@@ -67,6 +72,20 @@ class StageProgress:
         self._log.write(json.dumps(fields, allow_nan=False) + "\n")
         self._log.flush()
         self._show(fields, done, total)
+
+    def copy_to(self, path: Path) -> None:
+        """Copy the records."""
+        shutil.copyfile(self._log.name, path)
+
+    def take_up(self, path: Path) -> None:
+        """Go on after the records of an earlier attempt: they take the place of this one's, and its time counts."""
+        text = path.read_text(encoding="utf-8")
+        self._log.truncate(0)
+        self._log.write(text)
+        self._log.flush()
+        last = text.splitlines()[-1:]
+        self.earlier = float(json.loads(last[0])["seconds"]) if last else 0.0
+        self._started = self._clock() - self.earlier
 
     def say(self, text: str) -> None:
         """Print one line of the stage's."""

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,16 +20,17 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline import fingerprint, inputs, loader, store, terminal
+from pipeline import checkpoints, durable, fingerprint, inputs, loader, store, terminal
 from pipeline import manifest as manifests
 from pipeline.config import PRODUCES, RunSettings, evaluated, trained
 from pipeline.contract import Artifact, Context, Result
 from pipeline.cost import Meter
-from pipeline.errors import BatonError, ConfigError, NumericalError
+from pipeline.errors import ConfigError, NumericalError
 from pipeline.interruption import Interruption
 from pipeline.manifest import Cost, InputRecord, Manifest
 from pipeline.plan import Decision, decide, plan
 from pipeline.progress import StageProgress
+from pipeline.resumption import StageCheckpoints
 from pipeline.store import RunDirectory
 from pipeline.terminal import printable
 
@@ -124,6 +124,7 @@ class _Runner:
             with self.interruption.wait():
                 store.publish(work, self.directory, decision.stage, manifest)
                 self._remember(decision, started, "published")
+                checkpoints.clear(self.directory.checkpoints(decision.stage))
         except BaseException as error:
             self._give_up(decision, work, started, error)
             raise
@@ -149,13 +150,18 @@ class _Runner:
                 sources=self.settings.data,
                 trained=trained(self.settings),
                 evaluated=evaluated(self.settings, stage),
+                checkpoints=self._checkpoints(decision, progress),
             )
             result: Result = module.run(context)
         _refuse_not_finite(name, result)
-        return result, meter.read(result.tokens)
+        return result, meter.read(result.tokens, progress.earlier)
+
+    def _checkpoints(self, decision: Decision, progress: StageProgress) -> StageCheckpoints:
+        place, minutes = self.directory.checkpoints(decision.stage), self.settings.checkpoint_minutes
+        return StageCheckpoints(place, decision.maker, minutes, progress, self.interruption)
 
     def _manifest(self, decision: Decision, result: Result, cost: Cost, work: Path, started: str) -> Manifest:
-        outputs = store.inventory(work)
+        outputs = durable.inventory(work)
         wanted = decision.wanted
         code = {"code": fingerprint.sources(decision.kind)}
         return Manifest(
@@ -196,13 +202,13 @@ class _Runner:
         """Put the attempt aside; that this may fail on a full file system must not hide the first error."""
         if not work.exists():  # it was published before the error came
             return
-        full = shutil.disk_usage(work).free < 2**20
+        full = store.hides_no_space(error, work)
         with self.interruption.wait(), contextlib.suppress(OSError):
             store.fail(self.directory, work)
             stopped = isinstance(error, KeyboardInterrupt)
             outcome = "interrupted" if stopped else f"{type(error).__name__}: {error}"
             self._remember(decision, started, printable(outcome, 400))
-        if full and isinstance(error, Exception) and not isinstance(error, BatonError):
+        if full:
             raise store.no_space(self.directory.root) from error
 
     def _remember(self, decision: Decision, started: str, outcome: str) -> None:

@@ -3,44 +3,43 @@
     RUN/stages/NAME/          published stages
     RUN/.work/NAME-ID/        being written
     RUN/.failed/NAME/         the last attempt that did not finish: its records, not its weights
+    RUN/.checkpoints/NAME/    what an unfinished stage goes on from
     RUN/archive/NAME-SHA/     replaced stages, never deleted
     RUN/quarantine/NAME-SHA/  damaged stages
     RUN/config.yaml  RUN/history.jsonl  RUN/report.html  RUN/report.json  RUN/.lock
 
-Publishing syncs every file, hashes it, writes the manifest last, reads everything back and renames the
-directory, so a process or machine that stops at any point leaves the stage absent or complete.
+Publishing makes every file durable and hashes it (`pipeline/durable.py`), writes the manifest last, reads everything
+back and renames the directory, so a process or machine that stops at any point leaves the stage absent or complete.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import json
 import os
 import shutil
 import socket
-import stat
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pipeline import durable
 from pipeline import manifest as manifests
 from pipeline.config import RunSettings
-from pipeline.errors import ArtifactError, BusyError, StorageError
-from pipeline.fingerprint import file_sha256
-from pipeline.manifest import Manifest, OutputRecord
+from pipeline.errors import BatonError, BusyError, StorageError
+from pipeline.manifest import Manifest
 
 RESERVE = 100 * 2**20
 """Bytes that must be free beyond what a stage's inputs suggest."""
 
+_FULL = 2**20
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NO_PERMISSION = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 _RECORDS = frozenset({".json", ".jsonl", ".log", ".txt"})
-_AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
 _held: set[int] = set()
 
 
@@ -84,6 +83,9 @@ class RunDirectory:
     def failed(self, name: str) -> Path:
         return self.root / ".failed" / name
 
+    def checkpoints(self, name: str) -> Path:
+        return self.root / ".checkpoints" / name
+
     def published(self) -> list[str]:
         """Names of the published stages, sorted."""
         return sorted(path.parent.name for path in self.stages.glob(f"*/{manifests.FILE_NAME}"))
@@ -123,31 +125,6 @@ def begin(run: RunDirectory, name: str) -> Path:
     return directory
 
 
-def inventory(directory: Path) -> list[OutputRecord]:
-    """Make every file durable and readable like its neighbours, and hash it.
-
-    Raises:
-        ArtifactError: A link or anything else that is not a regular file.
-    """
-    outputs = []
-    for path in manifests.walk(directory):
-        status = path.lstat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ArtifactError("a stage may only leave regular files", where=path)
-        # safetensors writes 0600, which would keep colleagues from reading the hand-over
-        path.chmod(0o666 & ~_umask())
-        sync(path)
-        outputs.append(
-            OutputRecord(
-                path=path.relative_to(directory).as_posix(),
-                bytes=path.stat().st_size,
-                sha256=file_sha256(path),
-                role="log" if path.name == "metrics.jsonl" or path.suffix == ".log" else "artifact",
-            )
-        )
-    return sorted(outputs, key=lambda output: output.path)
-
-
 def publish(work: Path, run: RunDirectory, name: str, manifest: Manifest) -> Path:
     """Turn a filled work directory into the stage directory; a stage that was there goes to the archive.
 
@@ -156,19 +133,16 @@ def publish(work: Path, run: RunDirectory, name: str, manifest: Manifest) -> Pat
     Raises:
         ArtifactError: What is on disk is not what the manifest says.
     """
-    write_text(work / manifests.FILE_NAME, manifest.model_dump_json(indent=2) + "\n")
-    for folder in sorted((path for path in work.rglob("*") if path.is_dir()), reverse=True):
-        sync(folder)
-    sync(work)
+    durable.seal(work, manifests.FILE_NAME, manifest)
     manifests.verify(work)
     target = run.stage(name)
     target.parent.mkdir(exist_ok=True)
     if target.exists():
         _replace(work, target, run)
     else:
-        _rename_new(work, target)
+        durable.rename_new(work, target)
     for folder in (run.stages, run.work, run.root):
-        sync(folder)
+        durable.sync(folder)
     shutil.rmtree(run.failed(name), ignore_errors=True)
     return target
 
@@ -189,20 +163,6 @@ def fail(run: RunDirectory, work: Path) -> Path:
 def quarantine(run: RunDirectory, name: str) -> Path:
     """Move a damaged stage out of the way, never deleting it."""
     return _set_aside(run.stage(name), run.quarantine, name)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file's text at once: readers see the old or the new, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
 
 
 def check_space(directory: Path, largest_input: int) -> None:
@@ -241,6 +201,12 @@ def storage_error(error: OSError, path: Path) -> StorageError | None:
         hint = "check who owns it, or choose another `output`"
         return StorageError(os.strerror(error.errno), where=place, hint=hint)
     return None
+
+
+def hides_no_space(error: BaseException, directory: Path) -> bool:
+    """Whether an error is how a library says that the file system is full; asked before anything is removed."""
+    is_foreign = isinstance(error, Exception) and not isinstance(error, BatonError)
+    return is_foreign and shutil.disk_usage(directory).free < _FULL
 
 
 def no_space(path: Path) -> StorageError:
@@ -293,50 +259,17 @@ def _set_aside(directory: Path, shelf: Path, name: str) -> Path:
     if target.exists():
         target = shelf / f"{name}-{label}-{uuid.uuid4().hex[:8]}"
     directory.rename(target)
-    sync(shelf)
-    sync(directory.parent)
+    durable.sync(shelf)
+    durable.sync(directory.parent)
     return target
 
 
 def _replace(work: Path, target: Path, run: RunDirectory) -> None:
-    if _renameat2(work, target, _RENAME_EXCHANGE):
+    if durable.exchange(work, target):
         _set_aside(work, run.archive, target.name)
         return
     _set_aside(target, run.archive, target.name)
     work.rename(target)
-
-
-def _rename_new(work: Path, target: Path) -> None:
-    if not _renameat2(work, target, _RENAME_NOREPLACE):
-        work.rename(target)
-
-
-def _renameat2(source: Path, target: Path, flags: int) -> bool:
-    """Rename with flags; False where the system or file system does not offer it."""
-    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if function is None:
-        return False
-    if function(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flags)) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL):
-        return False
-    raise OSError(code, os.strerror(code), str(target))
-
-
-def sync(path: Path) -> None:
-    """Have a file or directory on the disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    current = os.umask(0o022)
-    os.umask(current)
-    return current
 
 
 def _close_in_child() -> None:

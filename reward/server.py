@@ -69,7 +69,7 @@ class RewardServer:
         answer = self._patiently(body, ANSWER_BYTES + REWARD_BYTES * len(rows))
         found = _rewards(answer)
         if found is None or len(found) != len(rows):
-            what = "no list" if found is None else f"{len(found)} numbers"
+            what = "something else" if found is None else f"{len(found)} numbers"
             raise self._error(f'expected {len(rows)} finite numbers as `{{"rewards": [...]}}`, got {what}')
         return found
 

@@ -21,6 +21,7 @@ from data.tree import Tree
 from pipeline.config import OnlineDpoSettings
 from pipeline.contract import Context, Result
 from stages.core import device, loop, optim
+from stages.core.checkpoint import State
 from stages.core.preference import objective
 from stages.core.rl.experience import Experience, in_order
 from stages.core.rl.opening import open_roles
@@ -75,6 +76,14 @@ class OwnPairs:
         if not chosen:
             return {"tokens": 0.0, "pairs": 0.0}
         return self.policy.step(self._objective(chosen)) | {"pairs": float(len(chosen))}
+
+    def state(self) -> State:
+        """The policy and its optimizer."""
+        return self.policy.state()
+
+    def load_state(self, state: State) -> None:
+        """Go on from such a state."""
+        self.policy.load_state(state)
 
 
 def pairs_of(trees: Sequence[Tree], scores: Tensor) -> list[Tree]:

@@ -20,6 +20,7 @@ from data.tree import Tree
 from pipeline.config import RejectionSettings
 from pipeline.contract import Context, Result
 from stages.core import device, loop, optim
+from stages.core.checkpoint import State
 from stages.core.rl.experience import Experience, in_order
 from stages.core.rl.opening import open_roles
 from stages.core.rl.preflight import Check
@@ -78,6 +79,14 @@ class BestOfN:
         with self._roles.use(POLICY):
             figures = self.policy.step(self._objective(chosen))
         return figures | {"kept": len(chosen) * self._settings.keep / len(rollout.samples)}
+
+    def state(self) -> State:
+        """The policy and its optimizer."""
+        return self.policy.state()
+
+    def load_state(self, state: State) -> None:
+        """Go on from such a state."""
+        self.policy.load_state(state)
 
 
 def best_of(trees: Sequence[Tree], scores: Tensor, keep: int) -> list[Tree]:

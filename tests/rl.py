@@ -13,7 +13,7 @@ from data.schema import Prompt
 from data.tree import Tree
 from pipeline.config import PpoSettings
 from stages.core.device import Compute
-from stages.core.rl.experience import Collector, Experience, estimate
+from stages.core.rl.experience import Collector, Experience, estimate, score
 from stages.core.rl.prompts import EncodedPrompt
 from stages.core.rl.rewards import Rewards, Scale
 from stages.core.rl.sampling import Rollout, Sampler
@@ -72,7 +72,8 @@ def collected(
 ) -> list[Experience]:
     """A rollout's experience with its advantages, in one minibatch."""
     found = collector(roles, chosen, layout).collect(rollout, rollout.trees(), [0.0] * len(rollout.samples))
-    estimate(found, chosen, Scale(), chosen.kl_coefficient if kl_coefficient is None else kl_coefficient)
+    score(found, chosen, Scale())
+    estimate(found, chosen, chosen.kl_coefficient if kl_coefficient is None else kl_coefficient)
     return found
 
 

@@ -14,6 +14,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import benches
 import pytest
 from conftest import REPOSITORY
 from safetensors.torch import save_file
@@ -26,11 +27,6 @@ from bench.processes import Measured
 from bench.rows import labels, paths, plain_counts, shared_counts
 from pipeline import cli
 
-SHAPE = """\
-architecture: {model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2,
-  num_key_value_heads: 2, max_position_embeddings: 2048, tie_word_embeddings: true}
-tokens: 300
-"""
 ONE_STAGE = """\
 output: runs/one
 data: {corpus: {source: "world:corpus", rows: 50}}
@@ -62,16 +58,7 @@ SIZES |= {"device": "cpu", "dtype": "float32"}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shape of model, pairs, and a base that is made of them."""
     folder = tmp_path_factory.mktemp("bench")
-    (folder / "shape.yaml").write_text(SHAPE)
-    rows = [
-        {
-            "prompt": f"How much is {number} and {number % 7}?",
-            "chosen": f"It is {number + number % 7}.",
-            "rejected": "No!",
-        }
-        for number in range(80)
-    ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    benches.write_folder(folder)
     base.make(folder / "shape.yaml", folder / "pairs.jsonl", folder / "base", "cpu", pretrained=False)
     return folder
 

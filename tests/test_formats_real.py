@@ -14,7 +14,9 @@ import pytest
 
 from data.findings import DIALOGUES_DIFFER, EMPTY_RESPONSE, BadRow, shown
 from data.formats import detect, final_answer, hh
-from data.schema import Conversation, Preference
+from data.read import convert
+from data.schema import Conversation, Preference, Prompt
+from reward.rules import verdict
 
 DATA = Path(os.environ.get("BATON_DATA", Path(__file__).parents[1] / "../shared/data"))
 HH_FILE = DATA / "hh-rlhf" / "harmless-base-test.jsonl.gz"
@@ -77,3 +79,15 @@ def test_gsm8k_is_read_as_conversations_whose_final_answer_is_a_number() -> None
             assert float(answer) == int(answer)
             count += 1
     assert count == 7473 + 1319
+
+
+def test_every_worked_answer_of_gsm8k_is_judged_right_and_its_neighbour_wrong() -> None:
+    for path in GSM8K_FILES:
+        for record in records(path):
+            row = convert(detect(record, "auto", "f:1").parse(record, "f:1"), "prompt")
+            assert isinstance(row, Prompt)
+            answer = int(row.facts["answer"])
+            for right in (record["answer"], f"That makes ${answer:,}.00."):
+                assert verdict("numeric", row.facts, right, row.origin).correct == 1.0
+            assert verdict("exact", row.facts, f"{answer}.", row.origin).correct == 1.0
+            assert verdict("numeric", row.facts, f"{answer + 1:,}", row.origin).correct == 0.0

@@ -22,6 +22,7 @@ DRIVER = {
     "inspection",
     "progress",
     "interruption",
+    "resumption",
     "cost",
     "inputs",
     "doctor",

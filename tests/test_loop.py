@@ -153,7 +153,8 @@ def test_learning_lowers_the_loss() -> None:
     settings = Training(steps=12, examples_per_step=8, optimizer=Optimizer(learning_rate=0.02))
     with roles.use(POLICY):
         objective = negative_mean(roles.base, 4000, "tree")
-        losses = [each["loss"] for each in train(trees, objective, roles.parameters(POLICY), settings, 0)]
+        updater = Updater(roles.parameters(POLICY), settings.optimizer, 12)
+        losses = [each["loss"] for each in train(trees, objective, updater, settings, 0)]
     assert losses[-1] < 0.8 * losses[0]
 
 

@@ -138,6 +138,7 @@ def test_a_stage_that_fails_leaves_the_others_and_its_log(
         "kind": "reward",
         "state": "not run",
         "failed": True,
+        "checkpoint": None,
     }
     monkeypatch.delenv("FAKE_STAGE")
     assert ran(run()) == ["rm", "dpo"]

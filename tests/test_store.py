@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+from pipeline import durable, store
 from pipeline import manifest as manifests
-from pipeline import store
 from pipeline.errors import ArtifactError, BusyError, StorageError
 from pipeline.manifest import Cost, Manifest
 from pipeline.store import RunDirectory
@@ -37,7 +37,7 @@ def fill(run: RunDirectory, content: bytes = b"weights") -> Path:
 
 
 def manifest_of(work: Path) -> Manifest:
-    outputs = store.inventory(work)
+    outputs = durable.inventory(work)
     return Manifest(
         stage="sft",
         stage_kind="sft",
@@ -85,10 +85,10 @@ def test_files_get_the_mode_of_the_umask(run: RunDirectory) -> None:
 
 
 def test_logs_do_not_enter_the_content_digest(run: RunDirectory) -> None:
-    first = store.inventory(fill(run))
+    first = durable.inventory(fill(run))
     work = fill(run)
     (work / "metrics.jsonl").write_text('{"seconds": 2}\n')
-    second = store.inventory(work)
+    second = durable.inventory(work)
     assert first != second
     assert manifests.content_digest(first) == manifests.content_digest(second)
 
@@ -104,7 +104,7 @@ def test_a_replaced_stage_is_archived_whole(run: RunDirectory) -> None:
 
 
 def test_replacing_works_where_renaming_has_no_flags(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_renameat2", lambda source, target, flags: False)
+    monkeypatch.setattr(durable, "_renameat2", lambda source, target, flags: False)
     publish(run, b"old")
     publish(run, b"new")
     assert len(list(run.archive.iterdir())) == 1
@@ -116,7 +116,7 @@ def test_publishing_never_replaces_what_it_did_not_see(run: RunDirectory) -> Non
     work = fill(run)
     run.stage("sft").mkdir()
     with pytest.raises(OSError, match="File exists"):
-        store._rename_new(work, run.stage("sft"))
+        durable.rename_new(work, run.stage("sft"))
 
 
 def test_a_work_directory_that_changed_after_the_inventory_is_not_published(run: RunDirectory) -> None:
@@ -222,7 +222,7 @@ def test_a_stage_may_not_leave_links(run: RunDirectory) -> None:
     work = fill(run)
     (work / "link").symlink_to("/etc/hostname")
     with pytest.raises(ArtifactError, match="only leave regular files"):
-        store.inventory(work)
+        durable.inventory(work)
 
 
 def test_a_second_process_is_told_who_holds_the_run(run: RunDirectory) -> None:
@@ -311,9 +311,9 @@ def test_too_little_space_is_refused_with_both_numbers(tmp_path: Path) -> None:
 
 def test_a_text_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    store.write_text(path, "old")
+    durable.write_text(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        store.write_text(path, "new \ud800")
+        durable.write_text(path, "new \ud800")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 
 import models
 import pytest
@@ -43,7 +44,7 @@ def experience(roles: Roles, chosen: PpoSettings, trunk: Trunk, layout: str) -> 
 
 def gradients(roles: Roles, chosen: PpoSettings, trunk: Trunk, group: list[Experience]) -> list[Tensor]:
     losses = Losses(roles, chosen, trunk)
-    for part in (*losses.policy(group, 0.05), *losses.value(group)):
+    for part in itertools.chain(losses.policy(group, 0.05), losses.value(group)):
         part.loss.backward()
     found = [each.grad.clone() for role in (POLICY, VALUE) for _, each in roles.parameters(role)]
     roles.base.model.zero_grad()

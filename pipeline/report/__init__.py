@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipeline import store
+from pipeline import durable, store
 from pipeline.report.inputs import read
 from pipeline.report.page import render
 from pipeline.report.summary import summarise
@@ -30,8 +30,8 @@ def write(run_directory: Path) -> Path:
     path = run_directory / "report.html"
     with store.storage_errors(path):
         as_json = json.dumps(summary, indent=2, sort_keys=True, allow_nan=False)
-        store.write_text(run_directory / "report.json", as_json + "\n")
-        store.write_text(path, page)
+        durable.write_text(run_directory / "report.json", as_json + "\n")
+        durable.write_text(path, page)
     return path
 
 

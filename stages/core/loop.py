@@ -1,7 +1,8 @@
 """The training loop: a generator of step records.
 
 An optimizer step is N examples, split into micro-batches by tokens. The loss is normalised over the whole step,
-so results depend neither on the size of micro-batches nor on how examples were packed into them.
+so results depend neither on the size of micro-batches nor on how examples were packed into them. Between any two steps
+a stage may leave a checkpoint, from which it goes on exactly.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +20,8 @@ from data.mixture import Passes, stream
 from data.tree import Tree
 from pipeline.config import Optimizer, Training
 from pipeline.contract import Context
-from stages.core import guards, optim
+from stages.core import checkpoint, guards, optim
+from stages.core.checkpoint import State, joined
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class Updater:
         self._named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         self._parameters = [parameter for _, parameter in self._named]
         self._settings = settings
-        self._total = total_steps
         self._optimizers = optim.build(self._named, settings, epsilon)
+        self.total = total_steps
         self.taken = 0
 
     def step(self, parts: Iterable[Part], origins: Sequence[str] = ()) -> dict[str, float]:
@@ -75,7 +79,7 @@ class Updater:
                 record[name] = record.get(name, 0.0) + share
         norm = nn.utils.clip_grad_norm_(self._parameters, self._settings.clip_norm)
         guards.require_finite_gradient(norm, self.taken + 1, origins)
-        factor = optim.scale(self._settings, self.taken, self._total)
+        factor = optim.scale(self._settings, self.taken, self.total)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self._settings.learning_rate * factor
@@ -84,30 +88,66 @@ class Updater:
         self.taken += 1
         return record | {"gradient_norm": norm.item(), "learning_rate": self._settings.learning_rate * factor}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self._parameters[0].device
+
+    def state(self) -> State:
+        """The weights, what the optimizers remember of them, and the number of steps: all that steps change."""
+        parts = {
+            f"optimizer{number}": optim.state_of(each, self._named) for number, each in enumerate(self._optimizers)
+        }
+        return joined({"weights": State(dict(self._named)), **parts}, taken=self.taken)
+
+    def load_state(self, state: State) -> None:
+        """Go on where another updater of the same parameters and settings was.
+
+        Raises:
+            ArtifactError: The state is of other parameters.
+        """
+        checkpoint.fill(dict(self._named), state.part("weights"))
+        for number, optimizer in enumerate(self._optimizers):
+            optim.load_state(optimizer, self._named, state.part(f"optimizer{number}"))
+        self.taken = state.values["taken"]
+
 
 def train(
-    examples: Passes[Tree],
-    objective: Objective,
-    named: Iterable[tuple[str, nn.Parameter]],
-    settings: Training,
-    seed: int,
+    examples: Passes[Tree], objective: Objective, updater: Updater, settings: Training, seed: int
 ) -> Iterator[dict[str, float]]:
-    """Take all steps, yielding the record of each."""
-    total = total_steps(len(examples), settings)
-    updater = Updater(named, settings.optimizer, total)
-    for chosen in _steps(examples, settings, total, seed):
+    """Take all steps that the updater has not taken yet, yielding the record of each."""
+    for chosen in _steps(examples, settings, updater.total, seed, updater.taken):
         yield updater.step(objective(chosen), [tree.origin for tree in chosen])
 
 
 def follow(
     context: Context, examples: Passes[Tree], objective: Objective, named: Iterable[tuple[str, nn.Parameter]]
 ) -> int:
-    """Take all steps of a stage, reporting each; returns the tokens computed."""
-    tokens, total = 0, total_steps(len(examples), context.settings)
-    for done, figures in enumerate(train(examples, objective, named, context.settings, context.seed), 1):
-        tokens += int(figures["tokens"])
-        context.progress(figures, done=done, total=total)
+    """Take all steps of a stage, or those after its checkpoint, reporting each; returns the tokens of all steps."""
+    updater = Updater(named, context.settings.optimizer, total_steps(len(examples), context.settings))
+    tokens = _resume(context, updater)
+    with context.checkpoints.steps():
+        for figures in train(examples, objective, updater, context.settings, context.seed):
+            tokens += int(figures["tokens"])
+            context.progress(figures, done=updater.taken, total=updater.total)
+            context.checkpoints.after(updater.taken, partial(_save, updater, tokens))
     return tokens
+
+
+def _resume(context: Context, updater: Updater) -> int:
+    """Go on from the stage's checkpoint, if there is one; returns the tokens computed until then."""
+    directory = context.checkpoints.resume()
+    if directory is None:
+        return 0
+    state = checkpoint.load(directory)
+    updater.load_state(state.part("updater"))
+    checkpoint.restore_random_state(state.part("random"), updater.device)
+    return int(state.values["tokens"])
+
+
+def _save(updater: Updater, tokens: int, directory: Path) -> None:
+    parts = {"updater": updater.state(), "random": checkpoint.random_state(updater.device)}
+    checkpoint.save(directory, joined(parts, tokens=tokens))
 
 
 def total_steps(examples: int, settings: Training) -> int:
@@ -119,10 +159,11 @@ def _wanted(examples: int, settings: Training) -> int:
     return max(1, round(examples * settings.epochs))
 
 
-def _steps(examples: Passes[Tree], settings: Training, total: int, seed: int) -> Iterator[list[Tree]]:
+def _steps(examples: Passes[Tree], settings: Training, total: int, seed: int, first: int = 0) -> Iterator[list[Tree]]:
+    """The examples of every step from the 0-based `first` on; those before are not looked at."""
     wanted = total * settings.examples_per_step if settings.steps else _wanted(len(examples), settings)
-    taken = stream(examples, seed)
-    for step in range(total):
+    taken = stream(examples, seed, first * settings.examples_per_step)
+    for step in range(first, total):
         size = min(settings.examples_per_step, wanted - step * settings.examples_per_step)
         yield [next(taken) for _ in range(size)]
 

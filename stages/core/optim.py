@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from pipeline.config import Optimizer
 from pipeline.errors import ConfigError
+from stages.core.checkpoint import State
 from stages.core.muon import Muon
 
 Named = Iterable[tuple[str, nn.Parameter]]
@@ -20,6 +21,8 @@ NOT_FOR_MUON = ("embed", "wte", "wpe", "lm_head", "head.")
 EPSILON = 1e-8
 FUSED = ("cpu", "cuda")
 """Devices on which one kernel takes AdamW's whole step."""
+QUANTILES = ("qmap1", "qmap2")
+"""The table by which bitsandbytes reads 8 bits, the same for all parameters and always."""
 
 
 def build(named: Named, settings: Optimizer, epsilon: float = EPSILON) -> list[torch.optim.Optimizer]:
@@ -53,6 +56,37 @@ def require_support(settings: Optimizer, device: torch.device) -> None:
         )
     if settings.name == "adamw8bit":
         _require_a_step(device)
+
+
+def state_of(optimizer: torch.optim.Optimizer, named: Named) -> State:
+    """What an optimizer remembers of each parameter, by the parameter's name."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for name, parameter in named:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if key in QUANTILES:
+                continue
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value
+            else:
+                values[f"{name}/{key}"] = value
+    return State(tensors, values)
+
+
+def load_state(optimizer: torch.optim.Optimizer, named: Named, state: State) -> None:
+    """Let a new optimizer remember of each parameter what another one did."""
+    names = {parameter: name for name, parameter in named}
+    if hasattr(optimizer, "init_state"):
+        _load_quantized(optimizer, names, state)
+        return
+    filled = optimizer.state_dict()
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in enumerate(ordered):
+        part = state.part(names[parameter])
+        tensors = {key: _laid_out(tensor, parameter) for key, tensor in part.tensors.items()}
+        if tensors or part.values:
+            filled["state"][number] = tensors | dict(part.values)
+    optimizer.load_state_dict(filled)
 
 
 def scale(settings: Optimizer, step: int, total: int) -> float:
@@ -110,6 +144,27 @@ def _require_a_step(device: torch.device) -> None:
             where="optimizer.name",
             hint="use optimizer.name=adamw, device=cuda, or bitsandbytes 0.50",
         ) from error
+
+
+def _load_quantized(optimizer: Any, names: Mapping[nn.Parameter, str], state: State) -> None:
+    """bitsandbytes makes the memory, some of it paged, which a tensor put in its place would not be."""
+    for number, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            part = state.part(names[parameter])
+            if not part.values:
+                continue
+            optimizer.init_state(group, parameter, number, place)
+            remembered = optimizer.state[parameter]
+            for key, tensor in part.tensors.items():
+                remembered[key].copy_(tensor)
+            remembered.update(part.values)
+
+
+def _laid_out(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    """In memory as the parameter is: one kernel goes over both."""
+    if tensor.shape != parameter.shape:
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
 
 
 def _for_muon(name: str, settings: Optimizer) -> bool:

@@ -7,7 +7,7 @@ warns once, or ends the training where the settings say so.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import get_args
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.config import Alarm
 from reward import shaping
+from stages.core.checkpoint import State
 from stages.core.rl.experience import Experience
 
 Figures = Mapping[str, float]
@@ -115,6 +116,15 @@ class Health:
         now = [Raised(name, text) for name, text in seen.items() if text]
         self.raised += now
         return now
+
+    def state(self) -> State:
+        """The rounds and alarms so far."""
+        return State(values={"history": self._history, "raised": [asdict(each) for each in self.raised]})
+
+    def load_state(self, state: State) -> None:
+        """Go on from such a state."""
+        self._history = list(state.values["history"])
+        self.raised = [Raised(**each) for each in state.values["raised"]]
 
     def set_off(self, name: Alarm, seen: str) -> list[Raised]:
         """Set off an alarm that something was seen of elsewhere, unless it went off before."""

@@ -7,6 +7,7 @@ from random import Random
 
 from pipeline.config import PpoSettings
 from reward import shaping
+from stages.core.checkpoint import State, joined
 from stages.core.loop import Updater
 from stages.core.rl import preflight
 from stages.core.rl.experience import Experience, estimate
@@ -76,6 +77,18 @@ class PolicyGradient:
         figures = _summary(list(self._updates(groups, order, number < self._settings.value_warmup)))
         self._adapt([each for group in groups for each in group])
         return figures
+
+    def state(self) -> State:
+        """Policy, value function, their optimizers and the KL coefficient."""
+        parts = {"policy": self.policy.state()} | ({"value": self.value.state()} if self.value else {})
+        return joined(parts, kl_coefficient=self.kl_coefficient)
+
+    def load_state(self, state: State) -> None:
+        """Go on from such a state."""
+        self.policy.load_state(state.part("policy"))
+        if self.value:
+            self.value.load_state(state.part("value"))
+        self.kl_coefficient = state.values["kl_coefficient"]
 
     def _updates(self, groups: Sequence[Group], order: Random, warming: bool) -> Iterator[dict[str, float]]:
         for _ in range(self._settings.update_epochs):

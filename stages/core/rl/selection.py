@@ -7,7 +7,7 @@ over-optimisation (Gao et al. 2022, arXiv 2210.10760): the reward rises and the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pipeline.manifest import Metric
 from reward.intervals import mean_interval, paired_difference
-from reward.rules import judge
+from reward.rules import verdict
+from stages.core.checkpoint import State
 from stages.core.rl.experience import Collector, in_order
 from stages.core.rl.rewards import Rewards
 from stages.core.rl.sampling import Rollout
@@ -106,6 +107,22 @@ class Selection:
             "the best policy is the one that is handed on"
         )
 
+    def state(self) -> State:
+        """The looks so far and the best policy."""
+        looks = [
+            asdict(look) | {"scores": look.scores.tolist(), "rewards": look.rewards.tolist()} for look in self.looks
+        ]
+        return State(self.kept, {"looks": looks})
+
+    def load_state(self, state: State) -> None:
+        """Go on from such a state."""
+        device = self._roles.base.compute.device
+        self.kept = {name: each.to(device) for name, each in state.tensors.items()}
+        self.looks = [
+            Look(each["round"], np.array(each["scores"]), np.array(each["rewards"]), each["kl"])
+            for each in state.values["looks"]
+        ]
+
     @torch.no_grad()
     def restore(self) -> None:
         """Give the policy the weights that did best."""
@@ -125,5 +142,5 @@ class Selection:
     def _judged(self, rollout: Rollout) -> NDArray[np.float64]:
         texts = rollout.texts(self._roles.base.template)
         rows = [each.row for each in rollout.repeated]
-        found = [judge(self._gold, row.facts, text, row.origin) for row, text in zip(rows, texts, strict=True)]
-        return np.array([verdict.reward for verdict in found]).reshape(-1, rollout.per_prompt).mean(1)
+        found = [verdict(self._gold, row.facts, text, row.origin) for row, text in zip(rows, texts, strict=True)]
+        return np.array([each.reward for each in found]).reshape(-1, rollout.per_prompt).mean(1)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -20,6 +22,8 @@ from data.tree import Tree
 from pipeline.config import Rounds
 from pipeline.contract import Context, Result
 from pipeline.manifest import Metric
+from stages.core import checkpoint
+from stages.core.checkpoint import State, joined
 from stages.core.layout import choose_layout
 from stages.core.models import record
 from stages.core.rl import health, preflight
@@ -60,6 +64,12 @@ class Learner(Protocol):
     ) -> dict[str, float]:
         """Update the policy; returns figures, `tokens` that were computed among them."""
 
+    def state(self) -> State:
+        """All that learning changes."""
+
+    def load_state(self, state: State) -> None:
+        """Go on from such a state."""
+
 
 def train(context: Context, roles: Roles, learner_of: Callable[[Layout, Trunk], Learner]) -> Result:
     """Take all rounds and store the policy that did best on held-out prompts; its adapter is the result.
@@ -72,7 +82,8 @@ def train(context: Context, roles: Roles, learner_of: Callable[[Layout, Trunk], 
     """
     prompts = read_prompts(context, roles.base)
     training = Training(context, roles, prompts, learner_of)
-    history = list(training.rounds())
+    for _ in training.rounds():
+        pass
     training.selection.restore()
     roles.save(POLICY, context.directory)
     looks = [look.record for look in training.selection.looks]
@@ -81,11 +92,11 @@ def train(context: Context, roles: Roles, learner_of: Callable[[Layout, Trunk], 
         record_probes(context.directory, echoes(prompts.first), roles.base)
     return Result(
         kind="adapter",
-        metrics=_metrics(history) | training.selection.metrics,
+        metrics=_metrics(training.last) | training.selection.metrics,
         data=prompts.cards,
         adaptation=adaptation(context.inputs["policy"], reference=context.inputs["policy"]),
         tokenizer=record(roles.base),
-        tokens=int(sum(figures["tokens"] for figures in history)),
+        tokens=training.tokens,
         compute=roles.base.compute.record,
         warnings=training.warnings,
     )
@@ -96,6 +107,8 @@ class Training:
 
     Attributes:
         selection: What was seen on held-out prompts.
+        last: Figures of the last rounds.
+        tokens: Tokens computed so far.
         warnings: What the manifest has to say.
     """
 
@@ -112,24 +125,34 @@ class Training:
         self._sampler, self._rewards = Sampler(roles, settings), Rewards(roles, settings)
         self._collector = Collector(roles, settings, self._rewards, layout, trunk)
         self._scale, self._health = Scale(), Health()
+        self._done, self._over = 0, False
+        self.last: list[dict[str, float]] = []
+        self.tokens = 0
         self.selection = Selection(roles, self._answers, self._rewards, self._collector, settings.gold)
 
     def rounds(self) -> Iterator[dict[str, float]]:
-        """Take all rounds, telling the record of each, and yield their figures; an alarm may end them early."""
-        settings = self._settings
-        taken = stream(self._prompts.passes, self._context.seed)
-        self.selection.look(0)
-        for number in range(settings.steps):
-            chosen = [next(taken) for _ in range(settings.examples_per_step)]
-            figures = self._round(number, self._sampler.rollout(chosen, self._seed(number)))
-            raised = self._health.watch(figures)
-            if (number + 1) % settings.evaluate_every == 0 or number + 1 == settings.steps:
-                figures |= self.selection.look(number + 1)
-                raised += self._health.set_off("over_optimisation", self.selection.over_optimised)
-            self._context.progress(figures, done=number + 1, total=settings.steps)
-            yield figures
-            if self._ends(raised, number + 1):
-                return
+        """Take all rounds, or those after a checkpoint, telling the record of each, and yield their figures; an alarm
+        may end them early."""
+        settings, context = self._settings, self._context
+        self._resume()
+        taken = stream(self._prompts.passes, context.seed, self._done * settings.examples_per_step)
+        if not self._done:
+            self.selection.look(0)
+        with context.checkpoints.steps():
+            while self._done < settings.steps and not self._over:
+                chosen = [next(taken) for _ in range(settings.examples_per_step)]
+                figures = self._round(self._done, self._sampler.rollout(chosen, self._seed(self._done)))
+                self._done += 1
+                raised = self._health.watch(figures)
+                if self._done % settings.evaluate_every == 0 or self._done == settings.steps:
+                    figures |= self.selection.look(self._done)
+                    raised += self._health.set_off("over_optimisation", self.selection.over_optimised)
+                self.tokens += int(figures["tokens"])
+                self.last = [*self.last[-LAST_ROUNDS + 1 :], figures]
+                context.progress(figures, done=self._done, total=settings.steps)
+                yield figures
+                self._over = self._ends(raised)
+                context.checkpoints.after(self._done, self._save)
 
     def _round(self, number: int, rollout: Rollout) -> dict[str, float]:
         of_rules = self._rewards.of_rules(rollout)
@@ -161,14 +184,39 @@ class Training:
         chosen = (prompts.held_out or prompts.passes.pass_(0))[: settings.evaluate_rows]
         return self._sampler.rollout(chosen, self._seed(LOOK), settings.evaluate_samples)
 
-    def _ends(self, raised: Sequence[Raised], done: int) -> bool:
+    def _ends(self, raised: Sequence[Raised]) -> bool:
         """Tell of alarms; whether one of them ends the training."""
         ends = [alarm.name for alarm in raised if alarm.name in self._settings.stop_on]
         for alarm in raised:
-            line = f"alarm after round {done}: {alarm}" + ("; training ends here" if alarm.name in ends else "")
+            line = f"alarm after round {self._done}: {alarm}" + ("; training ends here" if alarm.name in ends else "")
             self._context.say(line)
             self.warnings.append(line)
         return bool(ends)
+
+    def _resume(self) -> None:
+        """Go on from the stage's checkpoint, if there is one."""
+        directory = self._context.checkpoints.resume()
+        if directory is None:
+            return
+        state = checkpoint.load(directory)
+        self._learner.load_state(state.part("learner"))
+        self.selection.load_state(state.part("selection"))
+        self._health.load_state(state.part("health"))
+        checkpoint.restore_random_state(state.part("random"), self._roles.base.compute.device)
+        self._scale = Scale(**state.values["scale"])
+        self._done, self._over, self.tokens = (state.values[name] for name in ("done", "over", "tokens"))
+        self.last, self.warnings = state.values["last"], state.values["warnings"]
+
+    def _save(self, directory: Path) -> None:
+        parts = {
+            "learner": self._learner.state(),
+            "selection": self.selection.state(),
+            "health": self._health.state(),
+            "random": checkpoint.random_state(self._roles.base.compute.device),
+        }
+        values = {"done": self._done, "over": self._over, "tokens": self.tokens, "last": self.last}
+        state = joined(parts, **values, warnings=self.warnings, scale=asdict(self._scale))
+        checkpoint.save(directory, state)
 
     @property
     def _scoring_roles(self) -> int:

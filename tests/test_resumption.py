@@ -1,0 +1,327 @@
+"""Stages that are stopped and go on: what they publish and log is what they would have without the stop."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import fakes
+import pytest
+import tiny
+import torch
+from conftest import REPOSITORY
+from rich.console import Console
+
+from pipeline import checkpoints, cli, loader, report, runner
+from pipeline import manifest as manifests
+from pipeline.progress import StageProgress
+from pipeline.store import RunDirectory
+from stages.core import checkpoint
+
+pytestmark = pytest.mark.chain
+# Threads cost more than they gain on matrices this small.
+torch.set_num_threads(1)
+
+RUN = """\
+output: {root}/{name}
+device: cpu
+dtype: float32
+checkpoint_minutes: 0
+data:
+  corpus: {{source: "world:corpus", rows: 60, held_out: 0.2}}
+  demonstrations: {{source: "world:demonstrations", rows: 30, held_out: 0.2}}
+  preferences: {{source: "world:preferences", rows: 30, held_out: 0.2}}
+  prompts: {{source: "world:prompts", rows: 30, held_out: 0.2}}
+stages: {{stage: {stage}}}
+"""
+STAGES = {
+    "pretrain": """{{kind: pretrain, tokenizer: {root}/made/stages/tokenizer, data: corpus, max_length: 32, steps: 6,
+      examples_per_step: 16, optimizer: {{name: muon, learning_rate: 0.01}},
+      architecture: {{model_type: gpt2, n_embd: 32, n_layer: 2, n_head: 2, n_positions: 64, resid_pdrop: 0.2}}}}""",
+    "sft": """{{kind: sft, policy: {root}/made/stages/base, data: demonstrations, steps: 6, examples_per_step: 8,
+      lora: {{rank: 4, variant: dora}}, optimizer: {{learning_rate: 0.01}}}}""",
+    "reward": """{{kind: reward, policy: {root}/made/stages/base, data: preferences, epochs: 1.5, examples_per_step: 6,
+      lora: {{rank: 4}}, heads: 2, optimizer: {{learning_rate: 0.01}}}}""",
+    "dpo": """{{kind: dpo, policy: {root}/made/stages/base, data: preferences, steps: 6, examples_per_step: 8,
+      lora: {{rank: 4}}, optimizer: {{learning_rate: 0.01, schedule: linear}}}}""",
+    "ppo": """{{kind: ppo, value_learning_rate: 0.01, minibatches: 2, update_epochs: 2, kl_target: 0.1, kl_horizon: 50,
+      reward_normalisation: deviation, stop_at_kl: 0.5, {sampling}""",
+    "grpo": """{{kind: ppo, advantage: grpo, gold: world, kl_in: loss, kl_estimator: k3, {sampling}""",
+    "rejection": """{{kind: rejection, {sampling}""",
+    "online_dpo": """{{kind: online_dpo, {sampling}""",
+}
+SAMPLING = """policy: {root}/made/stages/base, data: prompts, steps: 6, examples_per_step: 6, samples_per_prompt: 2,
+      rules: [{{rule: pattern, expression: "e"}}, {{rule: length, words: 1}}], max_new_tokens: 6, missing_eos_penalty: 0,
+      evaluate_every: 2, evaluate_rows: 4, evaluate_samples: 2, lora: {{rank: 4}}, optimizer: {{learning_rate: 0.02}}}}"""
+"""Each goes over its rows more than once in six steps."""
+STEPS = 6
+
+
+class Stop(Exception):
+    """What ends an attempt."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def report_of_one_line() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write", fakes.write_report)
+        yield
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer and a base of twelve steps in `made`."""
+    made = tmp_path_factory.mktemp("resumption")
+    config = tiny.write_chain(made)
+    assert baton(config, f"output={made}/made", "--until", "base") == 0
+    return made
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path) -> Callable[[str], Path]:
+    """The directory of a stage that was never stopped."""
+
+    def run(kind: str) -> Path:
+        directory = root / f"whole-{kind}" / "stages" / "stage"
+        if not directory.exists():
+            assert baton(configured(root, kind, f"whole-{kind}")) == 0
+        return directory
+
+    return run
+
+
+def baton(config: Path, *arguments: str) -> int:
+    return cli.execute(cli.app, ["run", str(config), *arguments])
+
+
+def configured(root: Path, kind: str, name: str) -> Path:
+    config = root / f"{name}.yaml"
+    stage = STAGES[kind].format(root=root, sampling=SAMPLING.format(root=root))
+    config.write_text(RUN.format(root=root, name=name, stage=stage))
+    return config
+
+
+def stopping_at(monkeypatch: pytest.MonkeyPatch, step: int, stop: Callable[[], None]) -> None:
+    """After this step's record is logged, and before its checkpoint, stop."""
+    log = StageProgress.__call__
+
+    def logged(self: StageProgress, record: Mapping[str, Any], *, done: int, total: int) -> None:
+        log(self, record, done=done, total=total)
+        if done == step:
+            stop()
+
+    monkeypatch.setattr(StageProgress, "__call__", logged)
+
+
+def fail() -> None:
+    raise Stop
+
+
+def run_until(config: Path, step: int, stop: Callable[[], None] = fail) -> int | None:
+    """The exit code of an attempt that is stopped at a step; None where it ended with `Stop`."""
+    with pytest.MonkeyPatch.context() as patch:
+        stopping_at(patch, step, stop)
+        try:
+            return baton(config)
+        except Stop:
+            return None
+
+
+@pytest.fixture(scope="module")
+def halfway(root: Path) -> Callable[[str], Path]:
+    """The configuration of a DPO stage that was stopped with checkpoints of its steps 3 and 4."""
+    original = configured(root, "dpo", "halfway")
+    assert run_until(original, 5) is None
+
+    def copy(name: str) -> Path:
+        shutil.copytree(root / "halfway", root / name)
+        return configured(root, "dpo", name)
+
+    return copy
+
+
+def kept(config: Path) -> Path:
+    return RunDirectory.of(loader.load(config)).checkpoints("stage")
+
+
+def records(directory: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def assert_same(directory: Path, expected: Path) -> None:
+    """Every byte is the same but for times."""
+    first, second = (manifests.verify(each) for each in (directory, expected))
+    assert first.digest == second.digest
+    assert first.key == second.key
+    assert first.metrics == second.metrics
+    assert first.cost.tokens == second.cost.tokens
+    assert records(directory) == records(expected)
+    seconds = [json.loads(line)["seconds"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert seconds == sorted(seconds)
+    for path in manifests.walk(expected):
+        if path.name not in (manifests.FILE_NAME, "metrics.jsonl"):
+            assert (directory / path.relative_to(expected)).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_a_stage_that_is_stopped_again_and_again_ends_as_one_that_is_not(
+    root: Path, whole: Callable[[str], Path], kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = whole(kind)
+    config = configured(root, kind, f"stopped-{kind}")
+    assert len(records(expected)) == STEPS
+    for step in (1, 2, 5, STEPS):
+        assert run_until(config, step) is None
+        found = checkpoints.last_step(kept(config))
+        assert found == (step - 1 or None)
+    capsys.readouterr()
+    assert cli.execute(cli.app, ["plan", str(config)]) == 0
+    assert "), goes on after step 5" in capsys.readouterr().out
+    assert cli.execute(cli.app, ["status", str(config)]) == 0
+    assert "not run, last attempt failed, checkpoint after step 5" in capsys.readouterr().out
+    assert baton(config) == 0
+    assert "stage: goes on after step 5" in capsys.readouterr().out
+    assert_same(root / f"stopped-{kind}" / "stages" / "stage", expected)
+    assert not kept(config).exists()
+
+
+def test_a_stage_that_was_stopped_after_its_last_step_trains_no_more(
+    root: Path, whole: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(root, "sft", "trained")
+    with monkeypatch.context() as patch:
+        patch.setattr("stages.sft.loss_metrics", lambda *arguments: fail())
+        with pytest.raises(Stop):
+            baton(config)
+    assert checkpoints.last_step(kept(config)) == STEPS
+    with monkeypatch.context() as patch:
+        patch.setattr("stages.core.loop.Updater.step", lambda *arguments: fail())
+        assert baton(config) == 0
+    assert_same(root / "trained" / "stages" / "stage", whole("sft"))
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import pytest, test_resumption
+from pipeline import cli
+patch = pytest.MonkeyPatch()
+test_resumption.stopping_at(patch, 4, lambda: os.kill(os.getpid(), signal.SIGKILL))
+sys.exit(cli.execute(cli.app, ["run", sys.argv[1]]))
+"""
+
+
+def test_a_killed_process_loses_only_its_step(root: Path, whole: Callable[[str], Path]) -> None:
+    config = configured(root, "dpo", "killed")
+    program = KILLED.format(tests=str(Path(__file__).parent))
+    command = [sys.executable, "-c", program, str(config)]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=False)
+    assert ended.returncode == -9, ended.stderr.decode()
+    assert checkpoints.last_step(kept(config)) == 3
+    assert baton(config) == 0
+    assert_same(root / "killed" / "stages" / "stage", whole("dpo"))
+
+
+def test_a_signal_ends_the_step_and_leaves_a_checkpoint_whatever_the_interval(
+    root: Path, whole: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configured(root, "reward", "signalled")
+    config.write_text(config.read_text().replace("checkpoint_minutes: 0", "checkpoint_minutes: 10"))
+    assert run_until(config, 3, lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
+    said = capsys.readouterr()
+    assert "stage: stopped after step 3, with a checkpoint" in said.out
+    assert "training goes on from its checkpoint" in said.err
+    assert [path.name for path in kept(config).iterdir()] == ["step-00000003"]
+    assert baton(config) == 0
+    assert_same(root / "signalled" / "stages" / "stage", whole("reward"))
+
+
+def flip(path: Path) -> None:
+    weights = path / "tensors-00000.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 16
+    weights.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    weights = path / "tensors-00000.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def make_foreign(path: Path) -> None:
+    record = json.loads((path / checkpoints.FILE_NAME).read_text())
+    (path / checkpoints.FILE_NAME).write_text(json.dumps(record | {"key": "another"}))
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"), [(flip, "sha256"), (cut, "bytes, expected"), (make_foreign, "other settings, inputs or data")]
+)
+def test_one_that_cannot_serve_is_named_and_the_older_one_is_taken(
+    root: Path,
+    whole: Callable[[str], Path],
+    halfway: Callable[[str], Path],
+    harm: Callable[[Path], None],
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = halfway(harm.__name__)
+    harm(kept(config) / "step-00000004")
+    capsys.readouterr()
+    assert baton(config) == 0
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if "checkpoint not used" in line]
+    assert "step-00000004" in line
+    assert reason in line
+    assert "stage: goes on after step 3" in said
+    assert_same(root / harm.__name__ / "stages" / "stage", whole("dpo"))
+
+
+def test_another_setting_begins_anew_and_one_without_effect_goes_on(
+    halfway: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = halfway("changed")
+    capsys.readouterr()
+    assert cli.execute(cli.app, ["plan", str(config), "stages.stage.gradient_checkpointing=true"]) == 0
+    assert "goes on after step 4" in capsys.readouterr().out
+    config.write_text(config.read_text().replace("lora:", "beta: 0.3, lora:"))
+    assert run_until(config, 1) is None
+    said = capsys.readouterr().out
+    assert "step-00000004: made from other settings, inputs or data" in said
+    assert "step-00000003: made from other settings, inputs or data" in said
+    assert "goes on" not in said
+
+
+def test_other_code_begins_anew(
+    halfway: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = halfway("coded")
+    monkeypatch.setattr("pipeline.fingerprint.sources", lambda kind: "0" * 64)
+    capsys.readouterr()
+    assert run_until(config, 1) is None
+    said = capsys.readouterr().out
+    assert "step-00000004: made with other code: to go on would not be exact" in said
+    assert "goes on" not in said
+
+
+def test_a_short_run_writes_no_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr(checkpoint, "save", lambda directory, state: written.append(directory))
+    settings = loader.load(configured(root, "sft", "short"), ["checkpoint_minutes=10"])
+    runner.run(settings, console=Console(file=io.StringIO()))
+    assert written == []
+    assert not (root / "short" / ".checkpoints").exists()
+
+
+def test_the_interval_is_part_of_no_key(root: Path, whole: Callable[[str], Path]) -> None:
+    whole("sft")
+    settings = loader.load(root / "whole-sft.yaml", ["checkpoint_minutes=30"])
+    assert [outcome.ran for outcome in runner.run(settings)] == [False]

@@ -59,8 +59,9 @@ STAGES = {
     "online_dpo": """{{kind: online_dpo, {sampling}""",
 }
 SAMPLING = """policy: {root}/made/stages/base, data: prompts, steps: 6, examples_per_step: 6, samples_per_prompt: 2,
-      rules: [{{rule: pattern, expression: "e"}}, {{rule: length, words: 1}}], max_new_tokens: 6, missing_eos_penalty: 0,
-      evaluate_every: 2, evaluate_rows: 4, evaluate_samples: 2, lora: {{rank: 4}}, optimizer: {{learning_rate: 0.02}}}}"""
+      rules: [{{rule: pattern, expression: "e"}}, {{rule: length, words: 1}}], max_new_tokens: 6,
+      missing_eos_penalty: 0, evaluate_every: 2, evaluate_rows: 4, evaluate_samples: 2, lora: {{rank: 4}},
+      optimizer: {{learning_rate: 0.02}}}}"""
 """Each goes over its rows more than once in six steps."""
 STEPS = 6
 

@@ -6,26 +6,40 @@ log-probabilities that training computes are those of the samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
 from data.tree import Branch, Tree
+from stages.core import continuous
 from stages.core.forward import device_of
+from stages.core.key_values import make_room, take_rows
 from stages.core.likelihood import logits_of
 
 CACHED_TOKENS = 8
+"""Keys and values take that much less memory than activations."""
+
+Backend = Literal["native", "continuous"]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sampled response: its tokens, the stop token included when it ended its turn."""
+    """A sampled response: its tokens, the stop token included when it ended its turn.
+
+    Attributes:
+        tokens: The response.
+        ended: Whether the stop token ended it.
+        logprobs: Log-probability of each token under the distribution it was drawn from, temperature applied.
+    """
 
     tokens: tuple[int, ...]
     ended: bool
+    logprobs: tuple[float, ...] = ()
 
 
 @torch.no_grad()
@@ -38,22 +52,59 @@ def sample(
     temperature: float,
     seed: int,
     tokens_per_batch: int,
+    per_prompt: int = 1,
+    backend: Backend = "native",
 ) -> list[Sample]:
-    """One response to each prompt, in the prompts' order.
+    """Responses to each prompt, in the prompts' order, those to one prompt side by side.
 
-    Prompts of similar length are sampled together; rows leave the batch in bulk once half of them have ended. A batch
-    holds `CACHED_TOKENS` times `tokens_per_batch` tokens: keys and values take that much less than activations.
+    Prompts of similar length are sampled together; a prompt is computed once for all its responses. Rows leave the batch
+    in bulk once half of them have ended. A batch holds `CACHED_TOKENS` times `tokens_per_batch` tokens.
+
+    Args:
+        model: With the role in use that is to sample.
+        prompts: Tokens of the prompts.
+        stop_id: The token that ends a response.
+        max_new_tokens: Longest response.
+        temperature: Of the distribution.
+        seed: Of the samples; the global generators are left alone.
+        tokens_per_batch: Tokens that go through the model at once.
+        per_prompt: Responses to each prompt.
+        backend: `native`, or `continuous` for the continuous batching of `transformers`, which see.
+
+    Raises:
+        ConfigError: The continuous backend does not work with this model or within its memory.
     """
+    if backend == "continuous":
+        found = continuous.generate(
+            model,
+            [prompt for prompt in prompts for _ in range(per_prompt)],
+            stop_id=stop_id,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            tokens_per_batch=tokens_per_batch,
+            cached_tokens=CACHED_TOKENS * tokens_per_batch,
+        )
+        return [Sample(tokens, tokens[-1] == stop_id, logprobs) for tokens, logprobs in found]
     generator = torch.Generator(device_of(model)).manual_seed(seed)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     widest = max(map(len, prompts), default=0) + max_new_tokens
-    rows_per_batch = max(1, CACHED_TOKENS * tokens_per_batch // widest)
-    found: dict[int, Sample] = {}
-    for start in range(0, len(order), rows_per_batch):
-        chosen = order[start : start + rows_per_batch]
-        batch = _Batch(model, [prompts[index] for index in chosen], stop_id, temperature, generator)
-        found.update(zip(chosen, batch.run(max_new_tokens), strict=True))
-    return [found[index] for index in range(len(prompts))]
+    rows = max(1, CACHED_TOKENS * tokens_per_batch // widest)
+    responses: list[list[Sample]] = [[] for _ in prompts]
+    for chosen, copies in _batches(prompts, rows, per_prompt):
+        batch = _Batch(model, [prompts[index] for index in chosen], copies, stop_id, temperature, generator)
+        drawn = iter(batch.run(max_new_tokens))
+        for index in chosen:
+            responses[index] += [next(drawn) for _ in range(copies)]
+    return [each for of_prompt in responses for each in of_prompt]
+
+
+def _batches(prompts: Sequence[tuple[int, ...]], rows: int, per_prompt: int) -> Iterator[tuple[list[int], int]]:
+    """Prompts that are sampled together, and how many responses each of them gets: not more than `rows` in all."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    together, copies = max(1, rows // per_prompt), min(rows, per_prompt)
+    for start in range(0, len(order), together):
+        for done in range(0, per_prompt, copies):
+            yield order[start : start + together], min(copies, per_prompt - done)
 
 
 def trees_of(prompts: Sequence[tuple[int, ...]], samples: Sequence[Sample]) -> list[Tree]:
@@ -67,42 +118,62 @@ def trees_of(prompts: Sequence[tuple[int, ...]], samples: Sequence[Sample]) -> l
 
 
 class _Batch:
-    """Rows that are sampled together: left-padded prompts, one cache, and the rows still alive."""
+    """Rows that are sampled together: left-padded prompts, one cache, and the rows still alive.
+
+    Up to the first step there is one row a prompt, then as many as it gets responses.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
         prompts: Sequence[tuple[int, ...]],
+        copies: int,
         stop_id: int,
         temperature: float,
         generator: torch.Generator,
     ) -> None:
         self.model, self.stop_id, self.temperature, self.generator = model, stop_id, temperature, generator
-        width = max(len(prompt) for prompt in prompts)
+        self.copies = copies
+        self.width = width = max(len(prompt) for prompt in prompts)
         padded = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         real = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         self.step_tokens = torch.tensor(padded, device=generator.device)
         self.mask = torch.tensor(real, device=generator.device)
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        self.alive = torch.arange(len(prompts), device=generator.device)
         self.cache = DynamicCache(config=model.config)
-        self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.ended = [False] * len(prompts)
+        self.alive = list(range(len(prompts) * copies))
+        self.tokens: list[list[int]] = [[] for _ in self.alive]
+        self.logprobs: list[list[float]] = [[] for _ in self.alive]
+        self.ended = [False for _ in self.alive]
 
     def run(self, max_new_tokens: int) -> list[Sample]:
         """Sample until every row has ended or is full."""
-        for count in range(max_new_tokens):
-            following = self._sample(self._logits())
-            done = self._note(following)
-            if all(done) or count + 1 == max_new_tokens:
+        logits = self._prefill(max_new_tokens)
+        for count in range(1, max_new_tokens + 1):
+            following = self._sample(logits)
+            done = [self.ended[row] for row in self.alive]
+            if all(done) or count == max_new_tokens:
                 break
             self._advance(following, done)
-        return [Sample(tuple(tokens), ended) for tokens, ended in zip(self.tokens, self.ended, strict=True)]
+            logits = self._logits()
+        rows = zip(self.tokens, self.ended, self.logprobs, strict=True)
+        return [Sample(tuple(tokens), ended, tuple(logprobs)) for tokens, ended, logprobs in rows]
+
+    def _prefill(self, room: int) -> Tensor:
+        """Compute the prompts and make a row of each response; logits of the first tokens [rows, vocabulary]."""
+        logits = self._logits()
+        if self.copies > 1:
+            rows = torch.arange(len(logits), device=logits.device).repeat_interleave(self.copies)
+            self._take(rows)
+            logits = logits.index_select(0, rows)
+        make_room(self.cache, room)
+        self.mask = functional.pad(self.mask, (0, room), value=1)
+        return logits
 
     def _logits(self) -> Tensor:
         output = self.model.base_model(
             input_ids=self.step_tokens,
-            attention_mask=self.mask,
+            attention_mask=self.mask[:, : self.width],
             position_ids=self.positions,
             past_key_values=self.cache,
             use_cache=True,
@@ -110,23 +181,44 @@ class _Batch:
         return logits_of(self.model, output.last_hidden_state[:, -1])
 
     def _sample(self, logits: Tensor) -> Tensor:
-        chances = torch.softmax(logits / self.temperature, dim=-1)
-        return torch.multinomial(chances, 1, generator=self.generator).squeeze(1)
-
-    def _note(self, following: Tensor) -> list[bool]:
-        for row, token in zip(self.alive.tolist(), following.tolist(), strict=True):
+        """Draw every row's next token [rows]; it counts for the rows that have not ended."""
+        chances = torch.softmax(logits if self.temperature == 1.0 else logits / self.temperature, dim=-1)
+        drawn = _drawn(chances, self.generator)
+        logprobs = chances.gather(1, drawn).log_().flatten()
+        following = drawn.flatten()
+        for row, token, logprob in zip(self.alive, following.tolist(), logprobs.tolist(), strict=True):
             if not self.ended[row]:
                 self.tokens[row].append(token)
+                self.logprobs[row].append(logprob)
                 self.ended[row] = token == self.stop_id
-        return [self.ended[row] for row in self.alive.tolist()]
+        return following
 
     def _advance(self, following: Tensor, done: list[bool]) -> None:
         self.step_tokens = following[:, None]
         self.positions = self.positions[:, -1:] + 1
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        self.width += 1
         if 2 * sum(done) < len(done):
             return
-        kept = torch.tensor([row for row, finished in enumerate(done) if not finished], device=self.mask.device)
-        self.cache.batch_select_indices(kept)
-        self.step_tokens, self.positions = self.step_tokens[kept], self.positions[kept]
-        self.mask, self.alive = self.mask[kept], self.alive[kept]
+        kept = [place for place, finished in enumerate(done) if not finished]
+        self.alive = [self.alive[place] for place in kept]
+        self._take(torch.tensor(kept, device=following.device))
+
+    def _take(self, rows: Tensor) -> None:
+        """Go on with these rows."""
+        take_rows(self.cache, rows)
+        self.step_tokens, self.positions, self.mask = (
+            each.index_select(0, rows) for each in (self.step_tokens, self.positions, self.mask)
+        )
+
+
+def _drawn(chances: Tensor, generator: torch.Generator) -> Tensor:
+    """A draw from each row of probabilities [rows, n]: [rows, 1], the very one of `torch.multinomial`.
+
+    It is argmax(p / q), with q of the exponential distribution. On a processor `multinomial` takes one logarithm at a
+    time, which can be slower than a small model.
+    """
+    if chances.device.type != "cpu":
+        return torch.multinomial(chances, 1, generator=generator)
+    uniform = torch.rand(chances.shape, dtype=torch.float64, generator=generator)
+    exponential = uniform.neg_().log1p_().neg_().float()
+    return torch.div(chances, exponential, out=exponential).argmax(-1, keepdim=True)

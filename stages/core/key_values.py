@@ -1,0 +1,51 @@
+"""Keys and values with room for the tokens to come, so that a step of sampling copies no more than its own token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+class RoomyLayer(DynamicLayer):
+    """What one attention layer keeps of the tokens so far: keys and values [rows, heads, width, size], of which the
+    first `length` places are taken."""
+
+    def __init__(self, layer: DynamicLayer, room: int) -> None:
+        super().__init__()
+        self.is_initialized = True
+        self.dtype, self.device = layer.keys.dtype, layer.keys.device
+        self.length = layer.keys.shape[2]
+        self.keys, self.values = _extended(layer.keys, room), _extended(layer.values, room)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write further tokens down; returns the keys and values of all so far."""
+        start, self.length = self.length, self.length + key_states.shape[2]
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_seq_length(self) -> int:
+        """Tokens so far."""
+        return self.length
+
+
+def make_room(cache: DynamicCache, room: int) -> None:
+    """Give a cache that is filled with the prompts room for `room` more tokens; layers that hold something else than
+    plain keys and values, such as windows or recurrent states, stay as they are."""
+    cache.layers = [RoomyLayer(layer, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+
+
+def take_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Let a cache consist of these of its rows, in this order; a row may be taken several times or not at all."""
+    # The one way that all layers know, those with recurrent states too; a beam's rows are chosen like that.
+    cache.reorder_cache(rows)
+
+
+def _extended(states: Tensor, room: int) -> Tensor:
+    rows, heads, length, size = states.shape
+    extended = states.new_empty(rows, heads, length + room, size)
+    extended[:, :, :length] = states
+    return extended

@@ -657,6 +657,9 @@ class EvaluateSettings(StageSettings):
     gold: Gold = "none"
     """Rule that judges the responses and knows which are correct: `world` is the embedded world's, `exact` and
     `numeric` compare with the prompt's `answer` (`docs/rewards.md`)."""
+    best_of: Annotated[StrictInt, Field(ge=2)] | None = None
+    """Responses to each prompt from which best-of-n's frontier is measured, up to this n, for every model that an
+    adapter among `models` was trained from: what choosing by `reward` brings at which divergence, without training."""
     rows: Positive = 256
     """Held-out rows of each data source to use, at most."""
     max_new_tokens: Positive = 64
@@ -671,6 +674,12 @@ class EvaluateSettings(StageSettings):
     @model_validator(mode="after")
     def _sizes_fit(self) -> EvaluateSettings:
         _require_room(self.max_length, self.max_new_tokens)
+        return self
+
+    @model_validator(mode="after")
+    def _the_best_is_chosen_by_a_reward_model(self) -> EvaluateSettings:
+        if self.best_of and self.reward is None:
+            raise ValueError(f"best_of={self.best_of} chooses by a reward model: give `reward`, a reward stage")
         return self
 
 

@@ -7,7 +7,7 @@ distribution but is a little narrow below about 30 observations. Proportions use
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import sqrt
 from statistics import NormalDist
 
@@ -32,12 +32,7 @@ def mean_interval(values: Values) -> Metric:
     Raises:
         ValueError: When `values` is empty, not one-dimensional, or holds a number that is not finite.
     """
-    observed = _finite(values, "values")
-    if observed.size == 1:
-        return Metric(value=float(observed[0]), n=1)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(_resampled_means(observed), [tail, 1 - tail])
-    return Metric(value=float(observed.mean()), low=float(low), high=float(high), n=int(observed.size))
+    return function_of_means(lambda means: means, values)
 
 
 def paired_difference(a: Values, b: Values) -> Metric:
@@ -73,13 +68,32 @@ def ratio_interval(numerators: Values, denominators: Values) -> Metric:
         raise ValueError(f"{above.size} numerators and {below.size} denominators: they are not paired")
     if (below <= 0).any():
         raise ValueError("a denominator is not positive")
-    value = float(above.sum() / below.sum())
-    if above.size == 1:
+    return function_of_means(np.divide, above, below)
+
+
+def function_of_means(function: Callable[..., NDArray[np.float64]], *columns: Values) -> Metric:
+    """A function of the means of several figures over the same observations, with its percentile-bootstrap interval.
+
+    Observations are drawn whole, so that what the figures have in common is in the interval.
+
+    Args:
+        function: Takes the means of each column, all of shape (k,), and returns k values.
+        columns: One number per observation each, shape (n,). A single observation has no interval.
+
+    Raises:
+        ValueError: When the lengths differ, or as for `mean_interval`.
+    """
+    observed = [_finite(each, "values") for each in columns]
+    count = observed[0].size
+    if any(each.size != count for each in observed):
+        raise ValueError(f"columns of {[each.size for each in observed]} observations: they are not paired")
+    value = float(function(*(each.mean(keepdims=True) for each in observed))[0])
+    if count == 1:
         return Metric(value=value, n=1)
     tail = (1 - CONFIDENCE) / 2
-    # The draws are the same for equal sizes, so each quotient is the ratio of one resample.
-    low, high = np.quantile(_resampled_means(above) / _resampled_means(below), [tail, 1 - tail])
-    return Metric(value=value, low=float(low), high=float(high), n=int(above.size))
+    # The draws are the same for equal sizes, so each row of means is that of one resample.
+    low, high = np.quantile(function(*map(_resampled_means, observed)), [tail, 1 - tail])
+    return Metric(value=value, low=float(low), high=float(high), n=count)
 
 
 def proportion_interval(successes: int, n: int) -> Metric:

@@ -5,7 +5,8 @@ programmatic gold reward where the data has one, and by a reward model; a child 
 prompt by prompt, so the interval is that of the paired difference. The KL divergence to the reference is
 estimated on the model's own samples (the mean of log pi - log pi_ref over whole responses). Held-out text gives
 perplexity and bits per byte, held-out pairs the accuracy of the reward model and of each policy's implicit
-reward. Left out: greedy and other decoding, calibration, and correction for many comparisons.
+reward. With `best_of`, best-of-n sampling from a model is the bar for the adapters trained from it. Left out: greedy
+and other decoding, calibration, and correction for many comparisons.
 
     python -m stages.evaluate CONFIG [key=value ...]
 """
@@ -15,32 +16,29 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from data.batch import Layout
 from data.document_store import encoded
 from data.intake import refuse_repeats
 from data.schema import Preference, Prompt, Text
-from data.tree import Branch, Tree, preference_tree, prompt_tokens, usable
+from data.tree import Branch, Tree, preference_tree, usable
 from pipeline.config import EvaluateSettings
 from pipeline.contract import Context, Result
 from pipeline.errors import DataError
 from pipeline.manifest import DataCard, Metric
-from pipeline.rules import Gold
+from reward.best_of_n import Frontier, divergence
 from reward.intervals import mean_interval, paired_difference, proportion_interval, ratio_interval
-from reward.rules import Verdict, verdict
 from stages.core import device, loop, rows
+from stages.core.answers import PLAIN, Answers, answer
 from stages.core.lineup import Contestant, Lineup, parent_digest
 from stages.core.models import LanguageModel
 from stages.core.roles import REWARD, Roles
-from stages.core.rollout import sample, trees_of
 from stages.core.scoring import exponential, logprobs, scores
 
 Metrics = dict[str, Metric]
-PLAIN: Layout = "plain"
-"""Models of any architecture are compared, so none is asked to compute trees."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +50,21 @@ class Material:
     texts: Sequence[Text]
 
 
-@dataclass(frozen=True)
-class Answers:
-    """One model's responses to the prompts, in the prompts' order, and what the judges say of them."""
+@dataclass
+class Findings:
+    """What was found, by the models' names.
 
-    texts: list[str]
-    trees: list[Tree]
-    gold: list[float]
-    correct: list[float]
-    rewards: list[float]
+    Attributes:
+        answers: One response to each prompt.
+        frontiers: Best-of-n's, of the models that adapters were trained from.
+        metrics: The figures.
+        tokens: Sampled in all.
+    """
+
+    answers: dict[str, Answers] = field(default_factory=dict)
+    frontiers: dict[str, Frontier] = field(default_factory=dict)
+    metrics: dict[str, Metrics] = field(default_factory=dict)
+    tokens: int = 0
 
 
 def run(context: Context) -> Result:
@@ -83,27 +87,18 @@ def run(context: Context) -> Result:
         pairs=_held_out(context, "pairs", Preference, cards),
         texts=_held_out(context, "text", Text, cards),
     )
-    answers: dict[str, Answers] = {}
-    metrics: dict[str, Metrics] = {}
-    for done, (name, contestant) in enumerate(lineup.contestants.items(), 1):
-        answers[name] = _answer(contestant, material.prompts, judge, context)
-        metrics[name] = _metrics(contestant, lineup, answers, material, settings)
-        context.progress({"model": name}, done=done, total=len(lineup.contestants))
+    found = _compare(lineup, judge, material, context)
     if judge and material.pairs:
-        metrics[context.inputs["reward"].source] = _judge_accuracy(judge, material.pairs, settings)
-    _write(context, lineup, material.prompts, answers, metrics)
-    warnings = [
-        f"{name} is compared with nothing: its parent is not among `models`"
-        for name, contestant in lineup.contestants.items()
-        if contestant.parent is None and parent_digest(contestant.artifact)
-    ]
+        found.metrics[context.inputs["reward"].source] = _judge_accuracy(judge, material.pairs, settings)
+    _write(context, lineup, material.prompts, found)
+    warnings = _warnings(lineup, found, settings)
     for warning in warnings:
         context.say(warning)
     return Result(
         kind="evaluation",
-        metrics={f"{name}.{metric}": value for name, found in metrics.items() for metric, value in found.items()},
+        metrics={f"{name}.{metric}": value for name, own in found.metrics.items() for metric, value in own.items()},
         data=cards,
-        tokens=sum(tree.reads for each in answers.values() for tree in each.trees),
+        tokens=found.tokens,
         compute=compute.record,
         warnings=warnings,
     )
@@ -123,74 +118,49 @@ def _held_out(context: Context, role: str, kind: type[rows.Item], cards: list[Da
     return chosen
 
 
-def _answer(contestant: Contestant, prompts: Sequence[Prompt], judge: Roles | None, context: Context) -> Answers:
-    settings: EvaluateSettings = context.settings
-    with contestant.use() as language_model, language_model.compute.autocast():
-        template = language_model.template
-        longest = max(1, language_model.longest(settings.max_length) - settings.max_new_tokens)
-        tokens = [prompt_tokens(template, prompt.prompt, longest) for prompt in prompts]
-        samples = sample(
-            language_model.model,
-            tokens,
-            stop_id=template.stop_id,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            seed=context.seed,
-            tokens_per_batch=settings.tokens_per_batch,
-        )
-    trees, texts = trees_of(tokens, samples), [template.decode(each.tokens) for each in samples]
-    ended = [each.ended for each in samples]
-    verdicts = _verdicts(settings.gold, prompts, texts)
-    rewards: dict[int, list[float]] = {}
-    if judge:
-        read = _read_by(judge, prompts, texts, ended, settings)
-        rewards = scores(judge, REWARD, read, settings.tokens_per_batch, PLAIN)
-    return Answers(
-        texts,
-        trees,
-        gold=[each.reward for each in verdicts],
-        correct=[each.correct for each in verdicts],
-        rewards=[rewards[number][0] for number in sorted(rewards)],
-    )
+def _compare(lineup: Lineup, judge: Roles | None, material: Material, context: Context) -> Findings:
+    settings, found = context.settings, Findings()
+    adapted = {each.parent for each in lineup.contestants.values() if each.artifact.kind == "adapter"}
+    for done, (name, contestant) in enumerate(lineup.contestants.items(), 1):
+        found.answers[name] = answer(contestant, material.prompts, judge, settings, context.seed)
+        found.tokens += found.answers[name].tokens
+        if settings.best_of and name in adapted:
+            # Another seed: a parent's own figures and its frontier's are of different samples.
+            several = answer(contestant, material.prompts, judge, settings, context.seed + 1, settings.best_of)
+            found.frontiers[name] = several.frontier()
+            found.tokens += several.tokens
+        found.metrics[name] = _metrics(contestant, lineup, found, material, settings)
+        context.progress({"model": name}, done=done, total=len(lineup.contestants))
+    return found
 
 
-def _verdicts(gold: Gold, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Verdict]:
-    if gold == "none":
-        return []
-    return [verdict(gold, prompt.facts, text, prompt.origin) for prompt, text in zip(prompts, texts, strict=True)]
-
-
-def _read_by(
-    judge: Roles, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool], settings: EvaluateSettings
-) -> list[Tree]:
-    """The answers in the judge's own tokens; an answer that did not end its turn is read without a stop token."""
-    template = judge.base.template
-    trees = []
-    for number, (prompt, text, complete) in enumerate(zip(prompts, texts, ended, strict=True)):
-        response = template.response(text)
-        tokens = response if complete or len(response) == 1 else response[:-1]
-        longest = max(1, judge.base.longest(settings.max_length) - len(tokens))
-        trees.append(Tree(prompt_tokens(template, prompt.prompt, longest), (Branch.of(tokens),), number))
-    return trees
+def _warnings(lineup: Lineup, found: Findings, settings: EvaluateSettings) -> list[str]:
+    warnings = [
+        f"{name} is compared with nothing: its parent is not among `models`"
+        for name, contestant in lineup.contestants.items()
+        if contestant.parent is None and parent_digest(contestant.artifact)
+    ]
+    if settings.best_of and not found.frontiers:
+        warnings.append("best_of has nothing to measure: there is no adapter among `models` together with its parent")
+    return warnings
 
 
 def _metrics(
-    contestant: Contestant,
-    lineup: Lineup,
-    answers: Mapping[str, Answers],
-    material: Material,
-    settings: EvaluateSettings,
+    contestant: Contestant, lineup: Lineup, found: Findings, material: Material, settings: EvaluateSettings
 ) -> Metrics:
-    own = answers[contestant.name]
+    own = found.answers[contestant.name]
     metrics = {
         "length": mean_interval([tree.reads for tree in own.trees]),
         **_judged(own, material.prompts),
     }
     if contestant.parent:
-        metrics |= _against(own, answers[contestant.parent])
+        metrics |= _against(own, found.answers[contestant.parent])
     if contestant.parent and contestant.artifact.kind == "adapter":
         parent = lineup.contestants[contestant.parent]
-        metrics["kl"] = _divergence(contestant, parent, own.trees, settings)
+        log_ratios = _log_ratios(contestant, parent, own.trees, settings)
+        metrics["kl"] = mean_interval(log_ratios)
+        if parent.name in found.frontiers:
+            metrics["frontier_gap"] = found.frontiers[parent.name].gap(own.judged, log_ratios)
         if material.pairs:
             metrics["pair_accuracy"] = _implicit_accuracy(contestant, parent, material.pairs, settings)
     if material.texts:
@@ -225,20 +195,19 @@ def _against(own: Answers, parent: Answers) -> Metrics:
         metrics["gold_gain"] = paired_difference(own.gold, parent.gold)
     if own.rewards:
         metrics["reward_gain"] = paired_difference(own.rewards, parent.rewards)
-    mine, theirs = (own.gold, parent.gold) if own.gold else (own.rewards, parent.rewards)
-    if mine:
-        wins = [float(a > b) + 0.5 * float(a == b) for a, b in zip(mine, theirs, strict=True)]
+    if own.judged:
+        wins = [float(a > b) + 0.5 * float(a == b) for a, b in zip(own.judged, parent.judged, strict=True)]
         metrics["win_rate"] = mean_interval(wins)
     return metrics
 
 
-def _divergence(
+def _log_ratios(
     contestant: Contestant, parent: Contestant, trees: Sequence[Tree], settings: EvaluateSettings
-) -> Metric:
-    """KL(policy || reference) in nats per response at the sampling temperature, on the policy's own samples."""
+) -> list[float]:
+    """log pi - log pi_ref of the policy's own responses at the sampling temperature: their mean is the divergence."""
     own = _branch_logprobs(contestant, trees, settings, settings.temperature)
     other = _branch_logprobs(parent, trees, settings, settings.temperature)
-    return mean_interval([own[tree.number][0] - other[tree.number][0] for tree in trees])
+    return [own[tree.number][0] - other[tree.number][0] for tree in trees]
 
 
 def _implicit_accuracy(
@@ -308,30 +277,36 @@ def text_trees(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_le
     ]
 
 
-def _write(
-    context: Context,
-    lineup: Lineup,
-    prompts: Sequence[Prompt],
-    answers: Mapping[str, Answers],
-    metrics: Mapping[str, Metrics],
-) -> None:
+def _write(context: Context, lineup: Lineup, prompts: Sequence[Prompt], found: Findings) -> None:
     """`evaluation.json` for the report, `samples.jsonl` with one prompt a line and every model's answer."""
     parents = {name: contestant.parent for name, contestant in lineup.contestants.items()}
     content = {
         "gold": context.settings.gold,
         "judge": "reward" if context.settings.gold == "none" else "gold",
         "models": {
-            name: {
-                "parent": parents.get(name),
-                "metrics": {metric: value.model_dump() for metric, value in found.items()},
-            }
-            for name, found in metrics.items()
+            name: {"parent": parents.get(name), "metrics": _dumped(metrics)} for name, metrics in found.metrics.items()
         },
+        "frontier": {name: _points(frontier) for name, frontier in found.frontiers.items()},
     }
     (context.directory / "evaluation.json").write_text(json.dumps(content, indent=1))
     with (context.directory / "samples.jsonl").open("w", encoding="utf-8") as stream:
         for number, prompt in enumerate(prompts):
-            stream.write(json.dumps(_sample(number, prompt, answers), ensure_ascii=False) + "\n")
+            stream.write(json.dumps(_sample(number, prompt, found.answers), ensure_ascii=False) + "\n")
+
+
+def _dumped(metrics: Metrics) -> dict[str, Any]:
+    return {name: metric.model_dump() for name, metric in metrics.items()}
+
+
+def _points(frontier: Frontier) -> list[dict[str, Any]]:
+    """What the best of each n is worth on average; without a gold reward there is none by it."""
+    points = []
+    for place, n in enumerate(frontier.counts):
+        metrics = {"reward": mean_interval(frontier.rewards[place])}
+        if frontier.gold is not None:
+            metrics["gold"] = mean_interval(frontier.gold[place])
+        points.append({"n": n, "kl": divergence(n), **_dumped(metrics)})
+    return points
 
 
 def _sample(number: int, prompt: Prompt, answers: Mapping[str, Answers]) -> dict[str, object]:

@@ -241,6 +241,8 @@ def test_a_signal_during_training_stops_it_and_keeps_what_was_published(
     [
         (["stages.ppo.max_length=8", "stages.ppo.max_new_tokens=8"], "max_new_tokens=8 leaves no room for a prompt"),
         (["stages.evaluate.max_length=8", "stages.evaluate.max_new_tokens=9"], "leaves no room for a prompt"),
+        (["stages.evaluate.reward=null"], "best_of=3 chooses by a reward model: give `reward`"),
+        (["stages.evaluate.best_of=1"], "greater than or equal to 2"),
         (["stages.ppo.epochs=7"], "stages.ppo.epochs: unknown setting"),
         (["data.prompts.held_out=0.5"], "held_out differs"),
         (["data.corpus.split=test"], "`split` is for `hub:` sources"),

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 from conftest import REPOSITORY
@@ -295,6 +296,33 @@ def test_models_are_compared_with_their_parents_and_every_figure_has_an_interval
     assert "pair_accuracy" in models["reward"]["metrics"]
     samples = (run / "stages" / "evaluate" / "samples.jsonl").read_text().splitlines()
     assert all(json.loads(line)["responses"].keys() == {"base", "sft", "dpo", "ppo"} for line in samples)
+
+
+def test_policies_are_compared_with_best_of_n_of_their_parent_at_the_same_divergence(run: Path) -> None:
+    found = json.loads((run / "stages" / "evaluate" / "evaluation.json").read_text())
+    assert found["frontier"].keys() == {"sft"}
+    points = found["frontier"]["sft"]
+    assert [point["n"] for point in points] == [1, 2, 3]
+    rewards = [point["reward"]["value"] for point in points]
+    assert rewards == sorted(rewards)
+    assert all(point["gold"]["low"] <= point["gold"]["value"] <= point["gold"]["high"] for point in points)
+    gold = [point["gold"]["value"] for point in points]
+    roots = [math.sqrt(math.log(n) - (n - 1) / n) for n in (1, 2, 3)]
+    for name in ("dpo", "ppo"):
+        metrics = found["models"][name]["metrics"]
+        bar = np.interp(math.sqrt(max(0.0, metrics["kl"]["value"])), roots, gold)
+        assert metrics["frontier_gap"]["value"] == pytest.approx(metrics["gold"]["value"] - bar)
+    assert "Reward against divergence" in (run / "report.html").read_text()
+
+
+def test_best_of_n_without_an_adapter_beside_its_parent_is_warned_about(run: Path) -> None:
+    output = run.parent / "no-adapter"
+    shutil.copytree(run, output)
+    change = ["stages.evaluate.models=[base, sft]", f"output={output}"]
+    assert baton("run", run.parent / "chain.yaml", *change, "--only", "evaluate") == 0
+    assert json.loads((output / "stages" / "evaluate" / "evaluation.json").read_text())["frontier"] == {}
+    (warning,) = manifests.load(output / "stages" / "evaluate").warnings
+    assert "best_of has nothing to measure" in warning
 
 
 def test_a_reward_model_that_is_loaded_again_gives_the_scores_it_recorded(run: Path) -> None:

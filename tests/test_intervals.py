@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from reward import intervals
-from reward.intervals import mean_interval, paired_difference, proportion_interval, ratio_interval
+from reward.intervals import function_of_means, mean_interval, paired_difference, proportion_interval, ratio_interval
 
 
 def _slow_bootstrap(values: list[float], resamples: int) -> tuple[float, float]:
@@ -118,6 +118,21 @@ def test_a_ratio_agrees_with_a_loop_that_resamples_pairs() -> None:
     found = ratio_interval([above for above, _ in pairs], [below for _, below in pairs])
     assert found.low == pytest.approx(ratios[250], abs=0.005)
     assert found.high == pytest.approx(ratios[9_749], abs=0.005)
+
+
+def test_a_function_of_means_agrees_with_a_loop_that_resamples_observations_whole() -> None:
+    dice = np.random.default_rng(11)
+    first = dice.exponential(size=50)
+    second = first + dice.normal(scale=0.1, size=50)
+    products = sorted(
+        first[draw].mean() * second[draw].mean() for draw in (dice.integers(50, size=50) for _ in range(10_000))
+    )
+    found = function_of_means(np.multiply, first, second)
+    assert found.value == pytest.approx(first.mean() * second.mean())
+    assert found.low == pytest.approx(products[250], abs=0.03)
+    assert found.high == pytest.approx(products[9_749], abs=0.03)
+    with pytest.raises(ValueError, match="not paired"):
+        function_of_means(np.multiply, first, second[1:])
 
 
 @pytest.mark.parametrize("denominators", [[1.0], [1.0, 0.0], [1.0, -2.0]])

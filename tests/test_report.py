@@ -9,13 +9,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
-from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
+import reports
 
 from pipeline.errors import ArtifactError, StorageError
 from pipeline.manifest import Metric
@@ -26,248 +25,90 @@ from pipeline.report.lineage import BOX_HEIGHT, BOX_WIDTH, lay_out
 from pipeline.report.verdict import judge
 from pipeline.report.wording import duration, number, size
 
-PARENTS: dict[str, dict[str, str]] = {
-    "words": {},
-    "base": {"tokenizer": "words"},
-    "sft": {"policy": "base"},
-    "judge": {"policy": "sft"},
-    "ppo": {"policy": "sft", "reward": "judge"},
-    "check": {"models.0": "base", "models.1": "sft", "models.2": "ppo", "reward": "judge"},
-}
-KINDS = {
-    "words": ("tokenizer", "tokenizer"),
-    "base": ("pretrain", "model"),
-    "sft": ("sft", "adapter"),
-    "judge": ("reward", "reward"),
-    "ppo": ("ppo", "adapter"),
-    "check": ("evaluate", "evaluation"),
-}
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "</style><script src=//evil.example/x.js></script>",
-    "<img src=x onerror=alert(1)>",
-    "<svg/onload=alert(1)>",
-    '"><iframe src="javascript:alert(1)">',
-    "'><a href='javascript:alert(1)'>x</a>",
-    "</pre></p></title><meta http-equiv=refresh content='0;url=http://evil.example'>",
-    "<style>@import url(http://evil.example)</style>",
-    '" onmouseover="alert(1)" style="x',
-    "{{ 7 * 7 }} {% raw %} {# #}",
-    "]]><!-- -->",
-    "&lt;script&gt;",
-    "safe \u202etxet desrever\u202c \u2066x\u2069",
-    "bell \x07 null \x00 escape \x1b[31m",
-    "zero\u200bwidth \ufeff soft\u00adhyphen line\u2028separator",
-    "lone \ud800 surrogate",
-]
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _metric(value: float, reach: float = 0.02, n: int = 100) -> dict[str, Any]:
-    return {"value": value, "low": value - reach, "high": value + reach, "n": n}
-
-
-def _manifest(name: str, **changes: Any) -> dict[str, Any]:
-    stage_kind, kind = KINDS[name]
-    inputs = {
-        role: {"source": parent, "kind": KINDS[parent][1], "digest": _digest(parent)}
-        for role, parent in PARENTS[name].items()
-    }
-    card = {
-        "role": "data",
-        "source": "pairs.jsonl",
-        "digest": _digest("rows"),
-        "format": "preference",
-        "rows": 90,
-    }
-    return {
-        **{"stage": name, "stage_kind": stage_kind, "kind": kind, "key": _digest(f"key {name}")},
-        **{"digest": _digest(name), "inputs": inputs, "settings": {}, "data_settings": {}, "outputs": []},
-        **{"data": [card | {"dropped": {"identical responses": 7}}], "adaptation": None, "tokenizer": {}},
-        **{"metrics": {}, "cost": {"seconds": 61.0, "tokens": 1_000, "peak_memory_bytes": 2**20}},
-        **{"environment": {"python": "3.11.9", "device": "cpu"}, "seed": 0, "warnings": []},
-        **{"command": f"baton run c.yaml --only {name}", "started": "2026-01-01T00:00:00+00:00"},
-        **changes,
-    }
-
-
-def _evaluation() -> dict[str, Any]:
-    sft = {"gold": _metric(0.5), "gold_gain": _metric(0.4), "reward": _metric(0.1), "win_rate": _metric(0.9)}
-    ppo = {
-        "gold": _metric(0.7),
-        "gold_gain": _metric(0.2),
-        "reward": _metric(1.2),
-        "reward_gain": _metric(1.1),
-    }
-    models = {
-        "base": {"parent": None, "metrics": {"gold": _metric(0.1), "accuracy.sums": _metric(0.25)}},
-        "sft": {"parent": "base", "metrics": sft},
-        "ppo": {"parent": "sft", "metrics": ppo},
-    }
-    return {"models": models, "gold": "world", "judge": "gold"}
-
-
-def _sample(number: int, text: str = "It is four.") -> dict[str, Any]:
-    return {
-        "prompt": [{"role": "user", "content": f"Question {number}: what is 2 + 2?"}],
-        "responses": {"sft": "four", "ppo": text},
-        **{"gold": {"sft": 0.5, "ppo": 1.0}, "reward": {"ppo": -0.25}, "answer": "4"},
-    }
-
-
-def _write_lines(path: Path, records: list[Any]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-
-
-def _write_stage(run: Path, name: str, **changes: Any) -> Path:
-    directory = run / "stages" / name
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "manifest.json").write_text(json.dumps(_manifest(name, **changes)), encoding="utf-8")
-    return directory
-
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A finished six-stage run with curves, an evaluation and eight samples."""
-    root = tmp_path / "first"
-    directories = {name: _write_stage(root, name) for name in PARENTS}
-    steps = [{"step": step, "total": 9, "seconds": step, "loss": 3 / step} for step in range(1, 10)]
-    _write_lines(directories["sft"] / "metrics.jsonl", steps)
-    _write_lines(directories["ppo"] / "metrics.jsonl", [{**step, "reward": step["step"], "kl": 0.1} for step in steps])
-    (directories["check"] / "evaluation.json").write_text(json.dumps(_evaluation()))
-    _write_lines(directories["check"] / "samples.jsonl", [_sample(number) for number in range(8)])
-    (root / "config.yaml").write_text("output: runs/my first\nstages: {}\n")
-    return root
-
-
-def _page(run: Path) -> str:
-    return write(run).read_text(encoding="utf-8")
-
-
-def _report(run: Path) -> Any:
-    write(run)
-    return json.loads((run / "report.json").read_bytes())
-
-
-class _Elements(HTMLParser):
-    """Every element with its attributes, the text between them, and whether all that opened was closed."""
-
-    VOID = frozenset({"meta", "br", "hr", "img", "link", "input"})
-
-    def __init__(self, page: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, Mapping[str, str | None]]] = []
-        self.text = ""
-        self.open: list[str] = []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open[-1:] != ["style"]:
-            self.text += data
-
-
-def _assert_inert(page: str) -> None:
-    parsed = _Elements(page)
-    assert parsed.open == []
-    refused = {"script", "iframe", "object", "embed", "base", "form", "link", "img", "a", "image"}
-    assert not refused & {tag for tag, _ in parsed.elements}
-    for _, attributes in parsed.elements:
-        assert not [name for name in attributes if name.startswith("on") or name in {"style", "src", "action"}]
-        assert all((value or "").startswith("#") for name, value in attributes.items() if "href" in name)
-    assert "javascript:" not in "".join(value or "" for _, each in parsed.elements for value in each.values())
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\u00ad]", page)
+    """A finished six-stage run."""
+    return reports.write_run(tmp_path / "first")
 
 
 def test_the_verdict_comes_first_and_names_the_best_stage_and_its_gain(run: Path) -> None:
     sentence = "ppo is best and better than its parent sft: gold reward +0.200 [+0.180, +0.220] over 100 prompts."
-    assert _report(run)["verdict"]["sentence"] == sentence
-    text = _Elements(_page(run)).text
+    assert reports.report(run)["verdict"]["sentence"] == sentence
+    text = reports.Elements(reports.page(run)).text
     assert text.index(sentence) < text.index("Lineage")
 
 
 def test_report_json_holds_every_stage_with_its_parents_metrics_and_digests(run: Path) -> None:
-    report = _report(run)
+    report = reports.report(run)
     manifest = run / "stages" / "ppo" / "manifest.json"
     stage = report["stages"]["ppo"]
     assert set(report) == {"run", "created_by", "command", "stages", "verdict"}
     assert report["run"] == "first"
     assert report["command"] == "baton run 'runs/my first/config.yaml'"
-    assert set(report["stages"]) == set(PARENTS)
-    assert stage["parents"] == PARENTS["ppo"]
+    assert set(report["stages"]) == set(reports.PARENTS)
+    assert stage["parents"] == reports.PARENTS["ppo"]
     assert stage["manifest_sha256"] == hashlib.sha256(manifest.read_bytes()).hexdigest()
-    assert stage["metrics"]["gold_gain"] == pytest.approx(_metric(0.2))
-    assert (stage["kind"], stage["stage_kind"], stage["digest"]) == ("adapter", "ppo", _digest("ppo"))
+    assert stage["metrics"]["gold_gain"] == pytest.approx(reports.metric(0.2))
+    assert (stage["kind"], stage["stage_kind"], stage["digest"]) == ("adapter", "ppo", reports.digest("ppo"))
     assert stage["data"][0]["dropped"] == {"identical responses": 7}
 
 
 def test_the_same_run_gives_the_same_bytes_wherever_it_lies(run: Path, tmp_path: Path) -> None:
-    page, data = _page(run), (run / "report.json").read_bytes()
+    page, data = reports.page(run), (run / "report.json").read_bytes()
     moved = shutil.copytree(run, tmp_path / "elsewhere" / "first")
-    assert _page(moved) == page
+    assert reports.page(moved) == page
     assert (moved / "report.json").read_bytes() == data
     assert data.decode() == json.dumps(json.loads(data), indent=2, sort_keys=True) + "\n"
 
 
 def test_the_page_admits_its_own_style_and_nothing_else(run: Path) -> None:
-    page = _page(run)
-    _assert_inert(page)
+    page = reports.page(run)
+    reports.assert_inert(page)
     styles = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
-    policy = next(each for _, each in _Elements(page).elements if each.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        each for _, each in reports.Elements(page).elements if each.get("http-equiv") == "Content-Security-Policy"
+    )
     digest = base64.b64encode(hashlib.sha256(styles[0].encode()).digest()).decode()
     assert len(styles) == 1
     assert "url(" not in styles[0]
     assert policy["content"] == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("text", reports.HOSTILE)
 def test_hostile_text_is_shown_and_does_nothing(run: Path, text: str) -> None:
     card = {"role": text, "source": text, "digest": text, "format": text, "rows": 1, "dropped": {text: 1}}
     changes = {"warnings": [text], "command": text, "environment": {text: text}, "data": [card]}
-    _write_stage(run, "base", **changes, metrics={text: _metric(1.0)})
+    reports.write_stage(run, "base", **changes, metrics={text: reports.metric(1.0)})
     inputs = {text: {"source": text, "kind": "model", "digest": text}}
-    _write_stage(run, "words", inputs=inputs, digest=_digest("words"))
-    sample = _sample(0, text) | {"answer": text, "prompt": [{"role": text, "content": text}]}
-    _write_lines(run / "stages" / "check" / "samples.jsonl", [sample | {"responses": {text: text}}])
+    reports.write_stage(run, "words", inputs=inputs, digest=reports.digest("words"))
+    sample = reports.sample(0, text) | {"answer": text, "prompt": [{"role": text, "content": text}]}
+    reports.write_lines(run / "stages" / "check" / "samples.jsonl", [sample | {"responses": {text: text}}])
     (run / "config.yaml").write_text(f"# {text}\n", encoding="utf-8", errors="surrogatepass")
     for log in run.glob("stages/*/metrics.jsonl"):
         log.unlink()
-    page = _page(run)
-    _assert_inert(page)
+    page = reports.page(run)
+    reports.assert_inert(page)
     visible = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-    assert visible in _Elements(page).text
+    assert visible in reports.Elements(page).text
 
 
 def test_only_the_first_six_prompts_are_shown_with_their_scores(run: Path) -> None:
-    text = _Elements(_page(run)).text
+    text = reports.Elements(reports.page(run)).text
     assert [number for number in range(8) if f"Question {number}:" in text] == [0, 1, 2, 3, 4, 5]
     assert "gold 1.00, reward −0.25" in text  # noqa: RUF001
 
 
 def test_a_long_response_is_cut_and_says_so(run: Path) -> None:
-    _write_lines(run / "stages" / "check" / "samples.jsonl", [_sample(0, "x" * 5_000)])
-    page = _page(run)
+    reports.write_lines(run / "stages" / "check" / "samples.jsonl", [reports.sample(0, "x" * 5_000)])
+    page = reports.page(run)
     assert "cut here; 5,000 characters in all" in page
     assert "x" * 2_001 not in page
 
 
 def test_sections_without_content_are_absent(tmp_path: Path) -> None:
-    _write_stage(tmp_path, "words", data=[], environment={})
-    text = _Elements(_page(tmp_path)).text
+    reports.write_stage(tmp_path, "words", data=[], environment={})
+    text = reports.Elements(reports.page(tmp_path)).text
     headings = [
         "Each model",
         "Accuracy by task",
@@ -284,8 +125,8 @@ def test_sections_without_content_are_absent(tmp_path: Path) -> None:
 
 
 def test_full_runs_have_every_section_in_order(run: Path) -> None:
-    _write_stage(run, "judge", metrics={"pair_accuracy": _metric(0.8)}, warnings=["12 pairs tie"])
-    text = _Elements(_page(run)).text
+    reports.write_stage(run, "judge", metrics={"pair_accuracy": reports.metric(0.8)}, warnings=["12 pairs tie"])
+    text = reports.Elements(reports.page(run)).text
     headings = (
         *("1 warning", "Lineage", "Each model against its parent", "Accuracy by task"),
         *(
@@ -304,17 +145,17 @@ def test_full_runs_have_every_section_in_order(run: Path) -> None:
 
 
 def test_a_stage_made_from_another_parent_is_warned_about(run: Path) -> None:
-    _write_stage(run, "judge", digest=_digest("another"))
-    stages = _report(run)["stages"]
+    reports.write_stage(run, "judge", digest=reports.digest("another"))
+    stages = reports.report(run)["stages"]
     assert "made from another judge (reward)" in stages["ppo"]["warnings"][0]
     assert stages["sft"]["warnings"] == []
 
 
 def test_reward_up_and_gold_down_is_called_over_optimised(run: Path) -> None:
-    evaluation = _evaluation()
-    evaluation["models"]["ppo"]["metrics"]["gold_gain"] = _metric(-0.1)
+    evaluation = reports.evaluation()
+    evaluation["models"]["ppo"]["metrics"]["gold_gain"] = reports.metric(-0.1)
     (run / "stages" / "check" / "evaluation.json").write_text(json.dumps(evaluation))
-    assert "over-optimised" in _report(run)["stages"]["ppo"]["warnings"][0]
+    assert "over-optimised" in reports.report(run)["stages"]["ppo"]["warnings"][0]
 
 
 def _models(**gains: tuple[float, Metric | None]) -> dict[str, ModelEvaluation]:
@@ -360,7 +201,7 @@ def test_without_scores_nothing_is_called_better() -> None:
 def test_unfinished_and_temporary_stages_are_not_reported(run: Path) -> None:
     shutil.copytree(run / "stages" / "sft", run / "stages" / "sft.tmp-1")
     (run / "stages" / "dpo").mkdir()
-    assert set(_report(run)["stages"]) == set(PARENTS)
+    assert set(reports.report(run)["stages"]) == set(reports.PARENTS)
 
 
 def test_a_run_without_finished_stages_is_refused(tmp_path: Path) -> None:
@@ -387,14 +228,14 @@ def test_a_damaged_file_is_named(run: Path, name: str, content: str, place: str)
 
 
 def test_stages_that_are_their_own_ancestors_are_refused(run: Path) -> None:
-    inputs = {"model": {"source": "ppo", "kind": "adapter", "digest": _digest("ppo")}}
-    _write_stage(run, "base", inputs=inputs)
+    inputs = {"model": {"source": "ppo", "kind": "adapter", "digest": reports.digest("ppo")}}
+    reports.write_stage(run, "base", inputs=inputs)
     with pytest.raises(ArtifactError, match="own ancestors"):
         write(run)
 
 
 def test_a_report_that_cannot_be_made_leaves_the_old_one(run: Path) -> None:
-    before = _page(run)
+    before = reports.page(run)
     (run / "stages" / "sft" / "manifest.json").write_text("{}")
     with pytest.raises(ArtifactError):
         write(run)
@@ -413,8 +254,8 @@ def test_no_room_for_the_report_is_a_storage_error(run: Path, monkeypatch: pytes
 
 
 def test_boxes_never_overlap_and_long_arrows_run_clear_of_them() -> None:
-    edges = {(parent, name): role for name, roles in PARENTS.items() for role, parent in roles.items()}
-    drawing = lay_out(edges, list(PARENTS))
+    edges = {(parent, name): role for name, roles in reports.PARENTS.items() for role, parent in roles.items()}
+    drawing = lay_out(edges, list(reports.PARENTS))
     for one, other in combinations(drawing.boxes, 2):
         assert abs(one.x - other.x) >= BOX_WIDTH or abs(one.y - other.y) >= BOX_HEIGHT
     for arrow in drawing.arrows:
@@ -447,7 +288,7 @@ def test_curves_skip_what_is_not_a_finite_number() -> None:
 
 
 def test_pictures_on_one_page_share_no_identifier(run: Path) -> None:
-    identifiers = [each["id"] for _, each in _Elements(_page(run)).elements if "id" in each]
+    identifiers = [each["id"] for _, each in reports.Elements(reports.page(run)).elements if "id" in each]
     assert len(identifiers) == len(set(identifiers))
 
 

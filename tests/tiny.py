@@ -41,7 +41,7 @@ stages:
   ppo: {{kind: ppo, policy: sft, reward: reward, data: prompts, steps: 2, examples_per_step: 8, minibatches: 2,
     max_new_tokens: 8, lora: {{rank: 4}}, optimizer: {{learning_rate: 0.01}}}}
   evaluate: {{kind: evaluate, models: [base, sft, dpo, ppo], reward: reward, prompts: prompts, pairs: preferences,
-    text: corpus, gold: world, rows: 12, max_new_tokens: 8}}
+    text: corpus, gold: world, best_of: 3, rows: 12, max_new_tokens: 8}}
 """
 
 CHATML = (

@@ -1,17 +1,16 @@
-"""Training curves as small SVG pictures, coloured by the page and the same bytes every time."""
+"""Training curves as small pictures."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeGuard
-from xml.etree import ElementTree
 
 from markupsafe import Markup
+
+from pipeline.report.picture import ACCENT, TRACE, draw
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,11 +19,6 @@ QUANTITIES = ("loss", "reward", "kl", "accuracy", "margin", "entropy", "clip_fra
 """What is drawn, the first four that a stage logged."""
 PANELS_PER_STAGE = 4
 _MOST_POINTS = 240
-_COLOURS = {"#000001": "ink", "#000002": "accent", "#000003": "rule", "#000004": "trace"}
-"""Stand-ins that become the page's classes, so that a curve is readable in light and dark."""
-_ATTRIBUTES = frozenset(
-    ("fill", "stroke", "stroke-width", "stroke-linecap", "stroke-linejoin", "font-size", "text-anchor")
-)
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,7 @@ def draw_curves(stage: str, steps: Sequence[Mapping[str, Any]]) -> list[Curve]:
     logged = {quantity: _points(steps, quantity) for quantity in QUANTITIES}
     shown = [(quantity, points) for quantity, points in logged.items() if len(points) > 1][:PANELS_PER_STAGE]
     return [
-        Curve(quantity, _draw(points, f"{stage}/{quantity}"), first=points[0][1], last=points[-1][1])
+        Curve(quantity, _picture(points, f"{stage}/{quantity}"), first=points[0][1], last=points[-1][1])
         for quantity, points in shown
     ]
 
@@ -74,62 +68,14 @@ def _running_mean(values: list[float]) -> list[float]:
     return [fmean(values[max(0, index - reach) : index + reach + 1]) for index in range(len(values))]
 
 
-def _draw(points: list[tuple[float, float]], salt: str) -> Markup:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
+def _picture(points: list[tuple[float, float]], salt: str) -> Markup:
+    def plot(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
 
-    style: dict[Any, Any] = {
-        "svg.hashsalt": salt,
-        "svg.fonttype": "none",
-        "font.size": 8,
-        "axes.linewidth": 0.6,
-    }
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(3.3, 1.65), layout="constrained")
-        _plot(figure.subplots(), points)
-        written = io.StringIO()
-        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(written.getvalue())
+        steps, values = [x for x, _ in points], [y for _, y in points]
+        axes.plot(steps, values, color=TRACE, linewidth=0.8)
+        axes.plot(steps, _running_mean(values), color=ACCENT, linewidth=1.6)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.margins(x=0.01)
 
-
-def _plot(axes: Axes, points: list[tuple[float, float]]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    steps, values = [x for x, _ in points], [y for _, y in points]
-    axes.plot(steps, values, color="#000004", linewidth=0.8)
-    axes.plot(steps, _running_mean(values), color="#000002", linewidth=1.6)
-    axes.grid(axis="y", color="#000003", linewidth=0.4)
-    axes.tick_params(length=0, labelcolor="#000001")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#000003")
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.margins(x=0.01)
-
-
-def _inline(document: str) -> Markup:
-    """The picture as an element of a page: no namespaces, and no inline style, which the policy refuses."""
-    root = ElementTree.fromstring(document)
-    for element in root.iter():
-        element.tag = _local(element.tag)
-        element.attrib = _attributes(element.attrib)
-    for parent in list(root.iter()):
-        for child in [each for each in parent if each.tag in {"metadata", "style"}]:
-            parent.remove(child)
-    root.attrib = {"viewBox": root.attrib["viewBox"], "class": "curve", "aria-hidden": "true"}
-    return Markup(ElementTree.tostring(root, encoding="unicode"))
-
-
-def _local(name: str) -> str:
-    return name.rpartition("}")[2]
-
-
-def _attributes(attributes: Mapping[str, str]) -> dict[str, str]:
-    plain = {_local(name): re.sub(r"\s*\n", " ", value).strip() for name, value in attributes.items()}
-    if not plain.get("id", "").startswith(("m", "p")) or plain["id"].startswith(("matplotlib", "patch")):
-        plain.pop("id", None)
-    declared = [part.partition(":") for part in plain.pop("style", "").split(";") if part.strip()]
-    plain.update({name.strip(): value.strip() for name, _, value in declared if name.strip() in _ATTRIBUTES})
-    painted = [name for name in ("fill", "stroke") if plain.get(name) in _COLOURS]
-    classes = [f"{name}-{_COLOURS[plain.pop(name)]}" for name in painted]
-    return plain | ({"class": " ".join(classes)} if classes else {})
+    return draw(plot, (3.3, 1.65), salt)

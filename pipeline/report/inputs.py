@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from pipeline.errors import ArtifactError
 from pipeline.manifest import FILE_NAME, Manifest, Metric
@@ -53,12 +53,39 @@ class ModelEvaluation(_Log):
     metrics: dict[str, Metric] = {}
 
 
+class FrontierPoint(_Log):
+    """What the best of n of a model's responses is worth, and how far choosing it diverges from the model in nats."""
+
+    n: int = Field(ge=1)
+    kl: float = Field(ge=0)
+    gold: Metric | None = None
+    reward: Metric | None = None
+
+
 class Evaluation(_Log):
     """`evaluation.json` of one evaluate stage."""
 
     models: dict[str, ModelEvaluation]
+    frontier: dict[str, list[FrontierPoint]] = {}
+    """By the model that the responses are of, n rising."""
     gold: str = "none"
     judge: str = ""
+
+
+class Look(_Log):
+    """A policy on held-out prompts after some rounds of its training."""
+
+    round: int
+    score: float
+    """By a rule that it is not trained on, where there is one."""
+    reward: float
+    """What it is trained for."""
+    kl: float
+    """Divergence from the reference, nats a response."""
+
+
+class _Looks(RootModel[list[Look]]):
+    """`looks.json` of one stage that samples and learns in turns."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +97,7 @@ class StageRecord:
     steps: tuple[Mapping[str, Any], ...] = ()
     evaluation: Evaluation | None = None
     samples: tuple[Sample, ...] = ()
+    looks: tuple[Look, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,11 +144,16 @@ def _read_stage(directory: Path) -> StageRecord:
         steps=tuple(_steps(directory / "metrics.jsonl")),
         evaluation=_evaluation(directory / "evaluation.json"),
         samples=tuple(islice(_samples(directory / "samples.jsonl"), SAMPLES_SHOWN)),
+        looks=_looks(directory / "looks.json"),
     )
 
 
 def _evaluation(path: Path) -> Evaluation | None:
     return _validated(Evaluation, _bytes(path), str(path)) if path.is_file() else None
+
+
+def _looks(path: Path) -> tuple[Look, ...]:
+    return tuple(_validated(_Looks, _bytes(path), str(path)).root) if path.is_file() else ()
 
 
 def _samples(path: Path) -> Iterator[Sample]:

@@ -21,6 +21,7 @@ from pipeline.manifest import Metric
 from pipeline.report import lineage, wording
 from pipeline.report.curves import Curve, draw_curves
 from pipeline.report.forest import compare, direction
+from pipeline.report.frontier import draw_frontiers
 from pipeline.report.inputs import Evaluation, ModelEvaluation, RunRecord, Sample, StageRecord
 from pipeline.report.summary import evaluated
 from pipeline.terminal import printable_lines
@@ -28,6 +29,8 @@ from pipeline.terminal import printable_lines
 _HERE = Path(__file__).parent
 _REWARDS = ("gold", "reward", "win_rate")
 _COLUMNS = (*_REWARDS, "accuracy", "pair_accuracy", "perplexity", "bits_per_byte", "kl", "length")
+_ELSEWHERE = ("frontier_gap",)
+"""Shown in a table of their own."""
 _GAINS = {"gold": "gold_gain", "reward": "reward_gain"}
 
 
@@ -81,6 +84,7 @@ def render(run: RunRecord, summary: Mapping[str, Any]) -> str:
             tasks=_table(models, _tasks(models)),
             judges=_judges(run.stages.values()),
             measured=_measured(run),
+            frontiers=draw_frontiers(run),
             curves=_curves(run),
             samples=_samples(run),
             cards=[(name, card) for name, record in run.stages.items() for card in record.manifest.data],
@@ -122,7 +126,7 @@ def _lineage(run: RunRecord) -> lineage.Drawing:
 def _columns(models: Mapping[str, ModelEvaluation]) -> list[str]:
     present = {name for model in models.values() for name in model.metrics}
     known = [name for name in _COLUMNS if name in present]
-    others = present - {*known, *_GAINS.values(), *_tasks(models)}
+    others = present - {*known, *_GAINS.values(), *_tasks(models), *_ELSEWHERE}
     return [*known, *sorted(others)]
 
 

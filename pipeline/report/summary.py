@@ -62,6 +62,8 @@ def _stage(name: str, run: RunRecord, model: ModelEvaluation | None) -> dict[str
         "key": manifest.key,
         "parents": {role: each.source for role, each in manifest.inputs.items()},
         "metrics": _metrics(measured),
+        "frontier": _frontiers(record),
+        "looks": [look.model_dump() for look in record.looks],
         "cost": manifest.cost.model_dump(),
         "data": [card.model_dump() for card in manifest.data],
         "warnings": [*manifest.warnings, *_found_here(record, run, model)],
@@ -70,6 +72,12 @@ def _stage(name: str, run: RunRecord, model: ModelEvaluation | None) -> dict[str
 
 def _metrics(measured: Mapping[str, Metric]) -> dict[str, Any]:
     return {name: metric.model_dump() for name, metric in measured.items()}
+
+
+def _frontiers(record: StageRecord) -> dict[str, Any]:
+    """Of an evaluation: best-of-n's by the model that the responses are of."""
+    found = record.evaluation.frontier if record.evaluation else {}
+    return {name: [point.model_dump() for point in points] for name, points in found.items()}
 
 
 def _found_here(record: StageRecord, run: RunRecord, model: ModelEvaluation | None) -> list[str]:

@@ -21,7 +21,10 @@ def excerpt(text: str) -> str:
 
 def label(metric: str) -> str:
     """A metric's name as a heading: `accuracy.sums` is `accuracy, sums`."""
-    spelled = {"gold": "gold reward", "kl": "KL to reference", "reward": "learned reward"}
+    spelled = {
+        **{"gold": "gold reward", "kl": "KL to reference", "reward": "learned reward"},
+        "frontier_gap": "above best-of-n",
+    }
     return spelled.get(metric, metric.replace(".", ", ").replace("_", " "))
 
 

@@ -1,0 +1,132 @@
+"""What a model answers to prompts, and what judges say of its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.batch import Layout
+from data.schema import Prompt
+from data.tree import Branch, Tree, prompt_tokens
+from pipeline.config import EvaluateSettings
+from pipeline.rules import Gold
+from reward.best_of_n import Frontier
+from reward.rules import Verdict, verdict
+from stages.core.lineup import Contestant
+from stages.core.roles import REWARD, Roles
+from stages.core.rollout import sample, trees_of
+from stages.core.scoring import scores
+
+PLAIN: Layout = "plain"
+"""Models of any architecture are compared, so none is asked to compute trees."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One model's responses, in the prompts' order and n to each prompt side by side, and what the judges say of them.
+
+    Attributes:
+        texts: [prompts * n] without control tokens.
+        trees: A tree for each prompt, with a branch for each of its responses.
+        gold: [prompts * n] by the rule that knows what is correct; empty without one.
+        correct: [prompts * n] 1 where that rule says so; empty without one.
+        rewards: [prompts * n] by the reward model; empty without one.
+    """
+
+    texts: list[str]
+    trees: list[Tree]
+    gold: list[float]
+    correct: list[float]
+    rewards: list[float]
+
+    @property
+    def judged(self) -> list[float]:
+        """The gold rewards, or the rewards where there is no gold."""
+        return self.gold or self.rewards
+
+    @property
+    def tokens(self) -> int:
+        """Sampled in all."""
+        return sum(tree.reads for tree in self.trees)
+
+    def frontier(self) -> Frontier:
+        """What choosing the best of a prompt's responses by reward brings."""
+        shape = len(self.trees), -1
+        return Frontier.of(np.reshape(self.rewards, shape), np.reshape(self.gold, shape) if self.gold else None)
+
+
+def answer(
+    contestant: Contestant,
+    prompts: Sequence[Prompt],
+    judge: Roles | None,
+    settings: EvaluateSettings,
+    seed: int,
+    per_prompt: int = 1,
+) -> Answers:
+    """Sample as a model, and have the responses judged.
+
+    Args:
+        contestant: The model.
+        prompts: What it answers.
+        judge: The reward model, in the role `reward`; None without one.
+        settings: The stage's.
+        seed: Of the samples.
+        per_prompt: Responses to each prompt.
+
+    Raises:
+        DataError: A prompt does not hold what the rule `gold` needs.
+    """
+    with contestant.use() as language_model, language_model.compute.autocast():
+        template = language_model.template
+        longest = max(1, language_model.longest(settings.max_length) - settings.max_new_tokens)
+        tokens = [prompt_tokens(template, prompt.prompt, longest) for prompt in prompts]
+        samples = sample(
+            language_model.model,
+            tokens,
+            stop_id=template.stop_id,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=seed,
+            tokens_per_batch=settings.tokens_per_batch,
+            per_prompt=per_prompt,
+        )
+    texts = [template.decode(each.tokens) for each in samples]
+    asked = [prompt for prompt in prompts for _ in range(per_prompt)]
+    verdicts = _verdicts(settings.gold, asked, texts)
+    return Answers(
+        texts,
+        trees_of(tokens, samples),
+        gold=[each.reward for each in verdicts],
+        correct=[each.correct for each in verdicts],
+        rewards=_rewards(judge, asked, texts, [each.ended for each in samples], settings) if judge else [],
+    )
+
+
+def _verdicts(gold: Gold, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Verdict]:
+    if gold == "none":
+        return []
+    return [verdict(gold, prompt.facts, text, prompt.origin) for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def _rewards(
+    judge: Roles, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool], settings: EvaluateSettings
+) -> list[float]:
+    trees = _read_by(judge, prompts, texts, ended, settings)
+    found = scores(judge, REWARD, trees, settings.tokens_per_batch, PLAIN)
+    return [found[tree.number][0] for tree in trees]
+
+
+def _read_by(
+    judge: Roles, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool], settings: EvaluateSettings
+) -> list[Tree]:
+    """The answers in the judge's own tokens; an answer that did not end its turn is read without a stop token."""
+    template = judge.base.template
+    trees = []
+    for number, (prompt, text, complete) in enumerate(zip(prompts, texts, ended, strict=True)):
+        response = template.response(text)
+        tokens = response if complete or len(response) == 1 else response[:-1]
+        longest = max(1, judge.base.longest(settings.max_length) - len(tokens))
+        trees.append(Tree(prompt_tokens(template, prompt.prompt, longest), (Branch.of(tokens),), number))
+    return trees

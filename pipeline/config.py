@@ -529,6 +529,8 @@ class PpoSettings(Rounds):
 
     kind: Literal["ppo"] = "ppo"
     """Stage kind."""
+    optimizer: Optimizer = Optimizer(learning_rate=3e-5, schedule="linear")
+    """The policy's optimizer, and but for the learning rate the value function's."""
     update_epochs: Positive = 1
     """Passes over each rollout."""
     minibatches: Positive = 1

@@ -172,6 +172,21 @@ def test_a_value_head_learns_in_the_policys_own_pass() -> None:
     assert figures["tokens"] == 3 * tokens
 
 
+def test_both_optimizers_have_the_published_epsilon_and_rates_of_their_own() -> None:
+    made = learner(rl.four_roles(), rl.settings(optimizer=Optimizer(learning_rate=1e-3), value_learning_rate=5e-3))
+    assert made.value is not None
+    for updater, rate in ((made.policy, 1e-3), (made.value, 5e-3)):
+        (optimizer,) = updater._optimizers
+        assert {group["eps"] for group in optimizer.param_groups} == {1e-5}
+        assert {group["lr"] for group in optimizer.param_groups} == {rate}
+
+
+def test_by_default_the_policy_moves_slower_than_its_value_function() -> None:
+    plain = PpoSettings.model_validate({"policy": "p", "reward": "r", "data": "d"})
+    assert 1e-5 <= plain.optimizer.learning_rate <= 3e-5
+    assert 2 <= plain.value_learning_rate / plain.optimizer.learning_rate <= 5
+
+
 def test_every_pass_takes_every_minibatch_once() -> None:
     roles, chosen = rl.four_roles(), moving(minibatches=4, update_epochs=3)
     rollout, found = groups(roles, chosen)

@@ -17,6 +17,7 @@ from torch import Tensor, equal
 
 from pipeline.config import Optimizer, PpoSettings
 from pipeline.contract import Artifact
+from pipeline.errors import ArtifactError
 from pipeline.manifest import Adaptation, Manifest
 from stages import ppo
 from stages.core import probes
@@ -93,6 +94,14 @@ def test_the_value_function_starts_as_the_reward_model_or_as_nothing(inputs: tup
     ppo.add_value(roles, alone)
     assert roles.has(VALUE)
     assert not roles.has(REWARD)
+
+
+def test_a_reward_model_of_another_template_is_refused(inputs: tuple[Artifact, Artifact]) -> None:
+    policy, reward = inputs
+    assert reward.manifest is not None
+    other = reward.manifest.model_copy(update={"tokenizer": {"chat_template": "another"}})
+    with pytest.raises(ArtifactError, match="reads the chat template another"):
+        open_roles(policy, dataclasses.replace(reward, manifest=other), rl.settings(lora=models.LORA), models.CPU)
 
 
 def moving(**changes: object) -> PpoSettings:

@@ -1,10 +1,11 @@
-"""Sampling with a cache and padding, against a loop that has neither."""
+"""Sampling with a cache and padding, and with pages, against a loop that has neither."""
 
 from __future__ import annotations
 
 import random
 from typing import Any
 
+import architectures
 import models
 import pytest
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from data.batch import batches
-from stages.core import rollout
+from pipeline.errors import ConfigError, NumericalError
+from stages.core import continuous, rollout
 from stages.core.forward import token_logprobs
-from stages.core.rollout import Sample, sample, trees_of
+from stages.core.rollout import Backend, Sample, sample, trees_of
 
+BACKENDS: tuple[Backend, ...] = ("native", "continuous")
 NEVER = -1
 """A stop token that is never sampled."""
 
@@ -34,7 +37,12 @@ def draw(model: PreTrainedModel, prompts: list[tuple[int, ...]], **options: Any)
 
 
 def greedy(model: PreTrainedModel, prompts: list[tuple[int, ...]], **options: Any) -> list[Sample]:
-    return draw(model, prompts, temperature=1e-4, **options)
+    return plain(draw(model, prompts, temperature=1e-4, **options))
+
+
+def plain(samples: list[Sample]) -> list[Sample]:
+    """Without log-probabilities."""
+    return [Sample(each.tokens, each.ended) for each in samples]
 
 
 @torch.no_grad()
@@ -47,44 +55,131 @@ def slow_greedy(model: PreTrainedModel, prompt: tuple[int, ...], stop_id: int, l
     return Sample(tuple(tokens), False)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", models.KINDS)
-def test_the_likeliest_tokens_are_those_of_a_loop_without_cache_or_padding(kind: str) -> None:
+def test_the_likeliest_tokens_are_those_of_a_loop_without_cache_or_padding(kind: str, backend: Backend) -> None:
     model, prompts = models.model(kind), ragged(6)
-    assert greedy(model, prompts) == [slow_greedy(model, prompt, 1, 8) for prompt in prompts]
+    assert greedy(model, prompts, backend=backend) == [slow_greedy(model, prompt, 1, 8) for prompt in prompts]
 
 
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "deepseek_v3", "bloom", "lfm2", "bamba", "falcon_h1", "qwen3_next"])
+def test_windows_latents_and_recurrent_states_are_copied_and_leave_like_keys_and_values(kind: str) -> None:
+    model, prompts = architectures.model(kind), ragged(5)
+    stop_id = slow_greedy(model, prompts[0], NEVER, 8).tokens[2]
+    expected = [slow_greedy(model, prompt, stop_id, 16) for prompt in prompts for _ in range(2)]
+    assert len({len(each.tokens) for each in expected}) > 1
+    assert greedy(model, prompts, stop_id=stop_id, max_new_tokens=16, per_prompt=2) == expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tokens_per_batch", [1, 9, 8192])
+def test_responses_to_one_prompt_stand_side_by_side_whatever_the_batches(
+    tokens_per_batch: int, backend: Backend
+) -> None:
+    model, prompts = models.model(), ragged(4)
+    options = {"max_new_tokens": 5, "per_prompt": 3, "tokens_per_batch": tokens_per_batch, "backend": backend}
+    expected = [slow_greedy(model, prompt, 1, 5) for prompt in prompts for _ in range(3)]
+    assert greedy(model, prompts, **options) == expected
+    drawn = draw(model, prompts, **options)
+    assert any(len(set(drawn[start : start + 3])) > 1 for start in range(0, 12, 3))
+
+
+@pytest.mark.parametrize(("tokens_per_batch", "per_prompt"), [(8, 1), (8, 2), (8, 5), (30, 3), (1, 4)])
+def test_a_batch_keeps_its_bound_however_many_responses_a_prompt_gets(
+    tokens_per_batch: int, per_prompt: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    prefilled: list[int] = []
+    unseen, unseen_prefill = rollout._Batch._sample, rollout._Batch._prefill
+
+    def seen(batch: rollout._Batch, logits: Tensor) -> Tensor:
+        rows.append(len(logits))
+        return unseen(batch, logits)
+
+    def seen_prefill(batch: rollout._Batch, room: int) -> Tensor:
+        prefilled.append(len(batch.step_tokens))
+        return unseen_prefill(batch, room)
+
+    monkeypatch.setattr(rollout._Batch, "_sample", seen)
+    monkeypatch.setattr(rollout._Batch, "_prefill", seen_prefill)
+    prompts = ragged(9)
+    draw(models.model(), prompts, max_new_tokens=4, tokens_per_batch=tokens_per_batch, per_prompt=per_prompt)
+    bound = max(1, rollout.CACHED_TOKENS * tokens_per_batch // (max(map(len, prompts)) + 4))
+    assert max(rows) <= bound
+    assert sum(prefilled) == len(prompts) * -(-per_prompt // min(bound, per_prompt))
+
+
+def test_a_draw_is_the_one_of_multinomial_and_leaves_its_generator_as_that_does() -> None:
+    chances = torch.softmax(3 * torch.randn(16, 300, generator=torch.Generator().manual_seed(0)), -1)
+    ours, theirs = (torch.Generator().manual_seed(7) for _ in range(2))
+    for _ in range(50):
+        assert torch.equal(rollout._drawn(chances, ours), torch.multinomial(chances, 1, generator=theirs))
+    assert torch.equal(ours.get_state(), theirs.get_state())
+
+
+def test_probabilities_that_are_not_numbers_are_refused() -> None:
+    model = models.model()
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(NumericalError):
+        draw(model, ragged(3))
+
+
+def test_continuous_batching_says_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(continuous, "MEMORY", 1e-9)
+    with pytest.raises(ConfigError, match="5 of 5 prompts: .*emory"):
+        draw(models.model(), ragged(5), backend="continuous")
+    with pytest.raises(ConfigError, match="eager"):
+        draw(architectures.model("gemma2"), ragged(5), backend="continuous")
+
+
+def forced(model: PreTrainedModel, prompts: list[tuple[int, ...]], samples: list[Sample], temperature: float) -> Tensor:
+    """Log-probabilities of all sampled tokens, sample by sample, by the forward of training."""
+    found: dict[int, Tensor] = {}
+    for batch in batches(trees_of(prompts, samples), 60):
+        values = token_logprobs(model, batch, temperature)
+        found |= {tree.number: values[batch.branch_of_read == place] for place, tree in enumerate(batch.trees)}
+    return torch.cat([found[number] for number in range(len(samples))])
+
+
+def own(samples: list[Sample]) -> Tensor:
+    assert all(len(each.logprobs) == len(each.tokens) for each in samples)
+    return torch.tensor([value for each in samples for value in each.logprobs])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", models.KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @torch.no_grad()
-def test_sampling_logprobs_are_those_of_teacher_forcing(
-    kind: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+def test_logprobs_are_those_of_teacher_forcing_also_after_the_adapter_has_changed(
+    backend: Backend, kind: str, temperature: float
 ) -> None:
-    model, prompts = models.model(kind), ragged(7)
-    seen: dict[int, list[float]] = {row: [] for row in range(len(prompts))}
-    plain = rollout._Batch._sample
+    roles, prompts = models.roles("policy", kind=kind), ragged(7)
+    model, thrice = roles.base.model, [prompt for prompt in prompts for _ in range(3)]
+    before = Tensor()
+    for seed in (1, 2):
+        models.disturb(roles, "policy", seed=seed)
+        with roles.use("policy"):
+            # A common stop token ends rows at different steps.
+            stop_id = draw(model, prompts, stop_id=NEVER)[0].tokens[2]
+            options = {"stop_id": stop_id, "temperature": temperature, "max_new_tokens": 12}
+            samples = draw(model, prompts, **options, per_prompt=3, backend=backend)
+            values = forced(model, thrice, samples, temperature)
+        assert len({len(each.tokens) for each in samples}) > 1
+        assert (own(samples) - values).abs().max() < 1e-5
+        assert not torch.equal(before, values)
+        before = values
 
-    def noted(batch: rollout._Batch, logits: Tensor) -> Tensor:
-        drawn = plain(batch, logits)
-        logs = torch.log_softmax(logits / batch.temperature, -1).gather(1, drawn[:, None])
-        for row, value in zip(batch.alive.tolist(), logs.flatten().tolist(), strict=True):
-            if not batch.ended[row]:
-                seen[row].append(value)
-        return drawn
 
-    monkeypatch.setattr(rollout._Batch, "_sample", noted)
-    # A common stop token ends rows at different steps.
-    stop_id = greedy(model, prompts, stop_id=NEVER)[0].tokens[2]
-    for row in seen:
-        seen[row].clear()
-    samples = draw(model, prompts, stop_id=stop_id, temperature=temperature, max_new_tokens=12)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    by_prompt = {index: seen[row] for row, index in enumerate(order)}
-    for batch in batches(trees_of(prompts, samples), 60):
-        values = token_logprobs(model, batch, temperature)
-        for branch, tree in enumerate(batch.trees):
-            forced = values[batch.branch_of_read == branch]
-            assert len(by_prompt[tree.number]) == len(forced)
-            assert (forced - torch.tensor(by_prompt[tree.number])).abs().max() < 1e-5
+@torch.no_grad()
+def test_in_bfloat16_logprobs_differ_from_teacher_forcing_by_rounding() -> None:
+    roles, prompts = models.roles("policy", compute=models.HALF), ragged(30)
+    models.disturb(roles, "policy", size=0.02)
+    with roles.use("policy"), roles.base.compute.autocast():
+        samples = draw(roles.base.model, prompts, max_new_tokens=20)
+        difference = own(samples) - forced(roles.base.model, prompts, samples, 1.0)
+    assert difference.abs().mean() < 0.03
+    assert difference.mean().abs() < 0.01
 
 
 @pytest.mark.parametrize("kind", models.KINDS)
@@ -109,11 +204,11 @@ def test_rows_with_other_padding_than_those_that_left_go_on_as_before(
     whole = greedy(model, prompts, stop_id=NEVER, max_new_tokens=12)
     stop_id = next(token for token in whole[0].tokens if all(token not in each.tokens[:6] for each in whole[5:]))
     sizes: list[int] = []
-    plain = rollout._Batch._sample
+    uncounted = rollout._Batch._sample
 
     def counted(batch: rollout._Batch, logits: Tensor) -> Tensor:
         sizes.append(len(logits))
-        return plain(batch, logits)
+        return uncounted(batch, logits)
 
     monkeypatch.setattr(rollout._Batch, "_sample", counted)
     found = greedy(model, prompts, stop_id=stop_id, max_new_tokens=12)
@@ -122,10 +217,11 @@ def test_rows_with_other_padding_than_those_that_left_go_on_as_before(
     assert found == [slow_greedy(model, prompt, stop_id, 12) for prompt in prompts]
 
 
-def test_the_stop_token_is_kept_and_nothing_follows_it() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_stop_token_is_kept_and_nothing_follows_it(backend: Backend) -> None:
     model, prompts = models.model(), ragged(40)
     common = greedy(model, prompts, stop_id=NEVER)[0].tokens[1]
-    found = draw(model, prompts, stop_id=common, temperature=0.5, max_new_tokens=10)
+    found = draw(model, prompts, stop_id=common, temperature=0.5, max_new_tokens=10, backend=backend)
     assert {each.ended for each in found} == {True, False}
     for each in found:
         assert each.ended == (each.tokens[-1] == common)
@@ -139,21 +235,23 @@ def test_no_response_is_longer_than_allowed(longest: int) -> None:
     assert [len(each.tokens) for each in found] == [longest] * 5
 
 
-def test_the_same_seed_gives_the_same_samples_and_another_seed_others() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_seed_gives_the_same_samples_and_another_seed_others(backend: Backend) -> None:
     model, prompts = models.model(), ragged(6)
-    first = draw(model, prompts, seed=5)
+    first = draw(model, prompts, seed=5, backend=backend)
     torch.manual_seed(0)
     torch.rand(3)
-    assert draw(model, prompts, seed=5) == first
-    assert draw(model, prompts, seed=6) != first
+    assert draw(model, prompts, seed=5, backend=backend) == first
+    assert draw(model, prompts, seed=6, backend=backend) != first
 
 
-def test_sampling_leaves_the_global_generator_alone() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sampling_leaves_the_global_generator_alone(backend: Backend) -> None:
     model = models.model()
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    draw(model, ragged(3))
+    draw(model, ragged(3), backend=backend)
     assert torch.equal(torch.rand(4), expected)
 
 
@@ -164,19 +262,21 @@ def test_responses_come_in_the_prompts_order_whatever_the_batches(tokens_per_bat
     assert greedy(model, prompts, max_new_tokens=5, tokens_per_batch=tokens_per_batch) == expected
 
 
-def test_samples_follow_the_models_distribution() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_samples_follow_the_models_distribution(backend: Backend) -> None:
     model, prompt = models.model(), (7, 8, 9)
     with torch.no_grad():
         chances = torch.softmax(model(torch.tensor([prompt])).logits[0, -1] / 0.5, -1)
-    found = draw(model, [prompt] * 2000, max_new_tokens=1, temperature=0.5)
+    found = draw(model, [prompt] * 500, max_new_tokens=1, temperature=0.5, per_prompt=4, backend=backend)
     counts = torch.bincount(torch.tensor([each.tokens[0] for each in found]), minlength=len(chances))
     # Three standard errors of a binomial count, and one for the tails of many.
     allowed = 4 * (2000 * chances * (1 - chances)).sqrt() + 1
     assert ((counts - 2000 * chances).abs() <= allowed).all()
 
 
-def test_no_prompts_give_no_samples() -> None:
-    assert draw(models.model(), []) == []
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_prompts_give_no_samples(backend: Backend) -> None:
+    assert draw(models.model(), [], backend=backend) == []
 
 
 def test_the_role_in_use_is_the_one_that_samples() -> None:

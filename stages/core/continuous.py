@@ -60,19 +60,29 @@ def generate(
     if not prompts:
         return []
     _require_attention(model)
-    longest = max(map(len, prompts)) + max_new_tokens
-    pages = max(-(-cached_tokens // PAGE), -(-longest // PAGE) + 1)
-    needed = sum(-(-(len(prompt) + max_new_tokens) // PAGE) + 1 for prompt in prompts)
     device = device_of(model)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        outputs = model.generate_batch(
-            [list(prompt) for prompt in prompts],
-            generation_config=_distribution(stop_id, max_new_tokens, temperature),
-            continuous_batching_config=_batching(seed, min(pages, needed), tokens_per_batch),
-            progress_bar=False,
-            persistent_manager=False,
-        )
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            outputs = model.generate_batch(
+                [list(prompt) for prompt in prompts],
+                generation_config=_distribution(stop_id, max_new_tokens, temperature),
+                continuous_batching_config=_batching(
+                    seed,
+                    _pages(prompts, max_new_tokens, cached_tokens),
+                    min(tokens_per_batch, sum(map(len, prompts))),  # masks grow with its square
+                ),
+                progress_bar=False,
+                persistent_manager=False,
+            )
+    except (MemoryError, ValueError) as error:
+        raise _failure(len(prompts), len(prompts), str(error)) from error
     return _checked(outputs, len(prompts))
+
+
+def _pages(prompts: Sequence[tuple[int, ...]], max_new_tokens: int, cached_tokens: int) -> int:
+    """Pages for `cached_tokens`, for no more than all responses need, and for at least the longest one."""
+    needed = [-(-(len(prompt) + max_new_tokens) // PAGE) + 1 for prompt in prompts]
+    return max(min(-(-cached_tokens // PAGE), sum(needed)), max(needed))
 
 
 def _distribution(stop_id: int, max_new_tokens: int, temperature: float) -> GenerationConfig:
@@ -86,10 +96,10 @@ def _distribution(stop_id: int, max_new_tokens: int, temperature: float) -> Gene
     )
 
 
-def _batching(seed: int, pages: int, tokens_per_batch: int) -> ContinuousBatchingConfig:
+def _batching(seed: int, pages: int, batch_tokens: int) -> ContinuousBatchingConfig:
     options: dict[str, Any] = {
         "num_blocks": pages,
-        "max_batch_tokens": tokens_per_batch,
+        "max_batch_tokens": batch_tokens,
         "max_memory_percent": MEMORY,
         "allow_block_sharing": False,
         "return_logprobs": True,
@@ -113,13 +123,16 @@ def _require_attention(model: PreTrainedModel) -> None:
 
 
 def _checked(outputs: dict[str, Any], expected: int) -> list[Response]:
-    failed = [output.error for output in outputs.values() if output.error is not None]
-    if failed or len(outputs) != expected:
-        reason = failed[0] if failed else "the library gave up"
-        missing = expected - len(outputs) + len(failed)
-        raise ConfigError(
-            f"continuous batching failed for {missing} of {expected} prompts: {reason}",
-            where="sampler",
-            hint="use sampler: native, or lower tokens_per_batch",
-        )
+    errors = [output.error for output in outputs.values() if output.error is not None]
+    failed = expected - len(outputs) + len(errors)
+    if failed:
+        raise _failure(failed, expected, errors[0] if errors else "no response came")
     return [(tuple(output.generated_tokens), tuple(output.logprobs)) for output in outputs.values()]
+
+
+def _failure(failed: int, expected: int, reason: str) -> ConfigError:
+    return ConfigError(
+        f"continuous batching failed for {failed} of {expected} prompts: {reason}",
+        where="sampler",
+        hint="use sampler: native, or lower tokens_per_batch",
+    )

@@ -32,9 +32,13 @@ def speed_up(model: nn.Module) -> None:
 
 
 def _forward(module: nn.Module, states: Tensor) -> Tensor:
-    device = states.device.type
-    function = _OnProcessor if device == "cpu" else _Normalised
-    found: Tensor = function.apply(states, module.weight, module.variance_epsilon)
+    device, weight, epsilon = states.device.type, module.weight, module.variance_epsilon
+    found: Tensor
+    if device == "cpu" and not torch.is_grad_enabled():
+        found = _on_processor(states.reshape(-1, states.shape[-1]), weight, epsilon)[0].view(states.shape)
+    else:
+        function = _OnProcessor if device == "cpu" else _Normalised
+        found = function.apply(states, weight, epsilon)
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return found.to(torch.get_autocast_dtype(device))
     return found
@@ -76,15 +80,20 @@ class _Normalised(torch.autograd.Function):
         return for_states, for_weight, None
 
 
+def _on_processor(rows: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Normalised rows [n, width] and the means of their squares [n]."""
+    squares = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).square_().div_(rows.shape[-1])
+    scaled = functional.batch_norm(rows[None], torch.zeros_like(squares), squares, None, None, False, 0.0, epsilon)[0]
+    return scaled * weight, squares
+
+
 class _OnProcessor(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         rows = states.reshape(-1, states.shape[-1])
-        squares = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).square_().div_(rows.shape[-1])
-        zeros = torch.zeros_like(squares)
-        scaled = functional.batch_norm(rows[None], zeros, squares, None, None, False, 0.0, epsilon)[0]
+        result, squares = _on_processor(rows, weight, epsilon)
         context.save_for_backward(rows, weight, squares.add_(epsilon).rsqrt_())
-        return (scaled * weight).view(states.shape)
+        return result.view(states.shape)
 
     @staticmethod
     @once_differentiable

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,13 +16,18 @@ from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
 from data.tree import Branch, Tree
-from stages.core import continuous
+from pipeline.errors import NumericalError
+from stages.core import continuous, lora
 from stages.core.forward import device_of
 from stages.core.key_values import make_room, take_rows
 from stages.core.likelihood import logits_of
 
 CACHED_TOKENS = 8
 """Keys and values take that much less memory than activations."""
+
+LEAVING = 0.5
+"""Rows that have ended leave once they are this share of all."""
+REMEDY = "train again from an earlier checkpoint with a lower learning rate, or use dtype=float32"
 
 Backend = Literal["native", "continuous"]
 
@@ -74,23 +79,33 @@ def sample(
     Raises:
         ConfigError: The continuous backend does not work with this model or within its memory.
     """
-    if backend == "continuous":
+    options: dict[str, Any] = {"stop_id": stop_id, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    cached_tokens = CACHED_TOKENS * tokens_per_batch
+    with lora.held(model):
+        if backend == "native":
+            return _native(model, prompts, per_prompt, cached_tokens, **options)
+        repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
         found = continuous.generate(
-            model,
-            [prompt for prompt in prompts for _ in range(per_prompt)],
-            stop_id=stop_id,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            tokens_per_batch=tokens_per_batch,
-            cached_tokens=CACHED_TOKENS * tokens_per_batch,
+            model, repeated, cached_tokens=cached_tokens, tokens_per_batch=tokens_per_batch, **options
         )
-        return [Sample(tokens, tokens[-1] == stop_id, logprobs) for tokens, logprobs in found]
+    return [Sample(tokens, tokens[-1] == stop_id, logprobs) for tokens, logprobs in found]
+
+
+def _native(
+    model: PreTrainedModel,
+    prompts: Sequence[tuple[int, ...]],
+    per_prompt: int,
+    cached_tokens: int,
+    *,
+    stop_id: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list[Sample]:
     generator = torch.Generator(device_of(model)).manual_seed(seed)
     widest = max(map(len, prompts), default=0) + max_new_tokens
-    rows = max(1, CACHED_TOKENS * tokens_per_batch // widest)
     responses: list[list[Sample]] = [[] for _ in prompts]
-    for chosen, copies in _batches(prompts, rows, per_prompt):
+    for chosen, copies in _batches(prompts, max(1, cached_tokens // widest), per_prompt):
         batch = _Batch(model, [prompts[index] for index in chosen], copies, stop_id, temperature, generator)
         drawn = iter(batch.run(max_new_tokens))
         for index in chosen:
@@ -186,6 +201,10 @@ class _Batch:
         drawn = _drawn(chances, self.generator)
         logprobs = chances.gather(1, drawn).log_().flatten()
         following = drawn.flatten()
+        if not logprobs.isfinite().all():
+            raise NumericalError(
+                "the probabilities of the next token are not finite", where=type(self.model).__name__, hint=REMEDY
+            )
         for row, token, logprob in zip(self.alive, following.tolist(), logprobs.tolist(), strict=True):
             if not self.ended[row]:
                 self.tokens[row].append(token)
@@ -197,7 +216,7 @@ class _Batch:
         self.step_tokens = following[:, None]
         self.positions = self.positions[:, -1:] + 1
         self.width += 1
-        if 2 * sum(done) < len(done):
+        if sum(done) < LEAVING * len(done):
             return
         kept = [place for place, finished in enumerate(done) if not finished]
         self.alive = [self.alive[place] for place in kept]

@@ -7,7 +7,7 @@ reference: `baton schema` prints them. Paths are relative to the working directo
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import AfterValidator, Discriminator, Field, StrictBool, StrictInt, Tag, model_validator
 
@@ -523,6 +523,27 @@ class Rounds(Rewarded):
     stop_on: list[Alarm] = []
     """Alarms that end the training early; all are told and recorded in any case."""
 
+    @property
+    def alarms(self) -> tuple[Alarm, ...]:
+        """Alarms that can go off in the stage."""
+        updates: tuple[Alarm, ...] = ("ratio_explosion", "value_useless")
+        found = tuple(each for each in get_args(Alarm) if each not in updates)
+        return found if self.gold != "none" else tuple(each for each in found if each != "over_optimisation")
+
+    @property
+    def compares_responses(self) -> bool:
+        """Whether only differences of rewards are learnt from."""
+        return True
+
+    @model_validator(mode="after")
+    def _alarms_can_go_off(self) -> Self:
+        silent = [each for each in self.stop_on if each not in self.alarms]
+        if silent:
+            raise ValueError(f"stop_on: {', '.join(silent)} cannot go off here (over_optimisation needs `gold`)")
+        if self.compares_responses and self.reward_normalisation == "mean" and self.reward_clip is None:
+            raise ValueError("reward_normalisation=mean changes no difference between rewards: leave it out")
+        return self
+
 
 class PpoSettings(Rounds):
     """Reinforcement learning of responses: PPO, and with it RLOO and GRPO, which have no value function."""
@@ -572,6 +593,14 @@ class PpoSettings(Rounds):
     """A round's remaining updates are left out once the approximate divergence from the sampling policy, in nats a
     token, is more than one and a half times this."""
 
+    @property
+    def alarms(self) -> tuple[Alarm, ...]:
+        return (*super().alarms, "ratio_explosion", *(("value_useless",) if self.advantage == "gae" else ()))
+
+    @property
+    def compares_responses(self) -> bool:
+        return self.advantage != "gae"
+
     @model_validator(mode="after")
     def _sizes_fit(self) -> PpoSettings:
         if self.examples_per_step % self.minibatches:
@@ -588,6 +617,23 @@ class PpoSettings(Rounds):
             raise ValueError(f"advantage={self.advantage} compares responses to a prompt: give samples_per_prompt")
         names = [name for name in type(self).model_fields if name.startswith(("value", "gae")) or name == "discount"]
         self._refuse_changed(f"advantage={self.advantage}", tuple(names))
+        if self.advantage == "grpo" and self.kl_in == "reward" and self.kl_coefficient:
+            raise ValueError(
+                "advantage=grpo divides by the rewards' deviation, and where they are equal only the divergence's would "
+                "be left: give kl_in=loss with kl_estimator k2 or k3, or kl_coefficient=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _updates_are_made(self) -> PpoSettings:
+        if self.value_warmup >= self.steps:
+            raise ValueError(
+                f"value_warmup={self.value_warmup} leaves none of steps={self.steps} for the policy: lower it"
+            )
+        if self.stop_at_kl is not None and self.update_epochs * self.minibatches == 1:
+            raise ValueError(
+                "stop_at_kl leaves out updates of a round, which has one: leave it out, or raise update_epochs"
+            )
         return self
 
     @model_validator(mode="after")
@@ -596,6 +642,8 @@ class PpoSettings(Rounds):
             raise ValueError("kl_estimator=k1 has no gradient on average as a loss: use k2 or k3, or kl_in=reward")
         if self.kl_target is None:
             self._refuse_changed("no kl_target", ("kl_horizon",))
+        if not self.kl_coefficient:
+            self._refuse_changed("kl_coefficient=0", ("kl_in", "kl_estimator"))
         if self.kl_target is not None and not self.kl_coefficient:
             raise ValueError("kl_target adapts kl_coefficient, which must not be 0 for that")
         return self

@@ -81,16 +81,26 @@ def is_public(address: Address) -> bool:
     write one that is."""
     if isinstance(address, IPv4Address):
         return address.is_global and not address.is_multicast
-    within = IPv4Address(int(address) & 0xFFFFFFFF) if address in TRANSLATED else address.sixtofour
+    within = _within(address)
     if within is not None:
         return is_public(within)
     return address in UNICAST and address.is_global
+
+
+def _within(address: IPv6Address) -> IPv4Address | None:
+    """The IPv4 address that an IPv6 one stands for, if it does."""
+    if address in TRANSLATED:
+        return IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour
 
 
 def _is_allowed(host: str, address: Address) -> bool:
     if host == "localhost":
         return address.is_loopback
     if _is_literal(host):
+        within = _within(address) if isinstance(address, IPv6Address) else None
+        if within is not None:
+            return _is_allowed(host, within)
         return not (address.is_link_local or address.is_multicast or address.is_unspecified)
     return is_public(address)
 

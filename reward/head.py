@@ -48,6 +48,13 @@ class ScalarHead(nn.Module):
         """
         self.linear.bias.add_(means.mean() - means)
 
+    @torch.no_grad()
+    def rescale(self, factor: float, shift: float) -> None:
+        """Have the score be `factor` times what it was, plus `shift`."""
+        self.linear.weight.mul_(factor)
+        self.linear.bias.sub_(self.mean).mul_(factor).add_(shift)
+        self.mean.zero_()
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's; a single head becomes the mean of an ensemble's, whose score is the same."""
         if self.linear.out_features == 1:

@@ -69,10 +69,9 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
 def group_normalized(rewards: Tensor) -> Tensor:
     """Each response's reward in standard deviations from the mean of its prompt's responses (GRPO, Shao et al. 2024,
-    arXiv 2402.03300, section 4.1.2): [prompts, n] -> [prompts, n]; zero where all of a prompt's rewards are equal."""
+    arXiv 2402.03300, section 4.1.2): [prompts, n] -> [prompts, n]; nearly zero where rewards differ by rounding only."""
     deviation = rewards.std(1, keepdim=True, unbiased=False)
-    centred = rewards - rewards.mean(1, keepdim=True)
-    return torch.where(deviation > 0, centred / (deviation + 1e-6), torch.zeros_like(centred))
+    return (rewards - rewards.mean(1, keepdim=True)) / (deviation + 1e-4)
 
 
 def adapted_kl_coefficient(coefficient: float, divergence: float, target: float, responses: int, horizon: int) -> float:

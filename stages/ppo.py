@@ -15,12 +15,12 @@ function. Left out: experience of earlier rounds, rewards within a response, and
 
 from __future__ import annotations
 
+from functools import partial
+
 from data.batch import Layout
 from pipeline.config import PpoSettings
 from pipeline.contract import Context, Result
-from stages.core import device, loop, optim
 from stages.core.rl.learner import PolicyGradient
-from stages.core.rl.opening import open_roles
 from stages.core.rl.training import train
 from stages.core.rl.trunk import Trunk
 from stages.core.roles import REWARD, VALUE, Roles
@@ -34,17 +34,14 @@ def run(context: Context) -> Result:
         ArtifactError: The policy or the reward model is damaged, or they sit on different bases.
         NumericalError: The preflight failed, or a loss or gradient is not finite.
     """
-    settings, compute = context.settings, device.choose(context.device, context.dtype)
-    optim.require_support(settings.optimizer, compute.device)
-    loop.seed_everything(context.seed)
-    roles = open_roles(context.inputs["policy"], context.inputs.get("reward"), settings, compute)
+    return train(context, partial(learner, context.settings))
+
+
+def learner(settings: PpoSettings, roles: Roles, layout: Layout, trunk: Trunk) -> PolicyGradient:
+    """Policy and, for GAE, a value function; both are computed above the trunk."""
     if settings.advantage == "gae":
         add_value(roles, settings)
-
-    def learner(layout: Layout, trunk: Trunk) -> PolicyGradient:
-        return PolicyGradient(roles, settings, trunk)
-
-    return train(context, roles, learner)
+    return PolicyGradient(roles, settings, trunk)
 
 
 def add_value(roles: Roles, settings: PpoSettings) -> None:

@@ -11,10 +11,12 @@ import rl
 import torch
 
 from data.tree import Branch, Tree
-from pipeline.config import OnlineDpoSettings, Optimizer, RejectionSettings
+from pipeline.config import OnlineDpoSettings, Optimizer, RejectionSettings, Rounds
 from stages import online_dpo, rejection
+from stages.core.rl.ranking import Ranking, best_of, pairs_of
 from stages.core.rl.sampling import Sampler
-from stages.core.roles import POLICY
+from stages.core.rl.trunk import Trunk
+from stages.core.roles import POLICY, Roles
 from stages.core.scoring import logprobs
 
 BASIS = {"policy": "p", "reward": "r", "data": "d", "max_new_tokens": 6, "steps": 40}
@@ -32,7 +34,7 @@ def forest(prompts: int, branches: int) -> list[Tree]:
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_the_best_responses_are_kept_best_first(keep: int) -> None:
     trees, scores = forest(5, 4), torch.randn(5, 4)
-    for tree, best, own in zip(trees, rejection.best_of(trees, scores, keep), scores.tolist(), strict=True):
+    for tree, best, own in zip(trees, best_of(trees, scores, keep), scores.tolist(), strict=True):
         order = sorted(range(4), key=lambda place: -own[place])[:keep]
         assert best.branches == tuple(tree.branches[place] for place in order)
         assert best.prompt == tree.prompt
@@ -40,14 +42,14 @@ def test_the_best_responses_are_kept_best_first(keep: int) -> None:
 
 def test_a_pair_is_the_best_response_and_the_worst() -> None:
     trees, scores = forest(5, 4), torch.randn(5, 4)
-    for tree, pair, own in zip(trees, online_dpo.pairs_of(trees, scores), scores.tolist(), strict=True):
+    for tree, pair, own in zip(trees, pairs_of(trees, scores), scores.tolist(), strict=True):
         assert pair.branches == (tree.branches[own.index(max(own))], tree.branches[own.index(min(own))])
 
 
 def test_prompts_whose_responses_are_all_alike_teach_nothing() -> None:
     trees, scores = forest(3, 2), torch.tensor([[1.0, 2.0], [0.5, 0.5], [2.0, 1.0]])
-    assert [tree.number for tree in online_dpo.pairs_of(trees, scores)] == [0, 2]
-    assert [tree.number for tree in rejection.best_of(trees, scores, 1)] == [0, 2]
+    assert [tree.number for tree in pairs_of(trees, scores)] == [0, 2]
+    assert [tree.number for tree in best_of(trees, scores, 1)] == [0, 2]
 
 
 @pytest.mark.parametrize("kind", ["rejection", "online_dpo"])
@@ -63,12 +65,21 @@ def test_a_round_without_anything_to_learn_changes_nothing(kind: str) -> None:
     assert not models.changed(roles.base.model, before)
 
 
-def learner(kind: str, roles):  # type: ignore[no-untyped-def]
+def learner(kind: str, roles: Roles) -> tuple[Ranking, Rounds]:
+    trunk = Trunk(roles.base.model, 0)
     if kind == "rejection":
         chosen = RejectionSettings.model_validate({**BASIS, "optimizer": FAST})
-        return rejection.BestOfN(roles, chosen, "packed"), chosen
-    chosen = OnlineDpoSettings.model_validate({**BASIS, "optimizer": FAST, "samples_per_prompt": 4})
-    return online_dpo.OwnPairs(roles, chosen, "packed"), chosen
+        return rejection.learner(chosen, roles, "packed", trunk), chosen
+    own = OnlineDpoSettings.model_validate({**BASIS, "optimizer": FAST, "samples_per_prompt": 4})
+    return online_dpo.learner(own, roles, "packed", trunk), own
+
+
+def test_the_same_response_many_times_teaches_nothing_though_its_scores_differ_by_rounding() -> None:
+    same = Tree((7,), (Branch.of((50, 1)),) * 3)
+    near = Tree((7,), (Branch.of((50, 1)), Branch.of((60, 1)), Branch.of((70, 1))))
+    scores = torch.tensor([[0.1, 0.3, 0.2], [0.1, 0.1 + 1e-6, 0.1]])
+    assert pairs_of([same, near], scores) == []
+    assert best_of([same, near], scores, 1) == []
 
 
 @pytest.mark.parametrize("kind", ["rejection", "online_dpo"])

@@ -62,7 +62,9 @@ def test_the_likeliest_tokens_are_those_of_a_loop_without_cache_or_padding(kind:
     assert greedy(model, prompts, backend=backend) == [slow_greedy(model, prompt, 1, 8) for prompt in prompts]
 
 
-@pytest.mark.parametrize("kind", ["mistral", "gemma2", "deepseek_v3", "bloom", "lfm2", "bamba", "falcon_h1", "qwen3_next"])
+@pytest.mark.parametrize(
+    "kind", ["mistral", "gemma2", "deepseek_v3", "bloom", "lfm2", "bamba", "falcon_h1", "qwen3_next"]
+)
 def test_windows_latents_and_recurrent_states_are_copied_and_leave_like_keys_and_values(kind: str) -> None:
     model, prompts = architectures.model(kind), ragged(5)
     stop_id = slow_greedy(model, prompts[0], NEVER, 8).tokens[2]

@@ -88,6 +88,10 @@ class Updater:
         self.taken += 1
         return record | {"gradient_norm": norm.item(), "learning_rate": self._settings.learning_rate * factor}
 
+    def skip(self, steps: int) -> None:
+        """Let the learning rate go on as if so many steps had been taken."""
+        self.taken += steps
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""

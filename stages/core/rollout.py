@@ -79,7 +79,12 @@ def sample(
     Raises:
         ConfigError: The continuous backend does not work with this model or within its memory.
     """
-    options: dict[str, Any] = {"stop_id": stop_id, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    options: dict[str, Any] = {
+        "stop_id": stop_id,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
     cached_tokens = CACHED_TOKENS * tokens_per_batch
     with lora.held(model):
         if backend == "native":

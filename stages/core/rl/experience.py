@@ -40,6 +40,7 @@ class Experience:
         ended: [branches] whether the response ended its turn.
         below: [rows, width, hidden] what entered the lowest adapted layer, where layers below are not adapted.
         scores: [branches] rewards on their scale, penalties taken off; set by `score`.
+        clipped: [branches] whether the reward was clipped; set by `score` where there is a limit.
         advantages: [reads]; set by `estimate`, as are the returns.
         returns: [reads] what the values should have been.
     """
@@ -54,6 +55,7 @@ class Experience:
     ended: Tensor
     below: Tensor | None = None
     scores: Tensor = field(default_factory=lambda: torch.empty(0))
+    clipped: Tensor = field(default_factory=lambda: torch.empty(0))
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))
     returns: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -147,6 +149,8 @@ def score(experiences: Sequence[Experience], settings: Rounds, scale: Scale) -> 
     """Set the scores of a whole rollout's experience."""
     for each in experiences:
         each.scores = scale.scores(each.rewards, each.ended, each.lengths, settings)
+        if settings.reward_clip is not None:
+            each.clipped = scale.scaled(each.rewards).abs() > settings.reward_clip
 
 
 def estimate(experiences: Sequence[Experience], settings: PpoSettings, kl_coefficient: float) -> None:

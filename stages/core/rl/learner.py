@@ -12,6 +12,7 @@ from stages.core.loop import Updater
 from stages.core.rl import preflight
 from stages.core.rl.experience import Experience, estimate
 from stages.core.rl.preflight import Check
+from stages.core.rl.rewards import Scale
 from stages.core.rl.sampling import Rollout
 from stages.core.rl.trunk import Trunk
 from stages.core.rl.updates import Losses
@@ -49,9 +50,20 @@ class PolicyGradient:
         of_policy = max(1, total - settings.value_warmup * each_round)
         self.policy = Updater(roles.parameters(POLICY), settings.optimizer, of_policy, EPSILON)
         self.value = None
+        self._copied = settings.advantage == "gae" and settings.value == "adapter" and settings.reward is not None
         if settings.advantage == "gae":
             of_value = settings.optimizer.model_copy(update={"learning_rate": settings.value_learning_rate})
             self.value = Updater(roles.parameters(VALUE), of_value, total, EPSILON)
+            self._head = roles.heads[VALUE]
+
+    def begin(self, experiences: Group, scale: Scale) -> None:
+        """Bring values that are a reward model's to the scale of the scores."""
+        if not self._copied:
+            return
+        factor, shift = self._settings.reward_weight / scale.deviation, -scale.mean / scale.deviation
+        self._head.rescale(factor, shift)
+        for each in experiences:
+            each.values = factor * each.values + shift
 
     def prepare(self, experiences: Group) -> None:
         """Estimate advantages."""
@@ -74,9 +86,12 @@ class PolicyGradient:
             Means over the updates; `ratio_first`, the mean probability ratio of the first, and `ratio_max`, the largest
             ratio of a token in any.
         """
-        figures = _summary(list(self._updates(groups, order, number < self._settings.value_warmup)))
-        self._adapt([each for group in groups for each in group])
-        return figures
+        warming = number < self._settings.value_warmup
+        updates = list(self._updates(groups, order, warming))
+        self._skip(self._settings.update_epochs * len(groups) - len(updates), warming)
+        if not warming:
+            self._adapt([each for group in groups for each in group])
+        return _summary(updates)
 
     def state(self) -> State:
         """Policy, value function, their optimizers and the KL coefficient."""
@@ -97,6 +112,13 @@ class PolicyGradient:
                 yield figures
                 if self._went_too_far(figures):
                     return
+
+    def _skip(self, updates: int, warming: bool) -> None:
+        """The learning rates go on by rounds, also past updates that were left out."""
+        if self.value:
+            self.value.skip(updates)
+        if not warming:
+            self.policy.skip(updates)
 
     def _adapt(self, experiences: Group) -> None:
         """Move the KL coefficient towards the target, if there is one, after a round's divergence."""
@@ -136,8 +158,8 @@ class PolicyGradient:
 
 
 def _named(record: dict[str, float]) -> dict[str, float]:
-    """An update's record, in which the loss is the policy's."""
-    return {"policy_loss" if name == "loss" else name: value for name, value in record.items()}
+    """An update's record, in which the loss is the policy's; that of a joint pass says itself what its part was."""
+    return {"policy_loss": record["loss"]} | {name: value for name, value in record.items() if name != "loss"}
 
 
 def _summary(updates: Sequence[dict[str, float]]) -> dict[str, float]:

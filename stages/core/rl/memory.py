@@ -10,6 +10,7 @@ import torch
 from pipeline.config import Rounds
 from stages.core.rl.experience import Experience
 from stages.core.roles import POLICY, VALUE, Roles
+from stages.core.rollout import CACHED_TOKENS
 
 STATES = 34
 """Numbers a token keeps for the backward pass in each layer, in hidden sizes (Korthikanti et al. 2022, arXiv
@@ -32,11 +33,12 @@ def expected(roles: Roles, experiences: Sequence[Experience], settings: Rounds) 
     config = roles.base.model.config.get_text_config()
     bytes_each = torch.finfo(roles.base.compute.dtype).bits // 8
     trained = sum(each.numel() for role in (POLICY, VALUE) for _, each in roles.parameters(role))
-    longest = max(tree.length for each in experiences for tree in each.batch.trees)
+    longest = max(len(tree.prompt) for each in experiences for tree in each.batch.trees) + settings.max_new_tokens
     rows = sum(each.batch.branches for each in experiences)
+    cached = min(rows * longest, max(longest, CACHED_TOKENS * settings.tokens_per_batch))
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    cache = rows * (longest + settings.max_new_tokens) * 2 * config.num_hidden_layers * heads * head * bytes_each
+    cache = cached * 2 * config.num_hidden_layers * heads * head * bytes_each
     at_once = max(each.batch.token_count for each in experiences)
     kept = 2 if settings.gradient_checkpointing else STATES
     activations = at_once * config.num_hidden_layers * config.hidden_size * kept * bytes_each
@@ -46,7 +48,8 @@ def expected(roles: Roles, experiences: Sequence[Experience], settings: Rounds) 
 def free(device: torch.device) -> int:
     """Bytes that can still be had on a device; 0 where that cannot be told."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     return _free_on_linux() if device.type == "cpu" else 0
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline.config import Rounds
 from pipeline.errors import NumericalError
@@ -23,7 +25,7 @@ EQUAL = 1e-4
 GAP = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Largest mean difference in nats between log-probabilities of sampling, with a cache, and of training."""
 TELLING = 32
-"""Responses of which at least one should end; of fewer, none may by chance."""
+"""Responses of which one should end, and one should get another reward; of fewer, none may by chance."""
 ALIKE = 1e-6
 """Standard deviation of rewards below which all are the same."""
 
@@ -48,12 +50,21 @@ class Check:
         return f"{'ok' if self.passed else 'FAILED'}: {self.name} {self.value}"
 
 
-def checks(roles: Roles, experiences: Sequence[Experience], settings: Rounds) -> Iterator[Check]:
-    """What every stage that samples has to pass, one after another; the policy has not been updated yet."""
+def checks(
+    roles: Roles, experiences: Sequence[Experience], settings: Rounds, seen: NDArray[np.float64]
+) -> Iterator[Check]:
+    """What every stage that samples has to pass, one after another; the policy has not been updated yet.
+
+    Args:
+        roles: The base with its roles.
+        experiences: Of the first rollout.
+        settings: The stage's.
+        seen: Mean rewards of the held-out prompts.
+    """
     yield _divergence(experiences)
     yield _gap(roles, experiences)
     yield _ending(experiences, settings)
-    yield _spread(experiences, settings)
+    yield _spread(experiences, seen)
     yield _template(roles)
     yield _memory(roles, experiences, settings)
 
@@ -66,8 +77,8 @@ def require(check: Check, where: str) -> None:
 
 def ratio(experiences: Sequence[Experience], losses: Losses, kl_coefficient: float) -> Check:
     """Whether the policy that is trained is the one that sampled."""
-    with torch.no_grad():
-        (part,) = losses.policy(experiences[:1], kl_coefficient)
+    # With gradients, through the very pass that training takes; nothing is done with them.
+    (part,) = losses.policy(experiences[:1], kl_coefficient)
     found, approximate = part.shares["ratio"], part.shares["approximate_kl"]
     losses.take_largest_ratio()
     return Check(
@@ -111,15 +122,16 @@ def _ending(experiences: Sequence[Experience], settings: Rounds) -> Check:
     )
 
 
-def _spread(experiences: Sequence[Experience], settings: Rounds) -> Check:
-    rewards, scores = (torch.cat([getattr(each, name) for each in experiences]) for name in ("rewards", "scores"))
+def _spread(experiences: Sequence[Experience], seen: NDArray[np.float64]) -> Check:
+    rewards, clipped = (torch.cat([getattr(each, name) for each in experiences]) for name in ("rewards", "clipped"))
     deviation = rewards.std(unbiased=False).item()
-    clipped = settings.reward_clip is not None and (scores.abs() >= settings.reward_clip).float().mean().item() > 0.5
+    most = len(clipped) > 0 and clipped.float().mean().item() > 0.5
     return Check(
         "spread of the rewards",
-        f"{deviation:.3g} around {rewards.mean().item():.3g}" + (", most of them clipped" if clipped else ""),
-        deviation > ALIKE and not clipped,
-        "the reward tells no response from another: look at the reward stage's pair accuracy, the rules, reward_clip",
+        f"{deviation:.3g} around {rewards.mean().item():.3g}" + (", most of them clipped" if most else ""),
+        not most and (max(deviation, float(seen.std())) > ALIKE or len(rewards) < TELLING),
+        "the reward tells no response from another: look at the reward stage's pair accuracy, the rules, reward_clip; "
+        "for what is rarely right, raise samples_per_prompt",
     )
 
 

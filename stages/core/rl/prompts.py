@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,11 @@ class Prompts:
     held_out: Sequence[EncodedPrompt]
     cards: list[DataCard]
 
+    def looked_at(self, rows: int, seed: int) -> list[EncodedPrompt]:
+        """At most so many held-out prompts, drawn from all sources; training prompts where none is held out."""
+        prompts = list(self.held_out or self.passes.pass_(0))
+        return random.Random(f"{seed} looks").sample(prompts, min(rows, len(prompts)))
+
     @property
     def first(self) -> Sequence[tuple[int, ...]]:
         """The tokens of the first training prompts, for checks."""
@@ -66,6 +72,9 @@ def read_prompts(context: Context, base: LanguageModel) -> Prompts:
             held_out.setdefault(each.tokens, each)
         record = {**found.record, "cut": sum(len(tokens) > longest for tokens in whole)}
         cards.append(rows.card(context, part, record, len(whole)))
+    for each in (each for encoded in train.values() for each in encoded):
+        # Prompts that are cut to the same tokens are one to a model.
+        held_out.pop(each.tokens, None)
     passes = rows.mixed(context, "data", train)
     return Prompts(passes, list(held_out.values()), rows.with_epochs(cards, passes.epochs))
 

@@ -37,9 +37,13 @@ class Scale:
         # Of equal rewards there is nothing to scale; the preflight refuses them.
         return cls(mean, rewards.std(unbiased=False).item() or 1.0)
 
+    def scaled(self, rewards: Tensor) -> Tensor:
+        """Rewards [n] on this scale."""
+        return (rewards - self.mean) / self.deviation
+
     def scores(self, rewards: Tensor, ended: Tensor, lengths: Tensor, settings: Rounds) -> Tensor:
         """Scores of responses: rewards on this scale, clipped, less the penalties; all [n]."""
-        scaled = (rewards - self.mean) / self.deviation
+        scaled = self.scaled(rewards)
         if settings.reward_clip is not None:
             scaled = scaled.clamp(-settings.reward_clip, settings.reward_clip)
         return scaled - settings.missing_eos_penalty * ~ended - settings.length_penalty * lengths

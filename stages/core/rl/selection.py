@@ -136,6 +136,8 @@ class Selection:
         return {
             "held_out": mean_interval(best.scores),
             "held_out_gain": paired_difference(best.scores, first.scores),
+            "held_out_reward": mean_interval(best.rewards),
+            "held_out_kl": Metric(value=best.kl, n=len(best.scores)),
             "chosen_round": Metric(value=best.round),
         }
 

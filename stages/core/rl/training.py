@@ -22,13 +22,14 @@ from data.tree import Tree
 from pipeline.config import Rounds
 from pipeline.contract import Context, Result
 from pipeline.manifest import Metric
-from stages.core import checkpoint
+from stages.core import checkpoint, device, loop, optim
 from stages.core.checkpoint import State, joined
 from stages.core.layout import choose_layout
 from stages.core.models import record
 from stages.core.rl import health, preflight
 from stages.core.rl.experience import Collector, Experience, score
 from stages.core.rl.health import Health, Raised
+from stages.core.rl.opening import open_roles
 from stages.core.rl.preflight import Check
 from stages.core.rl.prompts import Prompts, echoes, read_prompts
 from stages.core.rl.rewards import Rewards, Scale
@@ -53,6 +54,9 @@ class Learner(Protocol):
 
     minibatches: int
 
+    def begin(self, experiences: Sequence[Experience], scale: Scale) -> None:
+        """Take in the scale of the rewards, before anything is made of the first rollout."""
+
     def prepare(self, experiences: Sequence[Experience]) -> None:
         """Take in a whole rollout's scores, before anything is learnt from it."""
 
@@ -71,15 +75,24 @@ class Learner(Protocol):
         """Go on from such a state."""
 
 
-def train(context: Context, roles: Roles, learner_of: Callable[[Layout, Trunk], Learner]) -> Result:
+LearnerOf = Callable[[Roles, Layout, Trunk], Learner]
+"""Makes a stage's learner on opened roles, which it may add its own to."""
+
+
+def train(context: Context, learner_of: LearnerOf) -> Result:
     """Take all rounds and store the policy that did best on held-out prompts; its adapter is the result.
 
     Writes `looks.json`: reward, score and divergence on held-out prompts at each look.
 
     Raises:
         DataError: There is no prompt, or a rule misses what it needs.
+        ArtifactError: The policy or the reward model is damaged, or they sit on different bases.
         NumericalError: The preflight failed, or a loss or gradient is not finite.
     """
+    settings, compute = context.settings, device.choose(context.device, context.dtype)
+    optim.require_support(settings.optimizer, compute.device)
+    loop.seed_everything(context.seed)
+    roles = open_roles(context.inputs["policy"], context.inputs.get("reward"), settings, compute)
     prompts = read_prompts(context, roles.base)
     training = Training(context, roles, prompts, learner_of)
     for _ in training.rounds():
@@ -112,22 +125,23 @@ class Training:
         warnings: What the manifest has to say.
     """
 
-    def __init__(
-        self, context: Context, roles: Roles, prompts: Prompts, learner_of: Callable[[Layout, Trunk], Learner]
-    ) -> None:
+    def __init__(self, context: Context, roles: Roles, prompts: Prompts, learner_of: LearnerOf) -> None:
         settings: Rounds = context.settings
         self._context, self._settings, self._roles, self._prompts = context, settings, roles, prompts
         examples = echoes(prompts.first, branches=2)
         with roles.use(REFERENCE):
             layout, self.warnings = choose_layout(roles.base, examples)
         trunk = Trunk.of(roles.base, examples, layout)
-        self._learner = learner_of(layout, trunk)
+        self._learner = learner_of(roles, layout, trunk)
         self._sampler, self._rewards = Sampler(roles, settings), Rewards(roles, settings)
         self._collector = Collector(roles, settings, self._rewards, layout, trunk)
         self._scale, self._health = Scale(), Health()
         self._done, self._over = 0, False
         self.last: list[dict[str, float]] = []
         self.tokens = 0
+        self._looked_at = prompts.looked_at(settings.evaluate_rows, context.seed)
+        if not prompts.held_out:
+            self.warnings.append("no prompt is held out: the policy is chosen by its score on training prompts")
         self.selection = Selection(roles, self._answers, self._rewards, self._collector, settings.gold)
 
     def rounds(self) -> Iterator[dict[str, float]]:
@@ -144,7 +158,8 @@ class Training:
                 figures = self._round(self._done, self._sampler.rollout(chosen, self._seed(self._done)))
                 self._done += 1
                 raised = self._health.watch(figures)
-                if self._done % settings.evaluate_every == 0 or self._done == settings.steps:
+                last = self._done == settings.steps or any(each.name in settings.stop_on for each in raised)
+                if self._done % settings.evaluate_every == 0 or last:
                     figures |= self.selection.look(self._done)
                     raised += self._health.set_off("over_optimisation", self.selection.over_optimised)
                 self.tokens += int(figures["tokens"])
@@ -163,6 +178,7 @@ class Training:
         experiences = [each for group in groups for each in group]
         if number == 0:
             self._scale = Scale.of(torch.cat([each.rewards for each in experiences]), self._settings)
+            self._learner.begin(experiences, self._scale)
         score(experiences, self._settings, self._scale)
         self._learner.prepare(experiences)
         if number == 0:
@@ -174,15 +190,15 @@ class Training:
 
     def _examine(self, experiences: list[Experience]) -> None:
         """The preflight, a line for each check."""
-        for check in (*self._learner.checks(experiences), *preflight.checks(self._roles, experiences, self._settings)):
+        seen = self.selection.looks[0].rewards
+        general = preflight.checks(self._roles, experiences, self._settings, seen)
+        for check in (*self._learner.checks(experiences), *general):
             self._context.say(f"preflight {check}")
             preflight.require(check, f"stages.{self._context.name}")
 
     def _answers(self) -> Rollout:
         """Responses to the held-out prompts, or to the first training prompts where none is held out."""
-        settings, prompts = self._settings, self._prompts
-        chosen = (prompts.held_out or prompts.passes.pass_(0))[: settings.evaluate_rows]
-        return self._sampler.rollout(chosen, self._seed(LOOK), settings.evaluate_samples)
+        return self._sampler.rollout(self._looked_at, self._seed(LOOK), self._settings.evaluate_samples)
 
     def _ends(self, raised: Sequence[Raised]) -> bool:
         """Tell of alarms; whether one of them ends the training."""

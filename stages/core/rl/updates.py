@@ -79,7 +79,7 @@ class Losses:
                 states = self._states(each)
                 loss, shares = self._policy_loss(each, states, total, kl_coefficient)
                 of_value, more = self._value_loss(each, self._roles.heads[VALUE](states), total)
-                shares |= more | {"value_loss": of_value.item()}
+                shares |= more | {"policy_loss": loss.item(), "value_loss": of_value.item()}
                 yield Part(loss + self._settings.value_weight * of_value, shares, each.batch.token_count)
 
     def _states(self, experience: Experience) -> Tensor:

@@ -619,8 +619,8 @@ class PpoSettings(Rounds):
         self._refuse_changed(f"advantage={self.advantage}", tuple(names))
         if self.advantage == "grpo" and self.kl_in == "reward" and self.kl_coefficient:
             raise ValueError(
-                "advantage=grpo divides by the rewards' deviation, and where they are equal only the divergence's would "
-                "be left: give kl_in=loss with kl_estimator k2 or k3, or kl_coefficient=0"
+                "advantage=grpo divides by the deviation of rewards, and where they are equal only that of the "
+                "divergence is left: give kl_in=loss with kl_estimator k2 or k3, or kl_coefficient=0"
             )
         return self
 

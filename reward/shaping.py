@@ -69,7 +69,7 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
 def group_normalized(rewards: Tensor) -> Tensor:
     """Each response's reward in standard deviations from the mean of its prompt's responses (GRPO, Shao et al. 2024,
-    arXiv 2402.03300, section 4.1.2): [prompts, n] -> [prompts, n]; nearly zero where rewards differ by rounding only."""
+    arXiv 2402.03300, section 4.1.2): [prompts, n] -> [prompts, n]; nearly zero where rewards differ by rounding."""
     deviation = rewards.std(1, keepdim=True, unbiased=False)
     return (rewards - rewards.mean(1, keepdim=True)) / (deviation + 1e-4)
 

@@ -22,13 +22,14 @@ from pipeline.manifest import Adaptation, Manifest
 from stages import ppo
 from stages.core import probes
 from stages.core.loop import Part
-from stages.core.rl.experience import Experience
+from stages.core.rl.experience import Experience, score
 from stages.core.rl.learner import PolicyGradient
 from stages.core.rl.opening import open_roles
 from stages.core.rl.prompts import ECHO, echoes
+from stages.core.rl.rewards import Scale
 from stages.core.rl.trunk import Trunk
 from stages.core.roles import POLICY, REFERENCE, REWARD, VALUE, Roles
-from stages.core.scoring import record_probes, reward_scores
+from stages.core.scoring import branch_scores, record_probes, reward_scores
 
 
 @pytest.mark.parametrize("length", [1, 2, ECHO - 1, ECHO, ECHO + 1, 500])
@@ -248,6 +249,60 @@ def test_a_huge_penalty_pulls_the_policy_back_to_its_reference() -> None:
     learner(roles, chosen).learn(rollout, found, 0, Random(0))
     after = rl.collector(roles, chosen).collect(rollout, rollout.trees(), [0.0] * len(rollout.samples))
     assert rl.joined(after, "log_ratios").square().mean() < 0.2 * before
+
+
+def test_values_begin_on_the_scale_of_the_scores() -> None:
+    roles, chosen = rl.four_roles(), moving(reward_weight=5.0, reward_normalisation="deviation")
+    rollout = rl.given(models.responses(6))
+    made = learner(roles, chosen)
+    group = rl.collector(roles, chosen).collect(rollout, rollout.trees(), [0.0] * 6)
+    scale = Scale.of(rl.joined(group, "rewards"), chosen)
+    made.begin(group, scale)
+    score(group, chosen, scale)
+    again = rl.collector(roles, chosen).collect(rollout, rollout.trees(), [0.0] * 6)
+    assert torch.allclose(rl.joined(group, "values"), rl.joined(again, "values"), atol=1e-4)
+    for each in group:
+        with torch.no_grad(), roles.use(VALUE):
+            assert torch.allclose(branch_scores(roles, VALUE, each.batch), each.scores, atol=1e-4)
+
+
+def test_the_learning_rate_goes_on_by_rounds_past_updates_that_are_left_out() -> None:
+    roles = rl.four_roles()
+    chosen = rl.settings(steps=4, update_epochs=8, stop_at_kl=1e-9, optimizer=Optimizer(learning_rate=1e-2, warmup=0.0))
+    made, (rollout, found) = learner(roles, chosen), groups(roles, chosen)
+    for number in range(4):
+        made.learn(rollout, found, number, Random(0))
+    assert made.policy.taken == made.policy.total == 32
+
+
+def test_the_policy_s_loss_is_its_own_beside_a_value_head() -> None:
+    roles, chosen = warm("head"), moving(value="head", value_weight=10.0)
+    rollout, found = groups(roles, chosen)
+    figures = learner(roles, chosen).learn(rollout, found, 0, Random(0))
+    # At ratio 1 the policy's loss is minus the mean of whitened advantages.
+    assert figures["policy_loss"] == pytest.approx(0, abs=1e-5)
+    assert figures["value_loss"] > 1e-3
+
+
+def test_while_the_policy_is_frozen_its_coefficient_is_too() -> None:
+    roles, chosen = rl.four_roles(), moving(kl_target=6.0, kl_horizon=10, value_warmup=2)
+    made, (rollout, found) = learner(roles, chosen), groups(roles, chosen)
+    made.learn(rollout, found, 0, Random(0))
+    assert made.kl_coefficient == chosen.kl_coefficient
+
+
+@pytest.mark.parametrize("changes", [
+    {"value_warmup": 4}, {"stop_at_kl": 0.1}, {"stop_on": ["over_optimisation"]},
+    {"kl_coefficient": 0.0, "kl_in": "loss", "kl_estimator": "k2"}, {"kl_in": "loss"},
+    {"advantage": "grpo", "samples_per_prompt": 2}, {"advantage": "rloo", "samples_per_prompt": 2, "value_clip": 0.5},
+    {"advantage": "rloo", "samples_per_prompt": 2, "stop_on": ["value_useless"]}, {"value_weight": 0.5},
+    {"advantage": "rloo", "samples_per_prompt": 2, "reward_normalisation": "mean"}, {"kl_horizon": 5},
+    {"reward": None}, {"advantage": "rloo"},
+])  # fmt: skip
+def test_settings_that_would_do_nothing_are_refused(changes: dict[str, object]) -> None:
+    rl.settings(steps=4)
+    with pytest.raises(ValueError, match="validation error"):
+        rl.settings(steps=4, **changes)
 
 
 def test_the_kl_coefficient_follows_its_target() -> None:

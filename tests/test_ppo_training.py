@@ -19,6 +19,7 @@ from pipeline.contract import Artifact, Context, Result
 from pipeline.errors import NumericalError
 from stages import online_dpo, ppo, rejection
 from stages.core.rl.experience import estimate, score
+from stages.core.rl.prompts import read_prompts
 from stages.core.rl.rewards import Scale
 from stages.core.rl.sampling import Sampler
 from stages.core.rl.updates import Losses
@@ -47,7 +48,18 @@ def train(
     policy: Artifact, kind: str = "ppo", seed: int = 0, **changes: object
 ) -> tuple[Result, list[dict[str, float]]]:
     """A stage on prompts of the embedded world, with a reward for vowels."""
-    module, settings = STAGES[kind]
+    records: list[dict[str, float]] = []
+
+    def progress(record: Mapping[str, Any], *, done: int, total: int) -> None:
+        records.append({**record, "done": done, "total": total})
+
+    return STAGES[kind][0].run(context_of(policy, kind, seed, changes, progress)), records
+
+
+def context_of(policy: Artifact, kind: str, seed: int, changes: Mapping[str, Any], progress: Any = None) -> Context:
+    """What the runner gives a stage."""
+    held_out = changes.get("held_out", 0.2)
+    changes = {name: value for name, value in changes.items() if name != "held_out"}
     options = {
         "policy": "p", "data": "d", "rules": LETTER, "max_new_tokens": 5, "missing_eos_penalty": 0.0, "steps": 2,
         "examples_per_step": 8, "samples_per_prompt": 2, "evaluate_rows": 8, "evaluate_samples": 2,
@@ -55,19 +67,13 @@ def train(
     }  # fmt: skip
     if kind == "ppo" and changes.get("advantage", "gae") == "gae":
         options["value_learning_rate"] = 0.01
-    records: list[dict[str, float]] = []
-
-    def progress(record: Mapping[str, Any], *, done: int, total: int) -> None:
-        records.append({**record, "done": done, "total": total})
-
     directory = policy.directory.parent / f"out-{len(list(policy.directory.parent.iterdir()))}"
     directory.mkdir()
-    source = DataSource(source="world:prompts", rows=40, held_out=0.2)
-    chosen, inputs = settings.model_validate({**options, **changes}), {"policy": policy}
-    context = Context(
+    source = DataSource(source="world:prompts", rows=40, held_out=held_out)
+    chosen, inputs = STAGES[kind][1].model_validate({**options, **changes}), {"policy": policy}
+    return Context(
         kind, chosen, inputs, {"data": source}, directory, progress, said.append, seed, device="cpu", dtype="float32"
     )
-    return module.run(context), records
 
 
 said: list[str] = []
@@ -116,7 +122,13 @@ def test_every_round_samples_otherwise_and_the_same_seed_trains_the_same(policy:
 
 def test_an_alarm_ends_the_training_where_the_settings_say_so(policy: Artifact) -> None:
     said.clear()
-    changes = {"advantage": "grpo", "optimizer": {"learning_rate": 0.3, "warmup": 0.0}, "steps": 8, "update_epochs": 3}
+    changes = {
+        "advantage": "grpo",
+        "kl_coefficient": 0.0,
+        "optimizer": {"learning_rate": 0.3, "warmup": 0.0},
+        "steps": 8,
+        "update_epochs": 3,
+    }
     result, records = train(policy, **changes, stop_on=["ratio_explosion"])
     assert len(records) < 8
     assert any("ratio explosion" in line and "training ends here" in line for line in result.warnings)
@@ -134,9 +146,35 @@ def test_the_preflight_is_told_line_by_line_and_stops_a_reward_that_tells_nothin
     assert not list((policy.directory.parent / "out-1").glob("*.safetensors"))
 
 
-def test_a_stage_without_its_answers_says_which_prompt_lacks_them(policy: Artifact) -> None:
+def test_what_is_handed_on_is_measured_by_the_gold_rule_and_the_reward(policy: Artifact) -> None:
     result, _ = train(policy, advantage="rloo", gold="world", steps=1)
-    assert 0 <= result.metrics["held_out"].value <= 1
+    looks = json.loads((policy.directory.parent / "out-1" / "looks.json").read_text())
+    best = max(looks, key=lambda look: look["score"])
+    for metric, figure in (("held_out", "score"), ("held_out_reward", "reward"), ("held_out_kl", "kl")):
+        assert result.metrics[metric].value == pytest.approx(best[figure])
+
+
+def test_an_alarm_that_ends_the_training_has_the_policy_looked_at_first(policy: Artifact) -> None:
+    _, records = train(
+        policy, advantage="grpo", kl_coefficient=0.0, optimizer={"learning_rate": 0.3, "warmup": 0.0}, steps=8,
+        update_epochs=3, stop_on=["ratio_explosion"], evaluate_every=100,
+    )  # fmt: skip
+    assert "held_out" in records[-1]
+    looks = json.loads((policy.directory.parent / "out-1" / "looks.json").read_text())
+    assert [look["round"] for look in looks] == [0, len(records)]
+
+
+def test_a_training_without_held_out_prompts_says_so(policy: Artifact) -> None:
+    result, _ = train(policy, advantage="rloo", steps=1, held_out=0.0)
+    assert "no prompt is held out: the policy is chosen by its score on training prompts" in result.warnings
+
+
+def test_a_prompt_that_is_cut_to_a_training_prompts_tokens_is_not_held_out(policy: Artifact) -> None:
+    context = context_of(policy, "ppo", 0, {"advantage": "rloo", "max_length": 15})
+    found = read_prompts(context, models.language_model())
+    trained = {each.tokens for each in found.passes.pass_(0)}
+    assert found.held_out
+    assert not trained & {each.tokens for each in found.held_out}
 
 
 def test_the_tokens_that_were_sampled_are_those_that_are_scored_and_trained_on() -> None:
@@ -171,7 +209,7 @@ def test_the_same_forward_twice_gives_the_same_bits() -> None:
 
 @pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo"])
 def test_responses_of_one_token_give_finite_figures(advantage: str) -> None:
-    roles, chosen = rl.disturbed(), rl.settings(advantage=advantage, samples_per_prompt=2)
+    roles, chosen = rl.disturbed(), rl.settings(advantage=advantage, samples_per_prompt=2, kl_coefficient=0.0)
     trees = [
         dataclasses.replace(tree, branches=(type(tree.branches[0]).of((5 + number,)),) * 2)
         for number, tree in enumerate(models.responses(3))

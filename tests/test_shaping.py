@@ -199,6 +199,7 @@ def test_a_group_is_normalised_by_its_own_deviation_and_an_even_one_teaches_noth
     assert found[0].mean().item() == pytest.approx(0, abs=1e-6)
     assert found[0].std(unbiased=False).item() == pytest.approx(1, abs=1e-4)
     assert not found[1].any()
+    assert group_normalized(torch.tensor([[0.5, 0.5 + 3e-7, 0.5]])).abs().max() < 0.01
 
 
 def test_the_kl_coefficient_is_that_of_the_closed_form_over_three_rounds() -> None:

@@ -91,7 +91,7 @@ def _depth(model: PreTrainedModel) -> int:
 
 
 def _can_be_cut(model: PreTrainedModel) -> bool:
-    """Whether the decoder keeps its layers as most do, all of one kind, so that it can be given the upper ones alone."""
+    """Whether the decoder keeps its layers as most do, all of one kind, so that it can be given the upper ones."""
     if len(set(getattr(model.config.get_text_config(), "layer_types", None) or ())) > 1:
         return False
     layers = getattr(model.base_model, "layers", None)

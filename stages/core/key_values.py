@@ -13,8 +13,13 @@ class RoomyLayer(DynamicLayer):
     """What one attention layer keeps of the tokens so far: keys and values [rows, heads, width, size], of which the
     first `length` places are taken."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, layer: DynamicLayer, room: int) -> None:
         super().__init__()
+        assert layer.keys is not None
+        assert layer.values is not None
         self.is_initialized = True
         self.dtype, self.device = layer.keys.dtype, layer.keys.device
         self.length = layer.keys.shape[2]
@@ -38,7 +43,7 @@ def make_room(cache: DynamicCache, room: int) -> None:
     cache.layers = [RoomyLayer(layer, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
 
 
-def take_rows(cache: DynamicCache, rows: Tensor) -> None:
+def take_rows(cache: Any, rows: Tensor) -> None:
     """Let a cache consist of these of its rows, in this order; a row may be taken several times or not at all."""
     # The one way that all layers know, those with recurrent states too; a beam's rows are chosen like that.
     cache.reorder_cache(rows)

@@ -29,14 +29,14 @@ def speed_up(model: nn.Module) -> None:
 def held(model: nn.Module) -> Iterator[None]:
     """Inside, the adapters in use stay as they are and no gradient is asked for: their matrices are cast once, and a
     call, as for every token that is sampled, looks for nothing. The numbers are the same."""
-    layers = [layer for layer in _layers(model) if _is_plain(layer)]
-    for layer in layers:
-        layer.forward = _held_forward(layer)  # type: ignore[method-assign]
+    before = [(layer, layer.forward) for layer in _layers(model) if "forward" in vars(layer) and _is_plain(layer)]
+    for layer, _ in before:
+        layer.forward = _held_forward(layer)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        for layer in layers:
-            layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
+        for layer, forward in before:
+            layer.forward = forward  # type: ignore[method-assign]
 
 
 def _layers(model: nn.Module) -> list[Linear]:
@@ -49,7 +49,8 @@ def _held_forward(layer: Linear) -> Callable[[Tensor], Tensor]:
     (role,) = layer.active_adapters
     base: Any = layer.base_layer
     weight, bias, scaling = base.weight, base.bias, layer.scaling[role]
-    down, up = (each[role].weight.to(weight.dtype) for each in (layer.lora_A, layer.lora_B))
+    adapter: Any = layer
+    down, up = (each[role].weight.to(weight.dtype) for each in (adapter.lora_A, adapter.lora_B))
     outputs, inputs = weight.shape
 
     def forward(states: Tensor) -> Tensor:

@@ -32,7 +32,9 @@ def speed_up(model: nn.Module) -> None:
 
 
 def _forward(module: nn.Module, states: Tensor) -> Tensor:
-    device, weight, epsilon = states.device.type, module.weight, module.variance_epsilon
+    weight: Any = module.weight
+    epsilon: Any = module.variance_epsilon
+    device = states.device.type
     found: Tensor
     if device == "cpu" and not torch.is_grad_enabled():
         found = _on_processor(states.reshape(-1, states.shape[-1]), weight, epsilon)[0].view(states.shape)

@@ -24,7 +24,6 @@ from stages.core.likelihood import logits_of
 
 CACHED_TOKENS = 8
 """Keys and values take that much less memory than activations."""
-
 LEAVING = 0.5
 """Rows that have ended leave once they are this share of all."""
 REMEDY = "train again from an earlier checkpoint with a lower learning rate, or use dtype=float32"
@@ -62,11 +61,11 @@ def sample(
 ) -> list[Sample]:
     """Responses to each prompt, in the prompts' order, those to one prompt side by side.
 
-    Prompts of similar length are sampled together; a prompt is computed once for all its responses. Rows leave the batch
-    in bulk once half of them have ended. A batch holds `CACHED_TOKENS` times `tokens_per_batch` tokens.
+    Prompts of similar length are sampled together; a prompt is computed once for all its responses. Rows leave the
+    batch in bulk once half of them have ended. A batch holds `CACHED_TOKENS` times `tokens_per_batch` tokens.
 
     Args:
-        model: With the role in use that is to sample.
+        model: In the role that is to sample.
         prompts: Tokens of the prompts.
         stop_id: The token that ends a response.
         max_new_tokens: Longest response.
@@ -78,6 +77,7 @@ def sample(
 
     Raises:
         ConfigError: The continuous backend does not work with this model or within its memory.
+        NumericalError: The model's probabilities are not finite.
     """
     options: dict[str, Any] = {
         "stop_id": stop_id,

@@ -92,7 +92,10 @@ def test_what_is_rewarded_becomes_likelier(policy: Artifact, kind: str, changes:
     result, records = train(
         policy, kind, steps=30, examples_per_step=16, evaluate_every=30, evaluate_samples=32, optimizer=fast, **changes
     )
-    assert result.metrics["held_out_gain"].value > 0.08
+    gain = result.metrics["held_out_gain"]
+    assert gain.value > 0.04
+    assert gain.low is not None
+    assert gain.low > 0
     assert result.metrics["chosen_round"].value == 30
     assert all(math.isfinite(value) for each in records for value in each.values())
 
@@ -140,7 +143,7 @@ def test_an_alarm_ends_the_training_where_the_settings_say_so(policy: Artifact) 
 def test_the_preflight_is_told_line_by_line_and_stops_a_reward_that_tells_nothing_apart(policy: Artifact) -> None:
     said.clear()
     with pytest.raises(NumericalError, match="spread of the rewards"):
-        train(policy, advantage="rloo", rules=[{"rule": "length", "words": 1000}])
+        train(policy, advantage="rloo", examples_per_step=16, rules=[{"rule": "length", "words": 1000}])
     assert [line for line in said if line.startswith("preflight ok: probability ratio")]
     assert [line for line in said if line.startswith("preflight FAILED: spread")]
     assert not list((policy.directory.parent / "out-1").glob("*.safetensors"))

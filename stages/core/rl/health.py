@@ -195,7 +195,7 @@ _ALARMS: dict[Alarm, Watcher] = {
     ),
     "unfinished": _compared(
         "ended",
-        lambda first, last: last < min(0.7, 0.8 * first),
+        lambda first, last: last < min(0.7, first - 0.2),
         "{last:.0%} of the responses end their turn, {first:.0%} did; raise missing_eos_penalty or max_new_tokens",
     ),
     "ratio_explosion": _recent(

@@ -82,7 +82,7 @@ def is_public(address: Address) -> bool:
     if isinstance(address, IPv4Address):
         return address.is_global and not address.is_multicast
     within = _within(address)
-    if within is not None:
+    if within is not None and address.ipv4_mapped is None:
         return is_public(within)
     return address in UNICAST and address.is_global
 

@@ -95,7 +95,7 @@ def test_a_recipe_is_handed_out_and_planned(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "shakespeare"])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("shakespeare", "arithmetic")])
 def test_every_recipe_with_the_whole_chain_evaluates_what_it_trains(recipe: str) -> None:
     stages = loader.load(REPOSITORY / "configs" / f"{recipe}.yaml").stages
     compared = stages["evaluate"].roles().values()

@@ -17,6 +17,7 @@ from reward_servers import Scripted, drips, lengths, says, serving
 from data.schema import Message, Prompt
 from pipeline.errors import ConfigError, DataError, ServerError
 from pipeline.rules import ServerRule
+from reward import connection
 from reward import server as client
 from reward.connection import addresses, is_public
 from reward.mixture import RuleMixture
@@ -223,6 +224,11 @@ def test_proxies_of_the_environment_are_not_asked(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("no_proxy", "")
         assert RewardServer(settings(server)).rewards(PROMPTS[:1], RESPONSES[:1]) == [1.0]
     assert proxy.bodies == []
+
+
+@pytest.mark.parametrize("address", ["169.254.169.254", "::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe"])
+def test_link_local_addresses_are_refused_however_they_are_written(address: str) -> None:
+    assert not connection._is_allowed(address, ip_address(address))
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "64:ff9b::808:808", "2002:808:808::1"])

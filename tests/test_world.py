@@ -37,7 +37,9 @@ def test_more_rows_begin_with_the_same_ones(part: str) -> None:
 
 
 def test_the_parts_are_of_different_kinds_and_different_questions() -> None:
-    kinds = {"corpus": Text, "demonstrations": Conversation, "preferences": Preference, "prompts": Prompt}
+    kinds = {
+        "corpus": Text, "demonstrations": Conversation, "preferences": Preference, "prompts": Prompt, "sums": Prompt,
+    }  # fmt: skip
     rows = {part: list(generate(part, 100, 0)) for part in PARTS}
     assert all(type(row) is kinds[part] for part in PARTS for row in rows[part])
     asked = [[row.prompt for row in rows[part]] for part in PARTS if part != "corpus"]

@@ -54,11 +54,13 @@ STAGES = {
       lora: {{rank: 4}}, optimizer: {{learning_rate: 0.01, schedule: linear}}}}""",
     "ppo": """{{kind: ppo, value_learning_rate: 0.01, minibatches: 2, update_epochs: 2, kl_target: 0.1, kl_horizon: 50,
       reward_normalisation: deviation, stop_at_kl: 0.5, {sampling}""",
+    "values": """{{kind: ppo, reward: {root}/made/stages/reward, reward_weight: 2.0, value_warmup: 2, {sampling}""",
+    "head": """{{kind: ppo, value: head, value_learning_rate: 0.01, {sampling}""",
     "grpo": """{{kind: ppo, advantage: grpo, gold: world, kl_in: loss, kl_estimator: k3, {sampling}""",
     "rejection": """{{kind: rejection, {sampling}""",
     "online_dpo": """{{kind: online_dpo, {sampling}""",
 }
-SAMPLING = """policy: {root}/made/stages/base, data: prompts, steps: 6, examples_per_step: 6, samples_per_prompt: 2,
+SAMPLING = """policy: {root}/made/stages/sft, data: prompts, steps: 6, examples_per_step: 6, samples_per_prompt: 2,
       rules: [{{rule: pattern, expression: "e"}}, {{rule: length, words: 1}}], max_new_tokens: 6,
       missing_eos_penalty: 0, evaluate_every: 2, evaluate_rows: 4, evaluate_samples: 2, lora: {{rank: 4}},
       optimizer: {{learning_rate: 0.02}}}}"""
@@ -79,10 +81,10 @@ def report_of_one_line() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer and a base of twelve steps in `made`."""
+    """A tokenizer, a base of twelve steps, a policy and a reward model in `made`."""
     made = tmp_path_factory.mktemp("resumption")
     config = tiny.write_chain(made)
-    assert baton(config, f"output={made}/made", "--until", "base") == 0
+    assert baton(config, f"output={made}/made", "--until", "reward") == 0
     return made
 
 

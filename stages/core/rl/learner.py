@@ -7,7 +7,7 @@ from random import Random
 
 from pipeline.config import PpoSettings
 from reward import shaping
-from stages.core.checkpoint import State, joined
+from stages.core.checkpoint import State, fill, joined
 from stages.core.loop import Updater
 from stages.core.rl import preflight
 from stages.core.rl.experience import Experience, estimate
@@ -95,7 +95,10 @@ class PolicyGradient:
 
     def state(self) -> State:
         """Policy, value function, their optimizers and the KL coefficient."""
-        parts = {"policy": self.policy.state()} | ({"value": self.value.state()} if self.value else {})
+        parts = {"policy": self.policy.state()}
+        if self.value:
+            # What centres the head is no parameter, but it was brought to another scale.
+            parts |= {"value": self.value.state(), "head": State({"mean": self._head.mean})}
         return joined(parts, kl_coefficient=self.kl_coefficient)
 
     def load_state(self, state: State) -> None:
@@ -103,6 +106,7 @@ class PolicyGradient:
         self.policy.load_state(state.part("policy"))
         if self.value:
             self.value.load_state(state.part("value"))
+            fill({"mean": self._head.mean}, state.part("head"))
         self.kl_coefficient = state.values["kl_coefficient"]
 
     def _updates(self, groups: Sequence[Group], order: Random, warming: bool) -> Iterator[dict[str, float]]:

@@ -182,7 +182,8 @@ def test_a_stage_that_is_stopped_again_and_again_ends_as_one_that_is_not(
     expected = whole(kind)
     config = configured(root, kind, f"stopped-{kind}")
     assert len(records(expected)) == STEPS
-    for step in (1, 2, 5, STEPS):
+    # Sampling takes its time, and the other stages have been stopped everywhere.
+    for step in (2, STEPS) if "{sampling}" in STAGES[kind] else (1, 2, 5, STEPS):
         assert run_until(config, step) is None
         found = checkpoints.last_step(kept(config))
         assert found == (step - 1 or None)

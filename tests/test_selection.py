@@ -10,8 +10,9 @@ import pytest
 import rl
 import torch
 
+from data.mixture import Mixture
 from data.schema import Prompt
-from stages.core.rl.prompts import EncodedPrompt
+from stages.core.rl.prompts import EncodedPrompt, Prompts
 from stages.core.rl.rewards import Rewards
 from stages.core.rl.sampling import Rollout
 from stages.core.rl.selection import Look, Selection
@@ -94,6 +95,17 @@ def test_a_fall_within_the_noise_is_not_told() -> None:
 
 def test_a_fall_too_small_to_matter_is_not_told() -> None:
     assert seen([0.5, 0.7, 0.69], [1.0, 2.0, 3.0]) == ""
+
+
+def test_the_prompts_looked_at_are_drawn_from_all_that_are_held_out() -> None:
+    held_out = [EncodedPrompt((7, number), Prompt((), ANSWER, "row")) for number in range(100)]
+    prompts = Prompts(Mixture({"data": held_out[:1]}, None, 0), held_out, [])
+    chosen = prompts.looked_at(20, seed=0)
+    assert len({each.tokens for each in chosen}) == 20
+    assert any(each in held_out[:50] for each in chosen)
+    assert any(each in held_out[50:] for each in chosen)
+    assert chosen == prompts.looked_at(20, seed=0) != prompts.looked_at(20, seed=1)
+    assert prompts.looked_at(1000, seed=0) != held_out[:1000]
 
 
 def test_looking_leaves_the_policy_and_its_gradients_alone() -> None:

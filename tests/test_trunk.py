@@ -84,6 +84,13 @@ def test_lower_layers_are_computed_once_for_all_roles_and_updates(monkeypatch: p
     assert counts == [len(group), 6 * len(group)]
 
 
+def test_layers_of_different_kinds_are_never_taken_up_in_the_middle() -> None:
+    roles = moved(kind="qwen2")
+    assert Trunk.of(roles.base, TREES, "plain").depth == 1
+    roles.base.model.config.layer_types = ["full_attention", "sliding_attention"]
+    assert Trunk.of(roles.base, TREES, "plain").depth == 0
+
+
 def test_with_adapters_on_all_layers_there_is_no_trunk() -> None:
     assert Trunk.of(rl.four_roles().base, TREES, "packed").depth == 0
 

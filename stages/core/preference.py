@@ -56,6 +56,7 @@ def objective(
 
 
 def computed_reference(roles: Roles, settings: DpoSettings | OnlineDpoSettings) -> Reference | None:
+    """The reference, computed when it is asked for; None where the loss has none."""
     return in_each_step(roles) if settings.has_reference else None
 
 

@@ -18,7 +18,7 @@ from pipeline.config import DataSource, OnlineDpoSettings, PpoSettings, Rejectio
 from pipeline.contract import Artifact, Context, Result
 from pipeline.errors import NumericalError
 from stages import online_dpo, ppo, rejection
-from stages.core.rl.experience import estimate, score
+from stages.core.rl.experience import Collector, Experience, estimate, score
 from stages.core.rl.prompts import read_prompts
 from stages.core.rl.rewards import Scale
 from stages.core.rl.sampling import Sampler
@@ -114,6 +114,23 @@ def test_the_policy_that_did_best_is_the_one_that_is_stored(policy: Artifact) ->
     assert records[1]["held_out"] == looks[1]["score"]
 
 
+def test_the_tokens_that_count_are_those_of_rounds_and_looks(policy: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed, collect = [], Collector.collect
+
+    def counted(collector: Collector, *arguments: Any) -> list[Experience]:
+        found = collect(collector, *arguments)
+        computed.append(sum(each.batch.token_count for each in found))
+        return found
+
+    monkeypatch.setattr(Collector, "collect", counted)
+    result, records = train(policy, advantage="rloo", steps=2, evaluate_every=1)
+    looks, rounds = computed[::2], computed[1::2]
+    assert (len(looks), len(rounds)) == (3, 2)
+    # Policy and reference read every response, and the policy once more to learn from a round's.
+    assert [each["tokens"] for each in records] == [3 * each for each in rounds]
+    assert result.tokens == 3 * sum(rounds) + 2 * sum(looks)
+
+
 def test_every_round_samples_otherwise_and_the_same_seed_trains_the_same(policy: Artifact) -> None:
     _, first = train(policy, advantage="rloo", steps=3)
     _, again = train(policy, advantage="rloo", steps=3)
@@ -128,7 +145,7 @@ def test_an_alarm_ends_the_training_where_the_settings_say_so(policy: Artifact) 
     changes = {
         "advantage": "grpo",
         "kl_coefficient": 0.0,
-        "optimizer": {"learning_rate": 0.3, "warmup": 0.0},
+        "optimizer": {"learning_rate": 1.0, "warmup": 0.0},
         "steps": 8,
         "update_epochs": 3,
     }

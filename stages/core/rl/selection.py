@@ -81,7 +81,8 @@ class Selection:
         return max(self.looks, key=lambda look: look.score)
 
     def look(self, rounds: int) -> dict[str, float]:
-        """Sample, score and remember; returns the figures for the record of the round."""
+        """Sample, score and remember; returns the figures for the record of the round, and the `tokens` that each role
+        computed."""
         rollout = self._look_at()
         experiences = self._collector.collect(rollout, rollout.trees(), self._rewards.of_rules(rollout))
         rewards = in_order(rollout, experiences, "rewards").double().mean(1).numpy()
@@ -90,7 +91,11 @@ class Selection:
         self.looks.append(Look(rounds, scores, rewards, kl))
         if self.best is self.looks[-1]:
             self.kept = {name: each.detach().clone() for name, each in self._roles.parameters(POLICY)}
-        return {"held_out": self.looks[-1].score, "held_out_reward": float(self.looks[-1].rewards.mean())}
+        return {
+            "held_out": self.looks[-1].score,
+            "held_out_reward": float(self.looks[-1].rewards.mean()),
+            "tokens": sum(each.batch.token_count for each in experiences),
+        }
 
     @property
     def over_optimised(self) -> str:

@@ -151,7 +151,7 @@ class Training:
         self._resume()
         taken = stream(self._prompts.passes, context.seed, self._done * settings.examples_per_step)
         if not self._done:
-            self.selection.look(0)
+            self._look()
         with context.checkpoints.steps():
             while self._done < settings.steps and not self._over:
                 chosen = [next(taken) for _ in range(settings.examples_per_step)]
@@ -160,7 +160,7 @@ class Training:
                 raised = self._health.watch(figures)
                 last = self._done == settings.steps or any(each.name in settings.stop_on for each in raised)
                 if self._done % settings.evaluate_every == 0 or last:
-                    figures |= self.selection.look(self._done)
+                    figures |= self._look()
                     raised += self._health.set_off("over_optimisation", self.selection.over_optimised)
                 self.tokens += int(figures["tokens"])
                 self.last = [*self.last[-LAST_ROUNDS + 1 :], figures]
@@ -187,6 +187,12 @@ class Training:
         learnt = self._learner.learn(rollout, groups, number, random.Random(f"{self._context.seed} order {number}"))
         scored = self._scoring_roles * sum(each.batch.token_count for each in experiences)
         return figures | learnt | {"tokens": scored + learnt["tokens"]}
+
+    def _look(self) -> dict[str, float]:
+        """See how the policy does on held-out prompts."""
+        figures = self.selection.look(self._done)
+        self.tokens += self._scoring_roles * int(figures.pop("tokens"))
+        return figures
 
     def _examine(self, experiences: list[Experience]) -> None:
         """The preflight, a line for each check."""

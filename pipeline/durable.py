@@ -52,7 +52,6 @@ def seal(directory: Path, file_name: str, record: BaseModel) -> None:
     """Make the names of a directory's files, which are durable, so as well; then write its record."""
     for folder in sorted((path for path in directory.rglob("*") if path.is_dir()), reverse=True):
         sync(folder)
-    sync(directory)
     write_text(directory / file_name, sealed(record))
 
 

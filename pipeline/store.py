@@ -282,6 +282,7 @@ def _replace(work: Path, target: Path, run: RunDirectory) -> None:
         durable.sync(run.archive)
         return
     kept.rename(work)
+    durable.sync(run.work)
     _set_aside(target, run.archive, target.name)
     durable.rename_new(work, target)
 

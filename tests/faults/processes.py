@@ -11,23 +11,32 @@ from functools import partial
 from pathlib import Path
 
 from pipeline import lock
+from pipeline.contract import Context, Result
+from pipeline.errors import BusyError
 
 from . import children, runs
 
+PATIENCE = 60.0
+"""Seconds after which those that were not refused go on, should there be several."""
 WITHIN = 5.0
 """Seconds in which a killed holder's lock must be free."""
 
 
 def at_once(root: Path, count: int) -> Counter[int]:
-    """Exit codes of processes that run the same run at the same time; one that comes late finds all done."""
+    """Exit codes of processes that run the same run at the same time: the first one's stages wait for all others."""
     runs.write_configuration(root)
-    reading, writing = os.pipe()
-    action = partial(_in_time, partial(runs.run, root), root)
-    started = [children.start(action, root / "output", wait=reading) for _ in range(count)]
-    os.write(writing, b"." * count)
-    codes = Counter(map(children.ended, started))
-    os.close(reading)
-    os.close(writing)
+    started = [children.start(partial(runs.run, root, _wait_and_run), root / "output") for _ in range(count)]
+    codes: Counter[int] = Counter()
+    until = time.monotonic() + PATIENCE
+    while started:
+        for child in list(started):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                started.remove(child)
+                codes[os.waitstatus_to_exitcode(status)] += 1
+        if len(started) == 1 or time.monotonic() > until:
+            (root / "go").touch()
+        time.sleep(0.01)
     return codes
 
 
@@ -61,12 +70,12 @@ def _becomes_free(directory: Path) -> bool:
         try:
             with lock.hold(directory):
                 return True
-        except lock.BusyError:
+        except BusyError:
             time.sleep(0.01)
     return False
 
 
-def _in_time(action: children.Action, root: Path) -> int | None:
-    """Hold the directory until all others were refused: a run is over so soon that one may start after it."""
-    code = action()
-    return code
+def _wait_and_run(context: Context) -> Result:
+    while not (context.directory.parents[2] / "go").exists():
+        time.sleep(0.01)
+    return runs.run_stage(context)

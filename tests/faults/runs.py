@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,13 @@ def write_configuration(root: Path) -> None:
     fakes.write_world(root)
 
 
-def run(root: Path, *settings: str) -> int:
+def run(root: Path, stage: Callable[[Context], Result] = run_stage) -> int:
     """`baton run`, in a process of its own; returns the exit code."""
     store.RESERVE = 0  # the file systems that are filled up are small
-    fakes.install(sys.modules, run_stage)
+    fakes.install(sys.modules, stage)
     report.write = fakes.write_report
     fingerprint.sources, fingerprint.environment = _sources, _environment
-    return cli.execute(cli.app, ["run", str(root / "config.yaml"), "checkpoint_minutes=0", *settings])
+    return cli.execute(cli.app, ["run", str(root / "config.yaml"), "checkpoint_minutes=0"])
 
 
 def results(root: Path) -> dict[str, Any]:

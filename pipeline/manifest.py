@@ -1,12 +1,13 @@
 """The manifest: what a stage directory says about itself, and what a receiver checks before it uses it.
 
 `manifest.json` is written last, so a directory that has one is complete. It lists every other file with its
-size and sha256; its own sha256 stands in the manifests of the stages that use it, so the chain reaches back
-to the base model.
+size and sha256, and its last line is a seal of its own text. Its sha256 stands in the manifests of the stages that
+use it, so the chain reaches back to the base model.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -15,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from pipeline import seal
 from pipeline.errors import ArtifactError
 from pipeline.fingerprint import content, file_sha256
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE_NAME = "manifest.json"
 
 
@@ -28,6 +30,15 @@ class Record(BaseModel):
     """Base of all parts of a manifest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class SealedRecord(Record):
+    """Base of what is written with a seal, which is the file's and not the record's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_seal(cls, fields: Any) -> Any:
+        return {name: fields[name] for name in fields if name != seal.FIELD} if isinstance(fields, dict) else fields
 
 
 class Metric(Record):
@@ -108,7 +119,7 @@ class Cost(Record):
     peak_memory_bytes: int
 
 
-class Manifest(Record):
+class Manifest(SealedRecord):
     """The record of a finished stage."""
 
     schema_version: int = SCHEMA_VERSION
@@ -161,9 +172,11 @@ def load(directory: Path) -> Manifest:
     """
     path = directory / FILE_NAME
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads(read_record(path))
     except FileNotFoundError:
-        raise ArtifactError("no manifest: not a finished stage", where=directory) from None
+        raise ArtifactError(f"no {FILE_NAME}: not a finished stage", where=directory) from None
+    except OSError as error:
+        raise ArtifactError(f"the manifest cannot be read: {error.strerror}", where=path) from None
     except ValueError as error:
         raise ArtifactError(f"the manifest is not JSON: {error}", where=path) from None
     version = fields.get("schema_version") if isinstance(fields, dict) else None
@@ -178,6 +191,19 @@ def load(directory: Path) -> Manifest:
         raise ArtifactError(f"malformed manifest: {field}: {first['msg']}", where=path) from None
 
 
+def read_record(path: Path) -> bytes:
+    """The text of a record, which is a file: nothing else is followed or waited for.
+
+    Raises:
+        OSError: It is not there, not a file, or cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return stream.read()
+
+
 def sha256(directory: Path) -> str:
     """Sha256 of the manifest file, by which the stages that use the directory know it."""
     return file_sha256(directory / FILE_NAME)
@@ -188,26 +214,35 @@ def content_digest(outputs: Iterable[OutputRecord]) -> str:
     return content({output.path: output.sha256 for output in outputs if output.role == "artifact"})
 
 
-def damages(directory: Path) -> list[Damage]:
+def damages(directory: Path, *, fast: bool = False) -> list[Damage]:
     """Everything in which a stage directory differs from its manifest; empty when it is intact.
+
+    Args:
+        directory: Of a stage.
+        fast: Compare names, kinds and sizes of the files the manifest lists, and hash none of them.
 
     Raises:
         ArtifactError: The manifest itself cannot be read.
     """
     manifest = load(directory)
-    found = list(differences(directory, manifest.outputs, FILE_NAME))
+    found = list(differences(directory, manifest.outputs, FILE_NAME, fast=fast))
+    if not seal.is_intact(read_record(directory / FILE_NAME)):
+        found.append(Damage(FILE_NAME, "changed since it was written", "what its seal is of"))
     if content_digest(manifest.outputs) != manifest.digest:
         found.append(Damage(FILE_NAME, "digest of the listed files differs", f"digest {manifest.digest}"))
     return found
 
 
-def differences(directory: Path, outputs: Iterable[OutputRecord], record: str) -> Iterator[Damage]:
+def differences(
+    directory: Path, outputs: Iterable[OutputRecord], record: str, *, fast: bool = False
+) -> Iterator[Damage]:
     """Everything in which the files of a directory, re-hashed, differ from those that its record lists.
 
     Args:
         directory: A sealed directory.
         outputs: The files that are listed.
         record: Name of the file that lists them, which is not among them.
+        fast: Hash nothing.
     """
     listed = {output.path: output for output in outputs}
     present = {path.relative_to(directory).as_posix(): path for path in walk(directory)}
@@ -215,7 +250,7 @@ def differences(directory: Path, outputs: Iterable[OutputRecord], record: str) -
     for name in sorted(present.keys() - listed.keys()):
         yield Damage(name, "not in the manifest", "no such file")
     for name, output in sorted(listed.items()):
-        damage = _damage(present.get(name), output)
+        damage = _damage(present.get(name), output, fast)
         if damage is not None:
             yield damage
 
@@ -240,7 +275,7 @@ def walk(directory: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in sorted(files + links))
 
 
-def _damage(path: Path | None, output: OutputRecord) -> Damage | None:
+def _damage(path: Path | None, output: OutputRecord, fast: bool) -> Damage | None:
     if path is None:
         return Damage(output.path, "missing", f"{output.bytes} bytes")
     status = path.lstat()
@@ -249,5 +284,7 @@ def _damage(path: Path | None, output: OutputRecord) -> Damage | None:
         return Damage(output.path, found, "a regular file")
     if status.st_size != output.bytes:
         return Damage(output.path, f"{status.st_size} bytes", f"{output.bytes} bytes")
+    if fast:
+        return None
     digest = file_sha256(path)
     return None if digest == output.sha256 else Damage(output.path, f"sha256 {digest}", f"sha256 {output.sha256}")

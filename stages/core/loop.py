@@ -97,6 +97,11 @@ class Updater:
         """Where the parameters are."""
         return self._parameters[0].device
 
+    @property
+    def size(self) -> int:
+        """About as many bytes as its state has after a step."""
+        return sum(parameter.nbytes for parameter in self._parameters) + sum(map(optim.size, self._optimizers))
+
     def state(self) -> State:
         """The weights, what the optimizers remember of them, and the number of steps: all that steps change."""
         parts = {
@@ -130,7 +135,7 @@ def follow(
     """Take all steps of a stage, or those after its checkpoint, reporting each; returns the tokens of all steps."""
     updater = Updater(named, context.settings.optimizer, total_steps(len(examples), context.settings))
     tokens = _resume(context, updater)
-    with context.checkpoints.steps():
+    with context.checkpoints.steps(updater.size):
         for figures in train(examples, objective, updater, context.settings, context.seed):
             tokens += int(figures["tokens"])
             context.progress(figures, done=updater.taken, total=updater.total)

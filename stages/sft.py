@@ -48,7 +48,7 @@ def run(context: Context) -> Result:
     examples = rows.examples(context, "data", conversation_tree, roles.base)
     layout, warnings = choose_layout(roles.base, examples.train)
     with roles.use(POLICY if settings.lora else REFERENCE):
-        tokens = _train(context, roles, examples, layout)
+        followed = _train(context, roles, examples, layout)
         metrics = loss_metrics(roles.base, examples.held_out, settings.tokens_per_batch, layout)
     kind, tokenizer = _save(context, roles, policy), record(roles.base)
     probed = examples.held_out or examples.train
@@ -65,9 +65,9 @@ def run(context: Context) -> Result:
         data=examples.cards,
         adaptation=merged.model_copy(update={"quantization": settings.quantization}) if settings.lora else None,
         tokenizer=tokenizer,
-        tokens=tokens,
+        tokens=followed.tokens,
         compute=compute.record,
-        warnings=warnings,
+        warnings=[*warnings, *followed.warnings],
     )
 
 
@@ -89,8 +89,8 @@ def _open(context: Context, policy: Artifact, compute: device.Compute) -> Roles:
     return roles
 
 
-def _train(context: Context, roles: Roles, examples: rows.Examples, layout: Layout) -> int:
-    """Take all steps; returns the tokens computed."""
+def _train(context: Context, roles: Roles, examples: rows.Examples, layout: Layout) -> loop.Followed:
+    """Take all steps."""
     settings = context.settings
     objective = negative_mean(roles.base, settings.tokens_per_batch, layout)
     named = roles.parameters(POLICY) if settings.lora else roles.base.model.named_parameters()

@@ -12,15 +12,15 @@ from __future__ import annotations
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline import durable, store
+from pipeline import durable, seal, store
 from pipeline import manifest as manifests
 from pipeline.errors import ArtifactError
-from pipeline.manifest import OutputRecord, Record
+from pipeline.manifest import OutputRecord, SealedRecord
 
 FILE_NAME = "checkpoint.json"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -36,10 +36,10 @@ class Maker:
     """Code, libraries and machine."""
 
 
-class CheckpointRecord(Record):
+class CheckpointRecord(SealedRecord):
     """What a checkpoint says of itself."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     step: int
     """Steps that were taken."""
     key: str
@@ -117,8 +117,25 @@ def keep(directory: Path, kept: Collection[Path]) -> None:
 
 
 def clear(directory: Path) -> None:
-    """Remove all checkpoints of a stage."""
+    """Remove all checkpoints of a stage, the oldest first: what is left at any moment is the newest."""
+    for path in reversed(_newest_first(directory)):
+        _remove(path)
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def garbage(directory: Path, published: str | None) -> Iterator[tuple[Path, str]]:
+    """What nobody can go on from, and why; nothing is hashed.
+
+    Args:
+        directory: A stage's checkpoints.
+        published: Hard key of the stage that was published.
+    """
+    for path in sorted(directory.iterdir()):
+        record = _record(path) if _NAME.fullmatch(path.name) else None
+        if record is None:
+            yield path, f"no readable {FILE_NAME}"
+        elif record.key == published:
+            yield path, "its stage is published"
 
 
 def _newest_first(directory: Path) -> list[Path]:
@@ -149,7 +166,8 @@ def _damage(path: Path) -> str | None:
 
 def _record(path: Path) -> CheckpointRecord | None:
     try:
-        return CheckpointRecord.model_validate_json((path / FILE_NAME).read_bytes())
+        text = (path / FILE_NAME).read_bytes()
+        return CheckpointRecord.model_validate_json(text) if seal.is_intact(text) else None
     except (OSError, ValueError):
         return None
 
@@ -164,4 +182,5 @@ def _remove(path: Path) -> None:
     """Take a checkpoint away at once, then its files: one that is there is whole."""
     gone = path.with_name(f".gone-{uuid.uuid4().hex[:12]}")
     path.rename(gone)
+    durable.sync(path.parent)  # its files may not go before its name
     shutil.rmtree(gone, ignore_errors=True)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline import inspection, loader, origins, runner, store, terminal
+from pipeline import garbage, inspection, loader, origins, runner, store, terminal
 from pipeline import manifest as manifests
 from pipeline import plan as planning
 from pipeline.config import RunSettings
@@ -135,14 +135,21 @@ def show(
 
 
 @app.command()
-def verify(run: Run, as_json: AsJson = False) -> None:
+def verify(
+    run: Run,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Compare names, kinds and sizes only; changed content is not found.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Re-hash every file and check the chain of manifests."""
-    problems = inspection.integrity(run)
+    problems = inspection.integrity(run, fast=fast)
     if as_json:
         _print_json(problems)
     else:
+        sound = "of the right names and sizes, not re-hashed" if fast else "intact"
         for stage, found in problems.items():
-            _print("\n  ".join([f"{stage}: {'damaged' if found else 'intact'}", *found]))
+            _print("\n  ".join([f"{stage}: {'damaged' if found else sound}", *found]))
     damaged = [stage for stage, found in problems.items() if found]
     if damaged:
         hint = "`baton run` makes damaged stages again"
@@ -166,6 +173,27 @@ def why(
         _print(f"{stage} last ran {last['started']}: {last['outcome']}")
         _print("".join(f"  {reason}\n" for reason in last["reasons"]).rstrip("\n"))
     print_plan([decision for decision in decisions if decision.stage == stage])
+
+
+@app.command()
+def gc(
+    run: Run,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove it.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List what no published stage refers to: replaced, damaged and failed ones, checkpoints of published ones."""
+    directory = inspection.run_of(run)
+    with store.lock(directory), store.storage_errors(directory.root):
+        found = garbage.find(directory)
+        if delete:
+            garbage.delete(directory, found)
+    if as_json:
+        _print_json([asdict(each) | {"path": str(each.path)} for each in found])
+        return
+    for each in found:
+        _print(f"{each.path.relative_to(directory.root)}: {each.bytes:,} bytes: {each.why}")
+    total = f"{sum(each.bytes for each in found):,} bytes"
+    _print(f"{total} removed" if delete else f"{total} could be removed; `--delete` does")
 
 
 @app.command()

@@ -48,8 +48,15 @@ class Checkpoints(Protocol):
     def resume(self) -> Path | None:
         """Directory of the checkpoint to go on from; None at the beginning. The log is what it was then."""
 
-    def steps(self) -> AbstractContextManager[None]:
-        """Goes around all steps: within, a signal lets the step in progress end and leave a checkpoint."""
+    def steps(self, size: int) -> AbstractContextManager[None]:
+        """Goes around all steps: within, a signal lets the step in progress end and leave a checkpoint.
+
+        Args:
+            size: About as many bytes as a checkpoint will have.
+
+        Raises:
+            StorageError: There is no space for checkpoints.
+        """
 
     def after(self, step: int, write: Callable[[Path], None]) -> None:
         """Called when a step is over and its record logged; where a checkpoint is due, `write` fills its directory.
@@ -69,7 +76,7 @@ class NoCheckpoints:
     def resume(self) -> None:
         """Begin."""
 
-    def steps(self) -> AbstractContextManager[None]:
+    def steps(self, size: int) -> AbstractContextManager[None]:
         """Signals do what they do."""
         return nullcontext()
 

@@ -18,6 +18,7 @@ from pipeline import manifest as manifests
 from pipeline.errors import ArtifactError
 from pipeline.fingerprint import file_sha256
 from pipeline.manifest import OutputRecord
+from pipeline.seal import sealed
 
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
 
@@ -48,11 +49,19 @@ def inventory(directory: Path) -> list[OutputRecord]:
 
 
 def seal(directory: Path, file_name: str, record: BaseModel) -> None:
-    """Write the record of a directory whose files are durable, and make the directory itself durable."""
-    write_text(directory / file_name, record.model_dump_json(indent=2) + "\n")
+    """Make the names of a directory's files, which are durable, so as well; then write its record."""
     for folder in sorted((path for path in directory.rglob("*") if path.is_dir()), reverse=True):
         sync(folder)
     sync(directory)
+    write_text(directory / file_name, sealed(record))
+
+
+def make_directory(directory: Path) -> None:
+    """Have a directory, and those above it, that a power cut does not take away."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -80,8 +89,11 @@ def sync(path: Path) -> None:
 
 def rename_new(source: Path, target: Path) -> None:
     """Rename a directory to a place where nothing is; OSError where there is something."""
-    if not _renameat2(source, target, _RENAME_NOREPLACE):
-        source.rename(target)
+    if _renameat2(source, target, _RENAME_NOREPLACE):
+        return
+    if os.path.lexists(target):  # a plain rename takes the place of an empty directory without a word
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    source.rename(target)
 
 
 def exchange(first: Path, second: Path) -> bool:

@@ -7,11 +7,11 @@ business.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoints, inputs, loader
+from pipeline import checkpoints, inputs, loader, store
 from pipeline import manifest as manifests
 from pipeline.config import RunSettings
 from pipeline.errors import ArtifactError, ConfigError
@@ -79,14 +79,19 @@ def locate(directory: Path, record: InputRecord) -> Path:
     return path if path.is_absolute() else directory.parent.parent / path
 
 
-def integrity(place: Path) -> dict[str, list[str]]:
-    """Stage -> what is wrong with its files or with the chain to its inputs; empty when all is well."""
+def integrity(place: Path, *, fast: bool = False) -> dict[str, list[str]]:
+    """Stage -> what is wrong with its files or with the chain to its inputs; empty when all is well.
+
+    Args:
+        place: A run directory, its configuration or the directory of one stage.
+        fast: Hash manifests only, and of other files compare names, kinds and sizes.
+    """
     if (place / manifests.FILE_NAME).is_file():
-        return {place.name: _problems(place, {})}
+        return {place.name: _problems(place, {}, fast)}
     run = run_of(place)
-    shelf = {manifests.sha256(path.parent): path.parent for path in run.archive.glob(f"*/{manifests.FILE_NAME}")}
+    shelf = store.archived(run)
     names = sorted(path.name for path in run.stages.iterdir())
-    return {name: _problems(run.stage(name), shelf) for name in names}
+    return {name: _problems(run.stage(name), shelf, fast) for name in names}
 
 
 def history(run: RunDirectory, stage: str) -> dict[str, Any] | None:
@@ -141,16 +146,16 @@ def _ancestor(role: str, place: Path, manifest: Manifest | None) -> dict[str, An
     return facts | {"stage": manifest.stage, "kind": manifest.kind, "digest": manifest.digest, "data": data}
 
 
-def _problems(directory: Path, archived: dict[str, Path]) -> list[str]:
+def _problems(directory: Path, archived: Mapping[str, Path], fast: bool) -> list[str]:
     try:
-        found = [str(damage) for damage in manifests.damages(directory)]
+        found = [str(damage) for damage in manifests.damages(directory, fast=fast)]
         manifest = manifests.load(directory)
     except ArtifactError as error:
         return [f"{manifests.FILE_NAME}: {error.what}"]
     for role, record in manifest.inputs.items():
         if record.manifest_sha256 is not None:
-            found += _broken_link(role, locate(directory, record), record, archived)
-        else:
+            found += _broken_link(role, locate(directory, record), record, archived, fast)
+        elif not fast:
             found += _changed_model(role, locate(directory, record), record)
     return found
 
@@ -169,7 +174,7 @@ def _changed_model(role: str, place: Path, record: InputRecord) -> list[str]:
     return [f"input {role}: {place}: content digest {model.digest}, expected {record.digest}"]
 
 
-def _broken_link(role: str, place: Path, record: InputRecord, archived: dict[str, Path]) -> list[str]:
+def _broken_link(role: str, place: Path, record: InputRecord, archived: Mapping[str, Path], fast: bool) -> list[str]:
     """What is wrong with the chain to one input.
 
     An input that was replaced since is in the archive; one that was made again may have come out the same.
@@ -180,7 +185,7 @@ def _broken_link(role: str, place: Path, record: InputRecord, archived: dict[str
         return []
     if expected in archived:
         kept = archived[expected]
-        return [f"input {role}: {kept.name}/{damage}" for damage in manifests.damages(kept)]
+        return [f"input {role}: {kept.name}/{damage}" for damage in manifests.damages(kept, fast=fast)]
     if path.is_file() and manifests.load(place).digest == record.digest:
         return []
     return [f"input {role}: {path}: sha256 {found}, expected {expected}"]

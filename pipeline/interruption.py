@@ -48,7 +48,7 @@ class Interruption:
 
     @contextlib.contextmanager
     def wait(self) -> Iterator[None]:
-        """Hold signals back until the end of the block, as while publishing."""
+        """Hold the first signal back until the end of the block, as while publishing; a second one stops at once."""
         self._waiting += 1
         try:
             yield
@@ -73,5 +73,5 @@ class Interruption:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         is_first, self._received = not self.came, number
-        if not self._waiting and not (self._stepping and is_first):
+        if not is_first or not (self._waiting or self._stepping):
             raise KeyboardInterrupt

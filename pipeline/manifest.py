@@ -1,8 +1,8 @@
 """The manifest: what a stage directory says about itself, and what a receiver checks before it uses it.
 
 `manifest.json` is written last, so a directory that has one is complete. It lists every other file with its
-size and sha256; its own sha256 stands in the manifests of the stages that use it, so the chain reaches back
-to the base model.
+size and sha256, and its last line is a seal of its own text. Its sha256 stands in the manifests of the stages that
+use it, so the chain reaches back to the base model.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from pipeline import seal
 from pipeline.errors import ArtifactError
 from pipeline.fingerprint import content, file_sha256
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE_NAME = "manifest.json"
 
 
@@ -28,6 +29,15 @@ class Record(BaseModel):
     """Base of all parts of a manifest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class SealedRecord(Record):
+    """Base of what is written with a seal, which is the file's and not the record's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_seal(cls, fields: Any) -> Any:
+        return {name: fields[name] for name in fields if name != seal.FIELD} if isinstance(fields, dict) else fields
 
 
 class Metric(Record):
@@ -108,7 +118,7 @@ class Cost(Record):
     peak_memory_bytes: int
 
 
-class Manifest(Record):
+class Manifest(SealedRecord):
     """The record of a finished stage."""
 
     schema_version: int = SCHEMA_VERSION
@@ -190,26 +200,35 @@ def content_digest(outputs: Iterable[OutputRecord]) -> str:
     return content({output.path: output.sha256 for output in outputs if output.role == "artifact"})
 
 
-def damages(directory: Path) -> list[Damage]:
+def damages(directory: Path, *, fast: bool = False) -> list[Damage]:
     """Everything in which a stage directory differs from its manifest; empty when it is intact.
+
+    Args:
+        directory: Of a stage.
+        fast: Compare names, kinds and sizes of the files the manifest lists, and hash none of them.
 
     Raises:
         ArtifactError: The manifest itself cannot be read.
     """
     manifest = load(directory)
-    found = list(differences(directory, manifest.outputs, FILE_NAME))
+    found = list(differences(directory, manifest.outputs, FILE_NAME, fast=fast))
+    if not seal.is_intact((directory / FILE_NAME).read_bytes()):
+        found.append(Damage(FILE_NAME, "changed since it was written", "what its seal is of"))
     if content_digest(manifest.outputs) != manifest.digest:
         found.append(Damage(FILE_NAME, "digest of the listed files differs", f"digest {manifest.digest}"))
     return found
 
 
-def differences(directory: Path, outputs: Iterable[OutputRecord], record: str) -> Iterator[Damage]:
+def differences(
+    directory: Path, outputs: Iterable[OutputRecord], record: str, *, fast: bool = False
+) -> Iterator[Damage]:
     """Everything in which the files of a directory, re-hashed, differ from those that its record lists.
 
     Args:
         directory: A sealed directory.
         outputs: The files that are listed.
         record: Name of the file that lists them, which is not among them.
+        fast: Hash nothing.
     """
     listed = {output.path: output for output in outputs}
     present = {path.relative_to(directory).as_posix(): path for path in walk(directory)}
@@ -217,7 +236,7 @@ def differences(directory: Path, outputs: Iterable[OutputRecord], record: str) -
     for name in sorted(present.keys() - listed.keys()):
         yield Damage(name, "not in the manifest", "no such file")
     for name, output in sorted(listed.items()):
-        damage = _damage(present.get(name), output)
+        damage = _damage(present.get(name), output, fast)
         if damage is not None:
             yield damage
 
@@ -242,7 +261,7 @@ def walk(directory: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in sorted(files + links))
 
 
-def _damage(path: Path | None, output: OutputRecord) -> Damage | None:
+def _damage(path: Path | None, output: OutputRecord, fast: bool) -> Damage | None:
     if path is None:
         return Damage(output.path, "missing", f"{output.bytes} bytes")
     status = path.lstat()
@@ -251,5 +270,7 @@ def _damage(path: Path | None, output: OutputRecord) -> Damage | None:
         return Damage(output.path, found, "a regular file")
     if status.st_size != output.bytes:
         return Damage(output.path, f"{status.st_size} bytes", f"{output.bytes} bytes")
+    if fast:
+        return None
     digest = file_sha256(path)
     return None if digest == output.sha256 else Damage(output.path, f"sha256 {digest}", f"sha256 {output.sha256}")

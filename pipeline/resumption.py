@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pipeline import checkpoints
+from pipeline import checkpoints, store
 from pipeline.checkpoints import Maker
 from pipeline.interruption import Interruption
 from pipeline.progress import FILE_NAME, StageProgress
 
 KEPT = 2
 """Should the newest be damaged, there is another."""
+MARGIN = 1.2
+"""Of the space that must be free to that of the checkpoints."""
 
 
 class StageCheckpoints:
@@ -62,8 +64,14 @@ class StageCheckpoints:
         return found
 
     @contextlib.contextmanager
-    def steps(self) -> Iterator[None]:
-        """The time between checkpoints counts from here."""
+    def steps(self, size: int) -> Iterator[None]:
+        """The time between checkpoints counts from here.
+
+        Raises:
+            StorageError: There is no space for those that are kept and one that is being written.
+        """
+        missing = KEPT + 1 - len(self._kept)
+        store.require_space(self._directory, round(MARGIN * missing * size), f"for {missing} checkpoints")
         self._last = self._clock()
         with self._interruption.step_by_step():
             yield

@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline import checkpoints, durable, fingerprint, handover, inputs, loader, store, terminal
+from pipeline import checkpoints, durable, fingerprint, handover, inputs, loader, lock, store, terminal
 from pipeline import manifest as manifests
 from pipeline.config import PRODUCES, RunSettings, evaluated, trained
 from pipeline.contract import Artifact, Context, Result
@@ -73,6 +73,7 @@ def run(
     directory = RunDirectory.of(settings)
     runner = _Runner(settings, directory, command, console or terminal.console())
     with store.lock(directory), runner.interruption.watch(), store.storage_errors(directory.root):
+        runner.warn_of_locks()
         return runner.run(only, until, force, strict)
 
 
@@ -83,6 +84,11 @@ class _Runner:
         self.command = command
         self.console = console
         self.interruption = Interruption()
+
+    def warn_of_locks(self) -> None:
+        """Say so where nobody knows whether a lock holds between machines."""
+        if caveat := lock.caveat(self.directory.root):
+            self.console.print(f"warning: {printable(str(self.directory.root), None)}: {caveat}")
 
     def run(self, only: Collection[str], until: str | None, force: Collection[str], strict: bool) -> list[Outcome]:
         decisions = plan(self.settings, only=only, until=until, force=force, strict=strict)
@@ -222,6 +228,7 @@ class _Runner:
         }
         with self.directory.history.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
+        durable.sync(self.directory.history)
 
     def _report(self, outcomes: list[Outcome]) -> None:
         from pipeline import report

@@ -9,28 +9,27 @@
     RUN/config.yaml  RUN/history.jsonl  RUN/report.html  RUN/report.json  RUN/.lock
 
 Publishing makes every file durable and hashes it (`pipeline/durable.py`), writes the manifest last, reads everything
-back and renames the directory, so a process or machine that stops at any point leaves the stage absent or complete.
+back and renames the directory, so a process or machine that stops at any point leaves the stage absent or complete. A
+stage that is replaced changes places with the new one, in the archive, at once: there is never none, and nothing that
+was published is ever among what is cleared away.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import json
 import os
 import shutil
-import socket
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline import durable
+from pipeline import lock as locking
 from pipeline import manifest as manifests
 from pipeline.config import RunSettings
-from pipeline.errors import BatonError, BusyError, StorageError
+from pipeline.errors import ArtifactError, BatonError, StorageError
 from pipeline.manifest import Manifest
 
 RESERVE = 100 * 2**20
@@ -40,7 +39,6 @@ _FULL = 2**20
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NO_PERMISSION = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 _RECORDS = frozenset({".json", ".jsonl", ".log", ".txt"})
-_held: set[int] = set()
 
 
 @dataclass(frozen=True)
@@ -102,26 +100,31 @@ def lock(run: RunDirectory) -> Iterator[None]:
         StorageError: The directory cannot be written.
     """
     try:
-        run.root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        durable.make_directory(run.root)
+        holding = contextlib.ExitStack()
+        holding.enter_context(locking.hold(run.root))
     except OSError as error:
         hint = "choose another `output`"
         raise StorageError(f"cannot be the run directory: {error.strerror}", where=run.root, hint=hint) from None
-    try:
-        _acquire(descriptor, run.root)
-        _held.add(descriptor)
+    with holding:
         with storage_errors(run.root):
             _sweep(run)
         yield
-    finally:
-        _held.discard(descriptor)
-        os.close(descriptor)
 
 
 def begin(run: RunDirectory, name: str) -> Path:
-    """A new empty directory for a stage to fill, on the same file system as where it will be published."""
+    """A new empty directory for a stage to fill, on the same file system as where it will be published.
+
+    Raises:
+        StorageError: They are on two file systems, between which nothing can be renamed.
+    """
     directory = run.work / f"{name}-{uuid.uuid4().hex[:12]}"
     directory.mkdir(parents=True)
+    durable.make_directory(run.stages)
+    if directory.stat().st_dev != run.stages.stat().st_dev:
+        directory.rmdir()
+        hint = "keep the whole run directory on one file system"
+        raise StorageError(f"on another file system than {run.work}", where=run.stages, hint=hint)
     return directory
 
 
@@ -135,16 +138,9 @@ def publish(work: Path, run: RunDirectory, name: str, manifest: Manifest) -> Pat
     """
     durable.seal(work, manifests.FILE_NAME, manifest)
     manifests.verify(work)
-    target = run.stage(name)
-    target.parent.mkdir(exist_ok=True)
-    if target.exists():
-        _replace(work, target, run)
-    else:
-        durable.rename_new(work, target)
-    for folder in (run.stages, run.work, run.root):
-        durable.sync(folder)
+    _place(work, run, name)
     shutil.rmtree(run.failed(name), ignore_errors=True)
-    return target
+    return run.stage(name)
 
 
 def fail(run: RunDirectory, work: Path) -> Path:
@@ -158,6 +154,11 @@ def fail(run: RunDirectory, work: Path) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     work.rename(target)
     return target
+
+
+def archived(run: RunDirectory) -> dict[str, Path]:
+    """Replaced stages by the sha256 of their manifests, by which the stages made from them know them."""
+    return {manifests.sha256(path.parent): path.parent for path in run.archive.glob(f"*/{manifests.FILE_NAME}")}
 
 
 def quarantine(run: RunDirectory, name: str) -> Path:
@@ -175,14 +176,24 @@ def check_space(directory: Path, largest_input: int) -> None:
     Raises:
         StorageError: Gives the bytes needed and free.
     """
-    needed, free = 2 * largest_input + RESERVE, shutil.disk_usage(directory).free
+    require_space(directory, 2 * largest_input + RESERVE)
+
+
+def require_space(directory: Path, needed: int, purpose: str = "") -> None:
+    """Refuse to go on where there is too little space.
+
+    Raises:
+        StorageError: Gives the bytes needed and free.
+    """
+    free = shutil.disk_usage(_existing(directory)).free
     if free < needed:
-        raise StorageError(f"{needed:,} bytes needed, {free:,} free", where=directory, hint="free some space")
+        wanted = f"{needed:,} bytes needed{f' {purpose}' if purpose else ''}"
+        raise StorageError(f"{wanted}, {free:,} free", where=directory, hint="free some space")
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write into `StorageError`; other errors pass."""
+    """Turn what keeps the operating system from writing into `StorageError`; other errors pass."""
     try:
         yield
     except OSError as error:
@@ -193,13 +204,16 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def storage_error(error: OSError, path: Path) -> StorageError | None:
-    """The `StorageError` for an `OSError` about space or permission; None for any other."""
+    """The `StorageError` for an `OSError` about space, permission or a broken device; None for any other."""
     place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
     if error.errno in _NO_SPACE:
         return no_space(place)
     if error.errno in _NO_PERMISSION:
         hint = "check who owns it, or choose another `output`"
         return StorageError(os.strerror(error.errno), where=place, hint=hint)
+    if error.errno == errno.EIO:
+        hint = "look after the device, then run the same command again: finished stages are kept"
+        return StorageError("the device failed to read or write", where=place, hint=hint)
     return None
 
 
@@ -211,72 +225,79 @@ def hides_no_space(error: BaseException, directory: Path) -> bool:
 
 def no_space(path: Path) -> StorageError:
     """The error for a file system that filled up while a file was written."""
-    place = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     return StorageError(
-        f"no space left: {shutil.disk_usage(place).free:,} bytes free, the write needed more",
+        f"no space left: {shutil.disk_usage(_existing(path)).free:,} bytes free, the write needed more",
         where=path,
         hint="free some space and run the same command again: finished stages are kept",
     )
 
 
-def _acquire(descriptor: int, root: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BusyError(f"in use{_holder(descriptor)}", where=root, hint="wait for it or stop it") from None
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started})
-    with storage_errors(root):
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, holder.encode("utf-8"), 0)
-
-
-def _holder(descriptor: int) -> str:
-    """Who wrote the lock file; it may be mid-write, and then nobody is named."""
-    try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
-        return f" by process {holder['pid']} on {holder['host']} since {holder['started']}"
-    except (ValueError, KeyError, TypeError):
-        return ""
+def _existing(path: Path) -> Path:
+    """The path, or the nearest above it that exists."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
 
 
 def _sweep(run: RunDirectory) -> None:
-    """Clear what dead processes left. A complete directory was cut off in a replacement and is archived."""
+    """Clear what dead processes left; what they had finished is put where it belongs, or kept."""
     if not run.work.is_dir():
         return
     for orphan in sorted(run.work.iterdir()):
-        if (orphan / manifests.FILE_NAME).is_file():
-            _set_aside(orphan, run.archive, orphan.name.rpartition("-")[0])
-        else:
+        name = orphan.name.rpartition("-")[0]
+        if not _is_whole(orphan):
             fail(run, orphan)
+        elif os.path.lexists(run.stage(name)):
+            _set_aside(orphan, run.archive, name)
+        else:
+            _place(orphan, run, name)
+
+
+def _is_whole(directory: Path) -> bool:
+    try:
+        return not manifests.damages(directory)
+    except ArtifactError:
+        return False
+
+
+def _place(work: Path, run: RunDirectory, name: str) -> None:
+    """Rename a whole directory to where its stage belongs; when this returns, that survives a power cut."""
+    target = run.stage(name)
+    durable.make_directory(run.stages)
+    if os.path.lexists(target):
+        _replace(work, target, run)
+    else:
+        durable.rename_new(work, target)
+    for folder in (run.stages, run.work):
+        durable.sync(folder)
+
+
+def _replace(work: Path, target: Path, run: RunDirectory) -> None:
+    """Have a stage and a new one change places at once, the new one coming from where the old one will be kept.
+
+    Where the file system cannot do that, there is a moment without the stage. Who is stopped then leaves a whole work
+    directory, which the next process puts in its place.
+    """
+    kept = _free_place(target, run.archive, target.name)
+    durable.rename_new(work, kept)
+    if durable.exchange(kept, target):
+        durable.sync(run.archive)
+        return
+    kept.rename(work)
+    _set_aside(target, run.archive, target.name)
+    durable.rename_new(work, target)
 
 
 def _set_aside(directory: Path, shelf: Path, name: str) -> Path:
-    path = directory / manifests.FILE_NAME
-    label = manifests.sha256(directory)[:8] if path.is_file() else "no-manifest"
-    shelf.mkdir(exist_ok=True)
-    target = shelf / f"{name}-{label}"
-    if target.exists():
-        target = shelf / f"{name}-{label}-{uuid.uuid4().hex[:8]}"
-    directory.rename(target)
+    target = _free_place(directory, shelf, name)
+    durable.rename_new(directory, target)
     durable.sync(shelf)
     durable.sync(directory.parent)
     return target
 
 
-def _replace(work: Path, target: Path, run: RunDirectory) -> None:
-    if durable.exchange(work, target):
-        _set_aside(work, run.archive, target.name)
-        return
-    _set_aside(target, run.archive, target.name)
-    work.rename(target)
-
-
-def _close_in_child() -> None:
-    """A forked worker that outlives a killed run must not keep the run locked."""
-    for descriptor in _held:
-        os.close(descriptor)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_close_in_child)
+def _free_place(directory: Path, shelf: Path, name: str) -> Path:
+    """Where to keep a directory."""
+    path = directory / manifests.FILE_NAME
+    label = manifests.sha256(directory)[:8] if path.is_file() else "no-manifest"
+    durable.make_directory(shelf)
+    target = shelf / f"{name}-{label}"
+    return shelf / f"{name}-{label}-{uuid.uuid4().hex[:8]}" if os.path.lexists(target) else target

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from conftest import REPOSITORY
 
-from pipeline import cli, inputs, launch
+from pipeline import cli, inputs, launch, seal
 from pipeline import manifest as manifests
 from pipeline.fingerprint import file_sha256
 from pipeline.manifest import Manifest, OutputRecord
@@ -115,8 +115,8 @@ def exchange(path: Path) -> None:
     directory = path.parent
     manifest = manifests.load(directory)
     outputs = [_as_it_is(output, directory) for output in manifest.outputs]
-    sealed = manifest.model_copy(update={"outputs": outputs, "digest": manifests.content_digest(outputs)})
-    (directory / manifests.FILE_NAME).write_text(sealed.model_dump_json())
+    changed = manifest.model_copy(update={"outputs": outputs, "digest": manifests.content_digest(outputs)})
+    (directory / manifests.FILE_NAME).write_text(seal.sealed(changed))
     manifests.verify(directory)
 
 

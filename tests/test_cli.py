@@ -78,6 +78,19 @@ def test_verify_names_the_damaged_file_and_exits_5(baton: Baton, finished: Path)
     assert baton("verify", finished / "stages" / "sft").returncode == 0
 
 
+def test_verify_fast_finds_sizes_and_says_that_it_hashes_nothing(baton: Baton, finished: Path) -> None:
+    weights = finished / "stages" / "rm" / "nested" / "weights.safetensors"
+    weights.write_text("0" * 64)
+    fast = baton("verify", finished, "--fast")
+    assert (fast.returncode, fast.stdout.count("not re-hashed")) == (0, 5)
+    assert baton("verify", finished).returncode == 5
+    weights.write_text("short")
+    assert baton("verify", finished, "--fast").returncode == 5
+    weights.unlink()
+    weights.symlink_to("/etc/hostname")
+    assert "a link, expected a regular file" in baton("verify", finished, "--fast").stdout
+
+
 def test_verify_finds_a_link_of_the_chain_that_was_exchanged(baton: Baton, finished: Path, config: Path) -> None:
     other = baton("run", config, "stages.sft.epochs=2", f"output={finished.parent}/other")
     assert other.returncode == 0, other.stderr

@@ -17,7 +17,7 @@ import fakes
 import pytest
 import tiny
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, reseal
 from rich.console import Console
 
 from pipeline import checkpoints, cli, loader, report, runner
@@ -262,8 +262,7 @@ def cut(path: Path) -> None:
 
 
 def make_foreign(path: Path) -> None:
-    record = json.loads((path / checkpoints.FILE_NAME).read_text())
-    (path / checkpoints.FILE_NAME).write_text(json.dumps(record | {"key": "another"}))
+    reseal(path / checkpoints.FILE_NAME, key="another")
 
 
 @pytest.mark.parametrize(

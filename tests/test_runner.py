@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import os
+import signal
 import sys
 import types
 from collections.abc import Callable
@@ -258,9 +259,6 @@ def test_a_signal_stops_the_run_and_keeps_what_was_published(
 def test_a_signal_while_publishing_waits_until_the_stage_is_there(
     run: Run, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import os
-    import signal
-
     verify = manifests.verify
 
     def signalled(path: Path) -> manifests.Manifest:
@@ -275,6 +273,36 @@ def test_a_signal_while_publishing_waits_until_the_stage_is_there(
     assert manifests.damages(directory.stage("tok")) == []
 
 
+def test_a_second_signal_while_publishing_stops_at_once_and_loses_nothing(
+    run: Run, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run()
+    before = snapshot(directory)
+    verify = manifests.verify
+
+    def signalled(path: Path) -> manifests.Manifest:
+        if path.parent == directory.work:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return verify(path)
+
+    monkeypatch.setattr(manifests, "verify", signalled)
+    with pytest.raises(Interrupted):
+        run("stages.sft.epochs=2")
+    assert snapshot(directory) == before
+    assert list(directory.work.iterdir()) == []
+
+
+def test_a_file_system_without_known_locks_is_named(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(until="tok")
+    assert "warning" not in capsys.readouterr().out
+    monkeypatch.setattr("pipeline.lock.file_system", lambda path: "nfs4")
+    run(until="tok")
+    assert "run: nfs4 may not keep processes of other machines out" in capsys.readouterr().out
+
+
 def test_a_killed_process_leaves_a_run_that_goes_on(baton: Baton, config: Path, directory: RunDirectory) -> None:
     assert baton("run", config, FAKE_STAGE="rm:SIGKILL").returncode == -9
     assert directory.published() == ["base", "sft", "tok"]
@@ -282,4 +310,4 @@ def test_a_killed_process_leaves_a_run_that_goes_on(baton: Baton, config: Path, 
     assert done.returncode == 0, done.stderr
     assert "tok: running" not in done.stdout
     assert directory.published() == sorted(fakes.STAGES)
-    assert json.loads((directory.root / ".lock").read_text())["pid"]
+    assert (directory.root / ".lock").read_text() == ""  # nobody holds it any more

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +15,11 @@ from conftest import REPOSITORY
 
 from pipeline import durable, store
 from pipeline import manifest as manifests
-from pipeline.errors import ArtifactError, BusyError, StorageError
+from pipeline.errors import ArtifactError, StorageError
 from pipeline.manifest import Cost, Manifest
 from pipeline.store import RunDirectory
+
+FLIPPED = "deep/er/model.safetensors"
 
 
 @pytest.fixture
@@ -128,9 +130,6 @@ def test_a_work_directory_that_changed_after_the_inventory_is_not_published(run:
     assert not run.stage("sft").exists()
 
 
-FLIPPED = "deep/er/model.safetensors"
-
-
 def flip(directory: Path) -> None:
     path = directory / FLIPPED
     content = bytearray(path.read_bytes())
@@ -161,6 +160,11 @@ def edit_hash(directory: Path) -> None:
     path.write_text(json.dumps(fields))
 
 
+def edit_cost(directory: Path) -> None:
+    path = directory / "manifest.json"
+    path.write_text(path.read_text().replace('"tokens": 1,', '"tokens": 7,'))
+
+
 @pytest.mark.parametrize(
     ("harm", "named"),
     [
@@ -172,6 +176,7 @@ def edit_hash(directory: Path) -> None:
         (link_folder, ["deep: not in the manifest", f"{FLIPPED}: missing"]),
         (fifo, [f"{FLIPPED}: not a regular file"]),
         (edit_hash, ["config.json: sha256", "manifest.json: digest of the listed files differs"]),
+        (edit_cost, ["manifest.json: changed since it was written"]),
     ],
 )
 def test_every_damage_is_named_with_both_values(run: RunDirectory, harm: object, named: list[str]) -> None:
@@ -188,9 +193,9 @@ def test_every_damage_is_named_with_both_values(run: RunDirectory, harm: object,
     [
         (b"", "not JSON"),
         (b"\xff", "not JSON"),
-        (b"[]", "schema version None, expected 1"),
-        (b'{"schema_version": 2}', "schema version 2, expected 1"),
-        (b'{"schema_version": 1}', "malformed manifest: stage"),
+        (b"[]", "schema version None, expected 2"),
+        (b'{"schema_version": 1}', "schema version 1, expected 2"),
+        (b'{"schema_version": 2}', "malformed manifest: stage"),
     ],
 )
 def test_a_broken_manifest_is_an_artifact_error(run: RunDirectory, content: bytes, message: str) -> None:
@@ -205,15 +210,17 @@ def test_a_directory_without_manifest_is_no_stage(tmp_path: Path) -> None:
         manifests.load(tmp_path)
 
 
-def test_every_single_flipped_bit_is_found(run: RunDirectory) -> None:
+@pytest.mark.parametrize("name", [FLIPPED, manifests.FILE_NAME])
+def test_every_single_flipped_bit_is_found(run: RunDirectory, name: str) -> None:
     directory = publish(run)
-    path = directory / FLIPPED
+    path = directory / name
     content = path.read_bytes()
     for position in range(len(content) * 8):
         flipped = bytearray(content)
         flipped[position // 8] ^= 1 << position % 8
         path.write_bytes(flipped)
-        assert len(manifests.damages(directory)) == 1
+        with pytest.raises(ArtifactError, match=path.name):
+            manifests.verify(directory)
     path.write_bytes(content)
     assert manifests.damages(directory) == []
 
@@ -225,48 +232,6 @@ def test_a_stage_may_not_leave_links(run: RunDirectory) -> None:
         durable.inventory(work)
 
 
-def test_a_second_process_is_told_who_holds_the_run(run: RunDirectory) -> None:
-    program = (
-        "import sys; from pathlib import Path; from pipeline.store import RunDirectory, lock\n"
-        "with lock(RunDirectory(Path(sys.argv[1]))): print('locked', flush=True); sys.stdin.read()"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", program, run.root],
-        cwd=REPOSITORY,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "locked\n"
-        with (
-            pytest.raises(BusyError, match=f"in use by process {holder.pid} on .* since 20") as caught,
-            store.lock(run),
-        ):
-            pass
-        assert caught.value.exit_code == 75
-        holder.kill()
-    with store.lock(run):  # the kernel dropped the dead process's lock
-        assert json.loads((run.root / ".lock").read_text())["pid"] == os.getpid()
-
-
-def test_a_forked_child_does_not_keep_the_lock(run: RunDirectory) -> None:
-    with store.lock(run):
-        here, there = socket.socketpair()
-        child = os.fork()
-        if child == 0:
-            here.close()
-            there.sendall(b".")
-            there.recv(1)  # until the parent closes its end
-            os._exit(0)
-        there.close()
-        assert here.recv(1) == b"."
-    with store.lock(run):
-        here.close()
-    assert os.waitpid(child, 0)[1] == 0
-
-
 def test_what_a_dead_process_left_is_put_aside_without_its_weights(run: RunDirectory) -> None:
     work = fill(run)
     with store.lock(run):
@@ -276,11 +241,119 @@ def test_what_a_dead_process_left_is_put_aside_without_its_weights(run: RunDirec
     assert not work.exists()
 
 
-def test_a_replacement_cut_off_between_its_two_renames_loses_nothing(run: RunDirectory) -> None:
+def test_a_replacement_cut_off_between_its_two_renames_is_brought_to_its_end(run: RunDirectory) -> None:
     old = manifests.sha256(publish(run))
     run.stage("sft").rename(run.work / "sft-0123456789ab")
     with store.lock(run):
-        assert [path.name for path in run.archive.iterdir()] == [f"sft-{old[:8]}"]
+        assert manifests.sha256(run.stage("sft")) == old
+        assert list(run.work.iterdir()) == []
+
+
+def test_a_finished_stage_that_was_not_published_is_kept_beside_the_published_one(run: RunDirectory) -> None:
+    work = fill(run, b"new")
+    durable.seal(work, manifests.FILE_NAME, manifest_of(work))
+    old = manifests.sha256(publish(run, b"old"))
+    with store.lock(run):
+        assert manifests.sha256(run.stage("sft")) == old
+        (kept,) = run.archive.iterdir()
+        assert (manifests.damages(kept), (kept / FLIPPED).read_bytes()) == ([], b"new")
+
+
+def test_a_damaged_one_that_was_not_published_is_cleared_away(run: RunDirectory) -> None:
+    work = fill(run)
+    durable.seal(work, manifests.FILE_NAME, manifest_of(work))
+    flip(work)
+    with store.lock(run):
+        assert not run.stage("sft").exists()
+        assert not (run.failed("sft") / FLIPPED).exists()
+
+
+def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable, "_renameat2", lambda source, target, flags: False)
+
+
+def no_archive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable, "exchange", fail_to_write)
+
+
+def fail_to_write(*arguments: object) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("harm", [no_archive, no_exchange])
+def test_a_replacement_that_fails_leaves_what_was_published(
+    run: RunDirectory, harm: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it fails: what is given up afterwards may not be the old stage, which changes places with the new."""
+    publish(run, b"old")
+    with monkeypatch.context() as patch:
+        harm(patch)
+        if harm is no_exchange:
+            patch.setattr(store, "_set_aside", fail_to_write)
+        work = fill(run, b"new")
+        with pytest.raises(OSError, match="Input/output error"):
+            store.publish(work, run, "sft", manifest_of(work))
+    if work.exists():
+        store.fail(run, work)
+    with store.lock(run):
+        assert manifests.damages(run.stage("sft")) == []
+        assert (run.stage("sft") / FLIPPED).read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_name_that_leads_nowhere_is_replaced_as_a_stage_is(
+    run: RunDirectory, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.stages.mkdir()
+    run.stage("sft").symlink_to("nowhere")
+    if plain:
+        no_exchange(monkeypatch)
+    publish(run)
+    assert manifests.damages(run.stage("sft")) == []
+    assert [path.is_symlink() for path in run.archive.iterdir()] == [True]
+
+
+def test_what_was_published_meanwhile_is_not_replaced_where_renaming_has_no_flags(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_exchange(monkeypatch)
+    run.stages.mkdir()
+    run.stage("sft").mkdir()
+    with pytest.raises(OSError, match="File exists"):
+        durable.rename_new(fill(run), run.stage("sft"))
+
+
+def test_work_and_stages_on_two_file_systems_are_refused_before_anything_is_computed(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = Path.stat
+
+    def elsewhere(path: Path, **options: bool) -> os.stat_result:
+        found = status(path, **options)
+        return os.stat_result((*found[:2], found.st_dev + 1, *found[3:])) if path == run.stages else found
+
+    monkeypatch.setattr(Path, "stat", elsewhere)
+    with pytest.raises(StorageError, match=r"stages: on another file system than .*\.work"):
+        store.begin(run, "sft")
+    monkeypatch.undo()
+    assert list(run.work.iterdir()) == []
+
+
+def test_a_device_that_fails_is_a_storage_error(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = fill(run)
+    manifest = manifest_of(work)
+    synced: list[Path] = []
+
+    def failing(path: Path) -> None:
+        synced.append(path)
+        fail_to_write()
+
+    monkeypatch.setattr(durable, "sync", failing)
+    with pytest.raises(StorageError, match="the device failed") as caught, store.storage_errors(run.root):
+        store.publish(work, run, "sft", manifest)
+    assert caught.value.exit_code == 6
+    assert len(synced) == 1  # what could not be synced once is not tried again
+    assert not run.stage("sft").exists()
 
 
 def test_success_clears_the_record_of_an_earlier_failure(run: RunDirectory) -> None:

@@ -58,6 +58,18 @@ def tensors(own: Updater) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_size_of_a_state_is_foreseen(name: str, precision: torch.dtype) -> None:
+    """But for a parameter without gradient and small vectors that are not kept in 8 bits."""
+    net = Net(precision)
+    own = updater(net, name)
+    before = own.size
+    advance(net, own, 1)
+    assert own.size == before
+    assert 0.8 * own.size < own.state().size < 1.1 * own.size
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("taken", [0, 1, 4])
 def test_an_updater_that_takes_up_a_state_goes_on_exactly(
     tmp_path: Path, name: str, taken: int, precision: torch.dtype

@@ -30,6 +30,11 @@ class State:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def part(self, name: str) -> State:
         """A part, by the names that it has on its own."""
         prefix = f"{name}/"

@@ -98,6 +98,11 @@ class Updater:
         """Where the parameters are."""
         return self._parameters[0].device
 
+    @property
+    def size(self) -> int:
+        """About as many bytes as its state has after a step."""
+        return sum(parameter.nbytes for parameter in self._parameters) + sum(map(optim.size, self._optimizers))
+
     def state(self) -> State:
         """The weights, what the optimizers remember of them, and the number of steps: all that steps change."""
         parts = {
@@ -145,7 +150,7 @@ def follow(
     settings = context.settings
     updater, alarms = Updater(named, settings.optimizer, total_steps(len(examples), settings)), Alarms()
     tokens = _resume(context, updater, alarms)
-    with context.checkpoints.steps():
+    with context.checkpoints.steps(updater.size):
         for figures, origins in _taken(examples, objective, updater, settings, context.seed):
             tokens += int(figures["tokens"])
             told = len(alarms.warnings)

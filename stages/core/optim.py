@@ -58,6 +58,16 @@ def require_support(settings: Optimizer, device: torch.device) -> None:
         _require_a_step(device)
 
 
+def size(optimizer: torch.optim.Optimizer) -> int:
+    """About how many bytes an optimizer remembers once it has taken a step."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if isinstance(optimizer, Muon):
+        return sum(parameter.nbytes for parameter in parameters)
+    if isinstance(optimizer, AdamW):
+        return 2 * sum(parameter.nbytes for parameter in parameters)
+    return 2 * sum(parameter.numel() for parameter in parameters)  # in 8 bits each
+
+
 def state_of(optimizer: torch.optim.Optimizer, named: Named) -> State:
     """What an optimizer remembers of each parameter, by the parameter's name."""
     tensors: dict[str, Tensor] = {}

@@ -93,6 +93,11 @@ class PolicyGradient:
             self._adapt([each for group in groups for each in group])
         return _summary(updates)
 
+    @property
+    def size(self) -> int:
+        """About as many bytes as its state has after a round."""
+        return self.policy.size + (self.value.size if self.value else 0)
+
     def state(self) -> State:
         """Policy, value function, their optimizers and the KL coefficient."""
         parts = {"policy": self.policy.state()}

@@ -63,6 +63,11 @@ class Ranking:
         with self._roles.use(POLICY):
             return self.policy.step(self._objective(chosen), [tree.origin for tree in chosen]) | share
 
+    @property
+    def size(self) -> int:
+        """About as many bytes as its state has after a round."""
+        return self.policy.size
+
     def state(self) -> State:
         """The policy and its optimizer."""
         return self.policy.state()

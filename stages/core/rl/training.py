@@ -68,6 +68,10 @@ class Learner(Protocol):
     ) -> dict[str, float]:
         """Update the policy; returns figures, `tokens` that were computed among them."""
 
+    @property
+    def size(self) -> int:
+        """About as many bytes as its state has after a round."""
+
     def state(self) -> State:
         """All that learning changes."""
 
@@ -152,7 +156,7 @@ class Training:
         taken = stream(self._prompts.passes, context.seed, self._done * settings.examples_per_step)
         if not self._done:
             self.selection.look(0)
-        with context.checkpoints.steps():
+        with context.checkpoints.steps(self._learner.size + self.selection.state().size):
             while self._done < settings.steps and not self._over:
                 chosen = [next(taken) for _ in range(settings.examples_per_step)]
                 figures = self._round(self._done, self._sampler.rollout(chosen, self._seed(self._done)))

@@ -45,7 +45,7 @@ def require(directory: Path, manifest: Manifest) -> None:
     if manifest.kind == "model":
         refuse_adapter_beside_weights(directory)
     for name, recorded, found in _differences(manifest.model, describe(directory)):
-        what = f"{printable(name)}: recorded {printable(recorded)}, found {printable(found)}"
+        what = f"{printable(name, 200)}: recorded {printable(recorded)}, found {printable(found)}"
         raise ArtifactError(what, where=directory, hint=_AGAIN)
     _require_ancestry(directory, manifest)
 

@@ -587,12 +587,12 @@ def test_kept_log_probabilities_of_another_reference_are_refused(
     monkeypatch.setenv("BATON_CACHE", str(tmp_path / "cache"))
     once = ("--only", "dpo", "stages.dpo.reference=once")
     assert baton(config, f"output={run}", *once) == 0
-    (path,) = (tmp_path / "cache").rglob("logprobs.f4")
-    others = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32) - 1.0
-    path.write_bytes(others.numpy().tobytes())
-    index = json.loads((path.parent / "index.json").read_text())
-    index["files"][path.name]["sha256"] = file_sha256(path)
-    index["sha256"] = fingerprint.digest({name: each for name, each in index.items() if name != "sha256"})
-    (path.parent / "index.json").write_text(json.dumps(index))
+    for path in (tmp_path / "cache").rglob("logprobs.f4"):
+        others = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32) - 1.0
+        path.write_bytes(others.numpy().tobytes())
+        index = json.loads((path.parent / "index.json").read_text())
+        index["files"][path.name]["sha256"] = file_sha256(path)
+        index["sha256"] = fingerprint.digest({name: each for name, each in index.items() if name != "sha256"})
+        (path.parent / "index.json").write_text(json.dumps(index))
     said = refused(config, run, capsys, *once, "--force", "dpo")
     assert "the policy does not begin as its reference: its log-probabilities a token are [-" in said

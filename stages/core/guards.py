@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.tree import Tree
 from pipeline.errors import ArtifactError, DataError, NumericalError
@@ -25,6 +25,16 @@ def require_finite_gradient(norm: Tensor, step: int, origins: Iterable[str]) -> 
     """Raise NumericalError when the norm of the gradient is NaN or infinite."""
     if not torch.isfinite(norm):
         raise NumericalError(f"the gradient norm is {norm.item()}", where=place(step, origins), hint=REMEDY)
+
+
+def require_finite_step(named: Sequence[tuple[str, Tensor]], step: int, origins: Iterable[str]) -> None:
+    """Raise NumericalError, naming the rows, when a step made a weight NaN or infinite."""
+    if torch.isfinite(nn.utils.get_total_norm([weight for _, weight in named])):
+        return
+    found = _not_finite(named)
+    if found:
+        hint = "lower the learning rate; the last checkpoint is from before this step"
+        raise NumericalError(f"the step is taken, and {found}", where=place(step, origins), hint=hint)
 
 
 def require_finite_weights(named: Iterable[tuple[str, Tensor]], where: Path | str = "") -> None:

@@ -68,7 +68,7 @@ class Updater:
             `loss`, `gradient_norm` (before clipping), `learning_rate`, `tokens`, and the sums of the parts' shares.
 
         Raises:
-            NumericalError: The loss or the gradient is not finite; no weight was changed.
+            NumericalError: The loss or the gradient is not finite, and no weight was changed; or a weight is not.
         """
         record = {"loss": 0.0, "tokens": 0.0}
         for part in parts:
@@ -87,6 +87,7 @@ class Updater:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.taken += 1
+        guards.require_finite_step(self._named, self.taken, origins)
         return record | {"gradient_norm": norm.item(), "learning_rate": self._settings.learning_rate * factor}
 
     def skip(self, steps: int) -> None:

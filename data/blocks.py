@@ -20,6 +20,9 @@ from data.mixture import draws, epochs, shuffled
 from data.tree import Branch, Tree
 from pipeline.config import Share
 
+NAMED = 4
+"""Documents of a block whose origin is told."""
+
 
 class DocumentMixture:
     """The documents of several sources, of each of which a pass takes its share.
@@ -104,7 +107,16 @@ class Blocks(LazySequence[Tree]):
     def item(self, place: int) -> Tree:
         start = place * self._length
         prompt, *rest = self._tokens(start)
-        return Tree((prompt,), (Branch.of(rest),), place, starts=self._starts(start) if self._apart else ())
+        starts = self._starts(start) if self._apart else ()
+        return Tree((prompt,), (Branch.of(rest),), place, origin=self._origin(start), starts=starts)
+
+    def _origin(self, start: int) -> str:
+        """Where the documents are from that have tokens in the block that begins at `start`; of many the first few."""
+        first, last = np.searchsorted(self._ends, (start, start + self._length - 1), side="right")
+        named = [self._documents.origin(int(number)) for number in self._order[first : first + NAMED]]
+        named = named[: last + 1 - first]
+        more = [f"{last + 1 - first - NAMED} more"] if last + 1 - first > NAMED and any(named) else []
+        return " + ".join([*filter(None, named), *more])
 
     def _starts(self, start: int) -> tuple[int, ...]:
         """Where documents begin after the first token of the block that begins at `start`."""
@@ -132,8 +144,18 @@ class _Documents:
         self.lengths = np.concatenate([store.lengths for store in self._stores])
 
     def __getitem__(self, number: int) -> NDArray[Any]:
+        store, document = self._place(number)
+        return store[document]
+
+    def origin(self, number: int) -> str:
+        """Where a document is from."""
+        store, document = self._place(number)
+        return store.origin(document)
+
+    def _place(self, number: int) -> tuple[DocumentStore, int]:
+        """The store of a document, and its number there."""
         which = bisect_right(self._ends, number)
-        return self._stores[which][number - self._ends[which] + len(self._stores[which])]
+        return self._stores[which], number - self._ends[which] + len(self._stores[which])
 
 
 __all__ = ["BlockPasses", "Blocks", "DocumentMixture"]

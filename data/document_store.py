@@ -1,7 +1,9 @@
 """The tokens of documents on disk, each document closed by the end token, with the places where they end.
 
-tokens.u4   the documents, end to end
-ends.i8     where each document ends in `tokens.u4`
+tokens.u4      the documents, end to end
+ends.i8        where each document ends in `tokens.u4`
+origins.utf8   where each document is from, end to end
+origins.i8     where each of these ends in `origins.utf8`
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from data.content import ContentEncoder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENS, ENDS = "tokens.u4", "ends.i8"
+TOKENS, ENDS, ORIGINS, ORIGIN_ENDS = "tokens.u4", "ends.i8", "origins.utf8", "origins.i8"
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1000, 1_000_000
 """A batch ends with the document that reaches either: enough for every core, and little beside the tokenizer."""
 
@@ -41,15 +43,26 @@ class DocumentWriter:
         self._files = ExitStack()
         self._tokens = self._files.enter_context(ArrayWriter(directory / TOKENS, TOKEN))
         self._ends = self._files.enter_context(ArrayWriter(directory / ENDS, PLACE))
+        self._origins = self._files.enter_context(ArrayWriter(directory / ORIGINS, "u1"))
+        self._origin_ends = self._files.enter_context(ArrayWriter(directory / ORIGIN_ENDS, PLACE))
+        self._named = 0
         self.tokens = 0
         """Tokens written, end tokens included."""
 
+    def append(self, ids: Sequence[int], origin: str = "") -> None:
+        """Write a document, given as token ids without the end token, and where it is from."""
+        self._tokens.append([*ids, self._end])
+        self.tokens += len(ids) + 1
+        self._ends.append(self.tokens)
+        name = origin.encode("utf-8", "surrogatepass")  # a file's name need not be UTF-8
+        self._origins.append(np.frombuffer(name, "u1"))
+        self._named += len(name)
+        self._origin_ends.append(self._named)
+
     def extend(self, documents: Iterable[Sequence[int]]) -> None:
-        """Write documents, given as token ids without the end token."""
+        """Write documents of unknown origin."""
         for ids in documents:
-            self._tokens.append([*ids, self._end])
-            self.tokens += len(ids) + 1
-            self._ends.append(self.tokens)
+            self.append(ids)
 
     def __enter__(self) -> Self:
         return self
@@ -66,6 +79,8 @@ class DocumentStore:
     def __init__(self, directory: Path) -> None:
         self._tokens = mapped(directory / TOKENS, TOKEN)
         self._ends = mapped(directory / ENDS, PLACE)
+        self._origins = mapped(directory / ORIGINS, "u1")
+        self._origin_ends = mapped(directory / ORIGIN_ENDS, PLACE)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -74,6 +89,12 @@ class DocumentStore:
         """The tokens of a document, its end token included."""
         stop = int(self._ends[document])
         return self._tokens[stop - int(self.lengths[document]) : stop]
+
+    def origin(self, document: int) -> str:
+        """Where a document is from."""
+        start = int(self._origin_ends[document - 1]) if document else 0
+        stop = int(self._origin_ends[document])
+        return self._origins[start:stop].tobytes().decode("utf-8", "surrogatepass")
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:

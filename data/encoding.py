@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,17 +65,18 @@ def write_documents(intake: Intake, directory: Path, tokenizer: PreTrainedTokeni
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
         raise ArtifactError("the tokenizer has no end token, which closes every document", hint="set its eos_token")
-    held_out: list[bool] = []
+    read: deque[tuple[bool, str]] = deque()
 
     def texts() -> Iterator[str]:
         for placed in intake:
             assert isinstance(placed.row, Text)
-            held_out.append(placed.held_out)
+            read.append((placed.held_out, placed.row.origin))
             yield placed.row.text
 
     with DocumentWriter(directory / TRAIN, end) as train, DocumentWriter(directory / HELD_OUT, end) as kept:
-        for number, ids in enumerate(encoded(tokenizer, texts())):
-            (kept if held_out[number] else train).extend([ids])
+        for ids in encoded(tokenizer, texts()):
+            held_out, origin = read.popleft()
+            (kept if held_out else train).append(ids, origin)
     return record(intake)
 
 

@@ -287,15 +287,23 @@ def tokenizer_record(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     Raises:
         ArtifactError: the tokenizer or its chat template cannot be used.
     """
-    state = json.dumps(backend_state(tokenizer), sort_keys=True).encode()
     template = ChatTemplate(tokenizer)
     return {
-        "digest": hashlib.sha256(state).hexdigest(),
+        "digest": tokenizer_digest(tokenizer),
         "chat_template": template.digest,
         "special_ids": special_ids(tokenizer),
         "vocabulary_size": len(tokenizer),
         "stop_id": template.stop_id,
     }
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of all that decides which tokens a text becomes.
+
+    Raises:
+        ArtifactError: The tokenizer has no serialised state.
+    """
+    return hashlib.sha256(json.dumps(backend_state(tokenizer), sort_keys=True).encode()).hexdigest()
 
 
 def _template_text(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -71,7 +71,11 @@ class Tree:
             return [self]
         tokens = (*self.prompt, *self.branches[0].tokens)
         pieces = (tokens[start:stop] for start, stop in pairwise((0, *self.starts, len(tokens))))
-        return [Tree(piece[:1], (Branch.of(piece[1:]),), self.number) for piece in pieces if len(piece) > 1]
+        return [
+            Tree(piece[:1], (Branch.of(piece[1:]),), self.number, origin=self.origin)
+            for piece in pieces
+            if len(piece) > 1
+        ]
 
 
 def conversation_tree(template: ChatTemplate, row: Conversation, number: int, max_length: int) -> Tree | str:

@@ -49,6 +49,7 @@ Alarm = Literal[
     "ratio_explosion",
     "value_useless",
     "constant_reward",
+    "gradient_spike",
     "over_optimisation",
 ]
 """What can go wrong in reinforcement learning, as `stages/core/rl/health.py` tells it."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline import fingerprint
+from pipeline import fingerprint, handover
 from pipeline import manifest as manifests
 from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError, ConfigError
@@ -57,7 +57,9 @@ def resolve(
         directory = run.stage(reference)
         if not (directory / manifests.FILE_NAME).is_file():
             raise ConfigError(f"stage `{reference}` has not been published", hint="run it first, or leave out `--only`")
-        return _stage(directory, reference, download, verify)
+        found = _stage(directory, reference, download, verify)
+        _require_name(found, reference)
+        return found
     return _elsewhere(reference, download, verify)
 
 
@@ -95,10 +97,22 @@ def _elsewhere(reference: str, download: bool, verify: Verify) -> Artifact:
 
 def _stage(directory: Path, source: str, download: bool, verify: Verify) -> Artifact:
     manifest = verify(directory)
+    handover.require(directory, manifest)
     artifact = Artifact(directory, manifest.kind, manifest.digest, manifest, source)
     if manifest.kind not in ("adapter", "reward"):
         return artifact
     return replace(artifact, base=_base(directory, source, manifest, download, verify))
+
+
+def _require_name(artifact: Artifact, name: str) -> None:
+    """A stage of the run is known by its directory, which must not have changed places with another's."""
+    assert artifact.manifest is not None
+    if artifact.manifest.stage != name:
+        raise ArtifactError(
+            f"holds the stage `{printable(artifact.manifest.stage)}`, expected `{name}`",
+            where=artifact.directory,
+            hint="move it back to its own place, or run the stage again",
+        )
 
 
 def _base(directory: Path, source: str, manifest: Manifest, download: bool, verify: Verify) -> Artifact:
@@ -133,7 +147,9 @@ def _model_files(directory: Path) -> list[Path]:
     Raises:
         ArtifactError: Not a model, an adapter without a manifest, weights only as pickles, or shards missing.
     """
-    if (directory / "adapter_config.json").exists():
+    if (directory / handover.ADAPTER_CONFIGURATION).exists():
+        if any(directory.glob("model*.safetensors")):
+            handover.refuse_adapter_beside_weights(directory)
         hint = "merge it into its base and give the merged directory"
         raise ArtifactError("an adapter without a manifest: its base cannot be checked", where=directory, hint=hint)
     if not (directory / "config.json").is_file():

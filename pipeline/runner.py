@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline import checkpoints, durable, fingerprint, inputs, loader, lock, store, terminal
+from pipeline import checkpoints, durable, fingerprint, handover, inputs, loader, lock, store, terminal
 from pipeline import manifest as manifests
 from pipeline.config import PRODUCES, RunSettings, evaluated, trained
 from pipeline.contract import Artifact, Context, Result
@@ -183,6 +183,7 @@ class _Runner:
             outputs=outputs,
             adaptation=result.adaptation,
             tokenizer=result.tokenizer,
+            model=handover.describe(work),
             metrics=result.metrics,
             cost=cost,
             environment=fingerprint.environment() | code | result.compute,

@@ -30,12 +30,18 @@ from pipeline.config import DpoSettings
 from pipeline.contract import Context, Result
 from pipeline.manifest import Metric
 from reward.intervals import mean_interval, proportion_interval
-from stages.core import device, loop, optim, rows
+from stages.core import device, loop, optim, probes, rows
 from stages.core.checkpointing import checkpoint_layers
 from stages.core.layout import choose_layout
 from stages.core.losses import PREFERENCE_LOSSES
 from stages.core.models import record
-from stages.core.preference import computed_reference, implicit_margins, objective, read_tokens
+from stages.core.preference import (
+    computed_reference,
+    implicit_margins,
+    objective,
+    read_tokens,
+    require_beginning,
+)
 from stages.core.reference import KeptReference, pair_logprobs
 from stages.core.roles import POLICY, REFERENCE, Roles, adaptation, open_role
 from stages.core.scoring import on_device, record_probes, replay_probes
@@ -46,7 +52,7 @@ def run(context: Context) -> Result:
 
     Raises:
         DataError: No row can be used.
-        ArtifactError: The policy is damaged or not what its manifest says.
+        ArtifactError: The policy is damaged or not what its manifest says, or does not begin as its reference.
         NumericalError: A loss or gradient is not finite.
         StorageError: The cache, where the reference is kept, cannot be written.
     """
@@ -62,8 +68,12 @@ def run(context: Context) -> Result:
     examples = rows.examples(context, "data", pair_tree, roles.base)
     layout, warnings = choose_layout(roles.base, examples.train)
     reference = _kept(context, roles, layout, lambda: _taken(context, examples.passes))
+    begun = reference or computed_reference(roles, settings)
+    if begun:
+        first = list(islice(_taken(context, examples.passes), probes.COUNT))
+        require_beginning(roles, begun, first, settings.tokens_per_batch, layout)
     parts = objective(roles, settings, layout, reference)
-    tokens = loop.follow(context, examples.passes, parts, roles.parameters(POLICY))
+    followed = loop.follow(context, examples.passes, parts, roles.parameters(POLICY))
     metrics = _metrics(context, roles, examples.held_out, layout)
     roles.save(POLICY, context.directory)
     with roles.use(POLICY):
@@ -74,9 +84,9 @@ def run(context: Context) -> Result:
         data=examples.cards,
         adaptation=adaptation(policy, reference=policy if settings.has_reference else None),
         tokenizer=record(roles.base),
-        tokens=tokens,
+        tokens=followed.tokens,
         compute=compute.record,
-        warnings=warnings,
+        warnings=[*warnings, *followed.warnings],
     )
 
 

@@ -20,12 +20,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from data.tokenizer import load_tokenizer
 from data.tree import Branch, Tree
 from pipeline.contract import Artifact, Context, Result
 from pipeline.errors import ConfigError, DataError
 from stages.core import device, loop, optim, rows
 from stages.core.checkpointing import checkpoint_layers
+from stages.core.handover import open_tokenizer
 from stages.core.layout import choose_layout
 from stages.core.models import LanguageModel, load_model, record, require_plain_head
 from stages.core.scoring import loss_metrics, negative_mean, record_probes, replay_probes
@@ -56,7 +56,7 @@ def run(context: Context) -> Result:
         )
     layout, warnings = choose_layout(language_model, blocks.pass_(0)[:2])
     objective = negative_mean(language_model, settings.tokens_per_batch, layout)
-    tokens = loop.follow(context, blocks, objective, language_model.model.named_parameters())
+    followed = loop.follow(context, blocks, objective, language_model.model.named_parameters())
     language_model.model.eval()
     held_out = documents.held_out.blocks(settings.max_length, settings.document_masks).pass_(0)[:HELD_OUT_BLOCKS]
     metrics = loss_metrics(language_model, held_out, settings.tokens_per_batch, layout)
@@ -67,9 +67,9 @@ def run(context: Context) -> Result:
         metrics=metrics,
         data=documents.cards,
         tokenizer=record(language_model),
-        tokens=tokens,
+        tokens=followed.tokens,
         compute=compute.record,
-        warnings=warnings,
+        warnings=[*warnings, *followed.warnings],
     )
 
 
@@ -79,7 +79,7 @@ def _open(context: Context, compute: device.Compute) -> LanguageModel:
         language_model = load_model(context.inputs["policy"], compute, dtype=torch.float32)
         _require_positions(language_model, context.settings.max_length)
     else:
-        tokenizer = load_tokenizer(context.inputs["tokenizer"].directory)
+        tokenizer = open_tokenizer(context.inputs["tokenizer"])
         language_model = from_nothing(context.settings.architecture, tokenizer, compute, context.settings.max_length)
     language_model.model.requires_grad_(True).train()
     return language_model

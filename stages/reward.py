@@ -64,7 +64,7 @@ def run(context: Context) -> Result:
     layout, warnings = choose_layout(roles.base, examples.train)
     with roles.use(REWARD):
         objective = _objective(roles, settings, layout, context.seed)
-        tokens = loop.follow(context, examples.passes, objective, roles.parameters(REWARD))
+        followed = loop.follow(context, examples.passes, objective, roles.parameters(REWARD))
     sample_score = centre(
         roles,
         examples.train,
@@ -83,9 +83,9 @@ def run(context: Context) -> Result:
         data=examples.cards,
         adaptation=adaptation(policy),
         tokenizer=record(roles.base),
-        tokens=tokens,
+        tokens=followed.tokens,
         compute=compute.record,
-        warnings=warnings,
+        warnings=[*warnings, *followed.warnings],
     )
 
 

@@ -12,6 +12,7 @@ conversation attending to another (there is none: trees).
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,12 +22,12 @@ from data.batch import Layout
 from data.template import set_template
 from data.tree import Tree, conversation_tree
 from pipeline.contract import Artifact, Context, Result
-from stages.core import device, loop, optim, rows
+from stages.core import device, loop, optim, probes, rows
 from stages.core.checkpointing import checkpoint_layers
 from stages.core.layout import choose_layout
 from stages.core.models import load_model, record
 from stages.core.roles import POLICY, REFERENCE, Roles, adaptation
-from stages.core.scoring import loss_metrics, negative_mean, record_probes, replay_probes
+from stages.core.scoring import loss_metrics, mean_logprobs, negative_mean, record_probes, replay_probes
 
 
 def run(context: Context) -> Result:
@@ -48,7 +49,7 @@ def run(context: Context) -> Result:
     examples = rows.examples(context, "data", conversation_tree, roles.base)
     layout, warnings = choose_layout(roles.base, examples.train)
     with roles.use(POLICY if settings.lora else REFERENCE):
-        tokens = _train(context, roles, examples, layout)
+        followed = _train(context, roles, examples, layout)
         metrics = loss_metrics(roles.base, examples.held_out, settings.tokens_per_batch, layout)
     kind, tokenizer = _save(context, roles, policy), record(roles.base)
     probed = examples.held_out or examples.train
@@ -56,8 +57,10 @@ def run(context: Context) -> Result:
         with roles.use(POLICY):
             record_probes(context.directory, probed, roles.base)
     else:
+        with roles.use(POLICY if settings.lora else REFERENCE):
+            trained = mean_logprobs(roles.base, probes.choose(probed))
         del roles
-        _record_as_loaded(context, compute, probed)
+        _record_as_loaded(context, compute, probed, trained)
     merged = adaptation(policy, merged=kind == "model" and settings.lora is not None)
     return Result(
         kind=kind,
@@ -65,9 +68,9 @@ def run(context: Context) -> Result:
         data=examples.cards,
         adaptation=merged.model_copy(update={"quantization": settings.quantization}) if settings.lora else None,
         tokenizer=tokenizer,
-        tokens=tokens,
+        tokens=followed.tokens,
         compute=compute.record,
-        warnings=warnings,
+        warnings=[*warnings, *followed.warnings],
     )
 
 
@@ -89,8 +92,8 @@ def _open(context: Context, policy: Artifact, compute: device.Compute) -> Roles:
     return roles
 
 
-def _train(context: Context, roles: Roles, examples: rows.Examples, layout: Layout) -> int:
-    """Take all steps; returns the tokens computed."""
+def _train(context: Context, roles: Roles, examples: rows.Examples, layout: Layout) -> loop.Followed:
+    """Take all steps."""
     settings = context.settings
     objective = negative_mean(roles.base, settings.tokens_per_batch, layout)
     named = roles.parameters(POLICY) if settings.lora else roles.base.model.named_parameters()
@@ -109,10 +112,20 @@ def _save(context: Context, roles: Roles, policy: Artifact) -> str:
     return "model"
 
 
-def _record_as_loaded(context: Context, compute: device.Compute, examples: Sequence[Tree]) -> None:
-    """Record probes on the model as the next stage will load it, in the place of the one that was trained."""
+def _record_as_loaded(
+    context: Context, compute: device.Compute, examples: Sequence[Tree], trained: Sequence[float]
+) -> None:
+    """Record probes on the model as the next stage will load it, in the place of the one that was trained.
+
+    Raises:
+        ArtifactError: It is another than gave the outputs `trained`: merging or storing went wrong.
+    """
     gc.collect()  # modules refer to each other, so that letting go of a model does not free its memory
     saved = load_model(Artifact(context.directory, "model", ""), compute)
+    stored = json.loads((context.directory / "config.json").read_text()).get("dtype")
+    exact = {stored, compute.record["dtype"]} == {"float32"}
+    tolerance = probes.SAME_FLOAT32 if exact else probes.OTHER_COMPUTE
+    probes.require_same(trained, mean_logprobs(saved, probes.choose(examples)), tolerance, context.directory)
     record_probes(context.directory, examples, saved)
 
 

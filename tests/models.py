@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from data.template import tokenizer_record
 from data.tree import Branch, Tree
 from pipeline.config import Lora
 from pipeline.contract import Artifact
@@ -93,7 +94,8 @@ def save_role(made: Roles, role: str, directory: Path, base: Artifact, kind: str
     directory.mkdir(parents=True)
     made.save(role, directory)
     adaptation = Adaptation(base=base.digest, base_source=base.source)
-    manifest = Manifest.model_construct(adaptation=adaptation, inputs={})
+    known = tokenizer_record(made.base.tokenizer)
+    manifest = Manifest.model_construct(adaptation=adaptation, inputs={}, tokenizer=known)
     return Artifact(directory, kind, directory.name, manifest, directory.name, base)
 
 

@@ -100,7 +100,8 @@ def test_pickled_weights_are_refused_with_a_way_out(tmp_path: Path, run: RunDire
 
 
 def test_an_adapter_of_unknown_base_is_refused(tmp_path: Path, run: RunDirectory) -> None:
-    (model_directory(tmp_path / "model") / "adapter_config.json").write_text("{}")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
     with pytest.raises(ArtifactError, match="an adapter without a manifest"):
         resolve(str(tmp_path / "model"), run, [])
 

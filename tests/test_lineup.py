@@ -8,6 +8,7 @@ import models
 import pytest
 import torch
 
+from data.template import tokenizer_record
 from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.manifest import Adaptation, InputRecord, Manifest
@@ -34,6 +35,7 @@ def adapter(base: Artifact, name: str, seed: int, parent: str = "sft") -> Artifa
     manifest = Manifest.model_construct(
         adaptation=Adaptation(base=base.digest, base_source=base.source),
         inputs={"policy": InputRecord(source=parent, kind="model", digest=parent)},
+        tokenizer=tokenizer_record(models.tokenizer()),
     )
     return Artifact(stored.directory, "adapter", name, manifest, name, base)
 

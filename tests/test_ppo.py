@@ -15,10 +15,11 @@ import rl
 import torch
 from torch import Tensor, equal
 
+from data.template import TEMPLATE, tokenizer_record
+from data.tokenizer import load_tokenizer
 from pipeline.config import Optimizer, PpoSettings
 from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError
-from pipeline.manifest import Adaptation, Manifest
 from stages import ppo
 from stages.core import probes
 from stages.core.loop import Part
@@ -52,10 +53,7 @@ def inputs(tmp_path: Path) -> tuple[Artifact, Artifact]:
     models.disturb(roles, REWARD)
     reward = models.save_role(roles, REWARD, tmp_path / "reward", policy, "reward")
     probes.record(reward.directory, trees, lambda some: reward_scores(roles, REWARD, some), models.CPU)
-    adaptation = Adaptation(base=policy.digest, base_source=policy.source)
-    tokenizer = {"chat_template": roles.base.template.digest}
-    manifest = Manifest.model_construct(adaptation=adaptation, inputs={}, tokenizer=tokenizer)
-    return policy, dataclasses.replace(reward, manifest=manifest)
+    return policy, reward
 
 
 def gradients(roles: Roles, role: str, parts: Iterable[Part]) -> dict[str, Tensor]:
@@ -100,8 +98,16 @@ def test_the_value_function_starts_as_the_reward_model_or_as_nothing(inputs: tup
 def test_a_reward_model_of_another_template_is_refused(inputs: tuple[Artifact, Artifact]) -> None:
     policy, reward = inputs
     assert reward.manifest is not None
-    other = reward.manifest.model_copy(update={"tokenizer": {"chat_template": "another"}})
-    with pytest.raises(ArtifactError, match="reads the chat template another"):
+    tokenizer = load_tokenizer(reward.directory)
+    tokenizer.chat_template = TEMPLATE.replace(
+        "{% else %}{{ message['content']", "{% else %}{{ '\n' + message['content']"
+    )
+    tokenizer.save_pretrained(reward.directory)
+    known = tokenizer_record(tokenizer)
+    other = reward.manifest.model_copy(update={"tokenizer": known})
+    with pytest.raises(
+        ArtifactError, match=f"reads the chat template {known['chat_template'][:12]}, the policy writes"
+    ):
         open_roles(policy, dataclasses.replace(reward, manifest=other), rl.settings(lora=models.LORA), models.CPU)
 
 

@@ -26,7 +26,7 @@ from stages.core import loop
 from stages.core.checkpointing import checkpoint_layers
 from stages.core.device import Compute
 from stages.core.layout import choose_layout
-from stages.core.models import load_model
+from stages.core.models import load_model, record
 from stages.core.roles import ADAPTER_FILE, POLICY, REFERENCE, Roles, open_base, open_role
 from stages.core.scoring import negative_mean, record_probes, replay_probes
 
@@ -154,7 +154,7 @@ def test_an_adapter_is_handed_on_with_its_quantized_base(
     with roles.use(POLICY):
         record_probes(directory, models.responses(8), roles.base)
     adaptation = Adaptation(base=stored.digest, base_source=stored.source, quantization=quantization)
-    manifest = Manifest.model_construct(adaptation=adaptation, inputs={})
+    manifest = Manifest.model_construct(adaptation=adaptation, inputs={}, tokenizer=record(roles.base))
     adapter = Artifact(directory, "adapter", "sft", manifest, "sft", stored)
     expected = logits(roles, POLICY)
     alone = open_base(adapter, compute)

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from pipeline import cli
 from pipeline import manifest as manifests
+from pipeline.contract import Artifact
 from stages import sft
+from stages.core.models import LanguageModel, load_model
+from stages.core.roles import Roles
 
 pytestmark = pytest.mark.chain
 
@@ -98,3 +101,17 @@ def test_the_trained_model_is_let_go_before_the_stored_one_is_loaded(
     monkeypatch.setattr(sft, "load_model", watched_load)
     published(root, "watched", "lora: {rank: 4}")
     assert alive == [False]
+
+
+def test_a_merge_that_went_wrong_is_not_published(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def forgotten(roles: Roles, role: str, artifact: Artifact) -> LanguageModel:
+        return load_model(artifact, roles.base.compute, dtype="auto")
+
+    monkeypatch.setattr(Roles, "merged", forgotten)
+    config = root / "forgotten.yaml"
+    config.write_text(RUN.format(root=root, name="forgotten", options="lora: {rank: 4}"))
+    assert cli.execute(cli.app, ["run", str(config)]) == 5
+    assert "probe 0: recorded -" in capsys.readouterr().err
+    assert not (root / "forgotten" / "stages" / "sft").exists()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import ArtifactError
+from stages.core import guards
 
 VALUES = "state.json"
 FILE_BYTES = 1 << 30
@@ -48,7 +49,12 @@ def joined(parts: Mapping[str, State], **values: Any) -> State:
 
 
 def save(directory: Path, state: State) -> None:
-    """Write a state into a directory; tensors may be on any device and of any precision."""
+    """Write a state into a directory; tensors may be on any device and of any precision.
+
+    Raises:
+        NumericalError: A tensor is not finite: who went on from there would not get far.
+    """
+    guards.require_finite_state(state.tensors.items())
     for number, names in enumerate(_files(state.tensors)):
         kept = {name: state.tensors[name].detach().cpu().contiguous() for name in names}
         save_file(kept, directory / f"tensors-{number:05}.safetensors")

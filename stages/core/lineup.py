@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from data.template import tokenizer_record
-from data.tokenizer import load_tokenizer
 from pipeline.contract import Artifact
 from pipeline.errors import ConfigError
-from stages.core import probes
+from stages.core import handover, probes
 from stages.core.device import Compute
 from stages.core.models import LanguageModel
 from stages.core.roles import REFERENCE, REWARD, Roles, base_of, open_base
@@ -76,7 +75,7 @@ class Lineup:
 
     def _base(self, artifact: Artifact) -> Roles:
         base, quantization = base_of(artifact)
-        template = tokenizer_record(load_tokenizer(artifact.directory))["chat_template"]
+        template = tokenizer_record(handover.open_tokenizer(artifact))["chat_template"]
         key = base.digest, quantization, template
         if key not in self._bases:
             self._bases[key] = open_base(artifact, self._compute)

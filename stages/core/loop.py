@@ -21,6 +21,7 @@ from data.tree import Tree
 from pipeline.config import Optimizer, Training
 from pipeline.contract import Context
 from stages.core import checkpoint, guards, optim
+from stages.core.alarms import Alarms
 from stages.core.checkpoint import State, joined
 
 
@@ -67,7 +68,7 @@ class Updater:
             `loss`, `gradient_norm` (before clipping), `learning_rate`, `tokens`, and the sums of the parts' shares.
 
         Raises:
-            NumericalError: The loss or the gradient is not finite; no weight was changed.
+            NumericalError: The loss or the gradient is not finite, and no weight was changed; or a weight is not.
         """
         record = {"loss": 0.0, "tokens": 0.0}
         for part in parts:
@@ -86,6 +87,7 @@ class Updater:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.taken += 1
+        guards.require_finite_step(self._named, self.taken, origins)
         return record | {"gradient_norm": norm.item(), "learning_rate": self._settings.learning_rate * factor}
 
     def skip(self, steps: int) -> None:
@@ -125,38 +127,68 @@ def train(
     examples: Passes[Tree], objective: Objective, updater: Updater, settings: Training, seed: int
 ) -> Iterator[dict[str, float]]:
     """Take all steps that the updater has not taken yet, yielding the record of each."""
-    for chosen in _steps(examples, settings, updater.total, seed, updater.taken):
-        yield updater.step(objective(chosen), [tree.origin for tree in chosen])
+    for record, _ in _taken(examples, objective, updater, settings, seed):
+        yield record
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What became of a stage's steps.
+
+    Attributes:
+        tokens: Tokens computed in all of them.
+        warnings: Alarms that went off.
+    """
+
+    tokens: int
+    warnings: list[str]
 
 
 def follow(
     context: Context, examples: Passes[Tree], objective: Objective, named: Iterable[tuple[str, nn.Parameter]]
-) -> int:
-    """Take all steps of a stage, or those after its checkpoint, reporting each; returns the tokens of all steps."""
-    updater = Updater(named, context.settings.optimizer, total_steps(len(examples), context.settings))
-    tokens = _resume(context, updater)
+) -> Followed:
+    """Take all steps of a stage, or those after its checkpoint, reporting each and what looks wrong in it."""
+    settings = context.settings
+    updater, alarms = Updater(named, settings.optimizer, total_steps(len(examples), settings)), Alarms()
+    tokens = _resume(context, updater, alarms)
     with context.checkpoints.steps(updater.size):
-        for figures in train(examples, objective, updater, context.settings, context.seed):
+        for figures, origins in _taken(examples, objective, updater, settings, context.seed):
             tokens += int(figures["tokens"])
-            context.progress(figures, done=updater.taken, total=updater.total)
-            context.checkpoints.after(updater.taken, partial(_save, updater, tokens))
-    return tokens
+            told = len(alarms.warnings)
+            seen = alarms.watch(figures, updater.taken, origins)
+            record = {**figures, "alarm": ", ".join(seen)} if seen else figures
+            context.progress(record, done=updater.taken, total=updater.total)
+            for line in alarms.warnings[told:]:
+                context.say(line)
+            context.checkpoints.after(updater.taken, partial(_save, updater, alarms, tokens))
+    return Followed(tokens, alarms.warnings)
 
 
-def _resume(context: Context, updater: Updater) -> int:
+def _resume(context: Context, updater: Updater, alarms: Alarms) -> int:
     """Go on from the stage's checkpoint, if there is one; returns the tokens computed until then."""
     directory = context.checkpoints.resume()
     if directory is None:
         return 0
     state = checkpoint.load(directory)
     updater.load_state(state.part("updater"))
+    alarms.load_state(state.part("alarms"))
     checkpoint.restore_random_state(state.part("random"), updater.device)
     return int(state.values["tokens"])
 
 
-def _save(updater: Updater, tokens: int, directory: Path) -> None:
-    parts = {"updater": updater.state(), "random": checkpoint.random_state(updater.device)}
+def _save(updater: Updater, alarms: Alarms, tokens: int, directory: Path) -> None:
+    random = checkpoint.random_state(updater.device)
+    parts = {"updater": updater.state(), "alarms": alarms.state(), "random": random}
     checkpoint.save(directory, joined(parts, tokens=tokens))
+
+
+def _taken(
+    examples: Passes[Tree], objective: Objective, updater: Updater, settings: Training, seed: int
+) -> Iterator[tuple[dict[str, float], list[str]]]:
+    """Every step's record, and where its rows are from."""
+    for chosen in _steps(examples, settings, updater.total, seed, updater.taken):
+        origins = [tree.origin for tree in chosen]
+        yield updater.step(objective(chosen), origins), origins
 
 
 def total_steps(examples: int, settings: Training) -> int:

@@ -18,10 +18,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from data.template import ChatTemplate, tokenizer_record
-from data.tokenizer import load_tokenizer
 from pipeline.contract import Artifact
-from pipeline.errors import ArtifactError, ConfigError
-from stages.core import guards, norms
+from pipeline.errors import ConfigError
+from stages.core import guards, handover, norms
 from stages.core.device import Compute
 from stages.core.likelihood import logits_of
 
@@ -52,10 +51,14 @@ class LanguageModel:
         """The chat template of the tokenizer."""
         return ChatTemplate(self.tokenizer)
 
+    @property
+    def positions(self) -> int | None:
+        """Tokens of the longest sequence that the model is made for; None where it has no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or None
+
     def longest(self, max_length: int) -> int:
         """`max_length`, but not more than the model's positions where it has a limit."""
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return min(max_length, positions) if positions else max_length
+        return min(max_length, self.positions or max_length)
 
     @property
     def hidden_size(self) -> int:
@@ -82,7 +85,8 @@ def load_model(
         quantization: `4bit` for NF4, `8bit` for LLM.int8.
 
     Raises:
-        ArtifactError: A tensor is missing, unexpected or of another shape; the vocabulary does not cover the tokenizer.
+        ArtifactError: A tensor is missing, unexpected, of another shape or not finite; the vocabulary does not cover
+            the tokenizer; the tokenizer is not the stage's own, or the configuration means other special tokens.
         ConfigError: The quantization is not to be had here.
     """
     options: dict[str, Any] = {"dtype": dtype or compute.dtype}
@@ -100,13 +104,15 @@ def load_model(
         **options,
     )
     model, report = loaded
-    _require_complete(report, artifact.directory)
+    handover.require_complete(report, artifact.directory)
+    guards.require_finite_weights(model.named_parameters(), artifact.directory)
     if quantization == "none":
         model.to(compute.device)
     else:
         _keep_differentiable(model)
-    tokenizer = load_tokenizer(artifact.directory)
-    _require_vocabulary(model, tokenizer, artifact.directory)
+    tokenizer = handover.open_tokenizer(artifact)
+    handover.require_vocabulary(model, tokenizer, artifact.directory)
+    handover.require_special_ids(artifact.directory, tokenizer)
     model.requires_grad_(False)
     model.eval()
     require_plain_head(model)
@@ -188,25 +194,3 @@ def _keep_differentiable(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def _require_complete(report: dict[str, Any], directory: Path) -> None:
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in report.get(problem, ()))
-        if names:
-            raise ArtifactError(
-                f"{problem.replace('_', ' ')}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}",
-                where=directory,
-                hint="the weights do not fit the configuration beside them; fetch or train the model again",
-            )
-
-
-def _require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    embedding: Any = model.get_input_embeddings()
-    rows = embedding.weight.shape[0]
-    if rows < len(tokenizer):
-        raise ArtifactError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows",
-            where=directory,
-            hint="use the tokenizer that the model was trained with",
-        )

@@ -10,7 +10,8 @@ from torch import Tensor
 from data.batch import Layout, TreeBatch
 from data.tree import Tree
 from pipeline.config import DpoSettings, OnlineDpoSettings, PreferenceObjective
-from stages.core import loop
+from pipeline.errors import ArtifactError
+from stages.core import loop, probes
 from stages.core.losses import PREFERENCE_LOSSES
 from stages.core.reference import Reference, in_each_step, pair_logprobs
 from stages.core.roles import POLICY, Roles
@@ -58,6 +59,29 @@ def objective(
 def computed_reference(roles: Roles, settings: DpoSettings | OnlineDpoSettings) -> Reference | None:
     """The reference, computed when it is asked for; None where the loss has none."""
     return in_each_step(roles) if settings.has_reference else None
+
+
+@torch.no_grad()
+def require_beginning(
+    roles: Roles, reference: Reference, pairs: Sequence[Tree], tokens_per_batch: int, layout: Layout
+) -> None:
+    """Raise ArtifactError unless the policy, which has taken no step yet, is what the reference says of these pairs.
+
+    Where it does not begin as its reference, that is another model's, and the margin would not begin at zero.
+    """
+    tolerance = probes.tolerance_of(roles.base.compute.record["dtype"])
+    for batch in on_device(roles.base, pairs, tokens_per_batch, layout):
+        with roles.use(POLICY):
+            policy = pair_logprobs(roles.base, batch) / read_tokens(batch)
+        against = reference(batch) / read_tokens(batch)
+        for tree, old, new in zip(batch.trees, against.tolist(), policy.tolist(), strict=True):
+            if not all(abs(was - is_) <= tolerance for was, is_ in zip(old, new, strict=True)):
+                raise ArtifactError(
+                    f"the policy does not begin as its reference: its log-probabilities a token are {new}, "
+                    f"the reference's {old} (tolerance {tolerance:g})",
+                    where=tree.origin,
+                    hint="the reference must be the stage's `policy`; where it was kept, clear the token cache",
+                )
 
 
 def read_tokens(batch: TreeBatch) -> Tensor:

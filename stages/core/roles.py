@@ -23,13 +23,13 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data.tokenizer import load_tokenizer
 from pipeline.config import Lora
 from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.manifest import Adaptation
+from reward.head import FILE_NAME as HEAD_FILE
 from reward.head import ScalarHead
-from stages.core import adapters, guards
+from stages.core import adapters, guards, handover
 from stages.core.device import Compute
 from stages.core.lora import speed_up
 from stages.core.models import LanguageModel, load_model
@@ -67,16 +67,18 @@ class Roles:
         self._freeze_the_rest()
 
     def load(self, role: str, directory: Path) -> None:
-        """A frozen adapter from a stage directory, with its scalar head when it has one.
+        """A frozen adapter from a stage directory, with its scalar head when it has one, as a reward model must.
 
         Raises:
-            ArtifactError: A file or tensor is missing, unexpected or of another shape.
+            ArtifactError: A file or tensor is missing, unexpected, of another shape or not finite.
         """
         config, tensors = _read_adapter(directory)
         self._inject(role, config)
         self._fill(role, tensors, directory)
-        if (directory / "head.safetensors").is_file():
-            self.heads[role] = ScalarHead.load(directory, self.base.hidden_size).to(self.base.compute.device)
+        if role == REWARD or (directory / HEAD_FILE).is_file():
+            head = ScalarHead.load(directory, self.base.hidden_size)
+            guards.require_finite_weights(head.state_dict().items(), directory / HEAD_FILE)
+            self.heads[role] = head.to(self.base.compute.device)
         self._freeze_the_rest()
 
     def copy(self, source: str, role: str) -> None:
@@ -235,8 +237,7 @@ def open_base(artifact: Artifact, compute: Compute) -> Roles:
     """The base under a model, adapter or reward artefact, alone in memory and frozen, with the artefact's tokenizer."""
     model, quantization = base_of(artifact)
     base = load_model(model, compute, quantization=quantization)
-    # The tokens are the base's; the chat template may be one that an adapter was given.
-    return Roles(replace(base, tokenizer=load_tokenizer(artifact.directory)))
+    return Roles(base if model is artifact else replace(base, tokenizer=handover.open_tokenizer(artifact)))
 
 
 def open_role(artifact: Artifact, role: str, lora: Lora, compute: Compute) -> Roles:
@@ -285,4 +286,6 @@ def _read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     for path in (directory / ADAPTER_FILE, directory / CONFIG_FILE):
         if not path.is_file():
             raise ArtifactError("a file of the adapter is missing", where=path, hint="train the stage again")
-    return LoraConfig.from_pretrained(str(directory)), load_file(directory / ADAPTER_FILE)
+    tensors = load_file(directory / ADAPTER_FILE)
+    guards.require_finite_weights(tensors.items(), directory / ADAPTER_FILE)
+    return LoraConfig.from_pretrained(str(directory)), tensors

@@ -15,7 +15,7 @@ from data.tree import Tree
 from pipeline.contract import Artifact
 from pipeline.manifest import Metric
 from reward.intervals import ratio_interval
-from stages.core import probes
+from stages.core import guards, probes
 from stages.core.forward import hidden_states, summed_token_logprobs, token_logprobs
 from stages.core.loop import Objective, Part
 from stages.core.models import LanguageModel
@@ -76,9 +76,14 @@ def reward_scores(roles: Roles, role: str, trees: Sequence[Tree]) -> list[float]
 def on_device(
     language_model: LanguageModel, trees: Sequence[Tree], tokens_per_batch: int, layout: Layout
 ) -> Iterator[TreeBatch]:
-    """Batches of trees on the model's device."""
+    """Batches of trees on the model's device.
+
+    Raises:
+        DataError: A tree is longer than the model's positions.
+    """
     compute = language_model.compute
     for batch in batches(trees, tokens_per_batch, layout, rounded=compute.makes_kernels_by_shape):
+        guards.require_positions(batch.trees, language_model.positions)
         yield batch.to(compute.device)
 
 
@@ -107,6 +112,7 @@ def negative_mean(language_model: LanguageModel, tokens_per_batch: int, layout: 
     def parts(examples: Sequence[Tree]) -> Iterator[Part]:
         documents = [each for tree in examples for each in tree.documents()]
         reads = sum(tree.reads for tree in documents)
+        guards.require_trained_tokens(reads, (tree.origin for tree in examples))
         for batch in on_device(language_model, documents, tokens_per_batch, layout):
             with language_model.compute.autocast():
                 total = summed_token_logprobs(language_model.model, batch)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.config import Alarm
 from reward import shaping
+from stages.core.alarms import LAST, gradient_spike
 from stages.core.checkpoint import State
 from stages.core.rl.experience import Experience
 
@@ -172,6 +173,12 @@ def _recent(name: str, wrong: Callable[[float], bool], said: str, rounds: int = 
     return watch
 
 
+def _spike(history: Sequence[Figures]) -> str:
+    """Watches the policy's gradient beside that of the rounds before."""
+    *before, last = [each["gradient_norm"] for each in history if "gradient_norm" in each][-LAST - 1 :] or [0.0]
+    return gradient_spike(before, last)
+
+
 _ALARMS: dict[Alarm, Watcher] = {
     "entropy_collapse": _compared(
         "entropy",
@@ -217,4 +224,5 @@ _ALARMS: dict[Alarm, Watcher] = {
         "all responses get the same reward; there is nothing left to learn",
         rounds=1,
     ),
+    "gradient_spike": _spike,
 }

@@ -142,17 +142,18 @@ class PolicyGradient:
 
     def _update(self, group: Group, warming: bool) -> dict[str, float]:
         figures = {"updates": 1.0, "kl_coefficient": self.kl_coefficient}
+        origins = [tree.origin for each in group for tree in each.batch.trees]
         if self.value is not None and self._settings.value == "head" and not warming:
-            joint = self.policy.step(self.losses.joint(group, self.kl_coefficient))
+            joint = self.policy.step(self.losses.joint(group, self.kl_coefficient), origins)
             # The same backward pass left the head's gradients.
-            of_head = self.value.step(())
+            of_head = self.value.step((), origins)
             figures |= _named(joint) | {"value_gradient_norm": of_head["gradient_norm"]}
             return figures | {"ratio_max": self.losses.take_largest_ratio()}
         if not warming:
-            figures |= _named(self.policy.step(self.losses.policy(group, self.kl_coefficient)))
+            figures |= _named(self.policy.step(self.losses.policy(group, self.kl_coefficient), origins))
             figures["ratio_max"] = self.losses.take_largest_ratio()
         if self.value is not None:
-            of_value = self.value.step(self.losses.value(group))
+            of_value = self.value.step(self.losses.value(group), origins)
             figures |= {
                 "value_loss": of_value["loss"],
                 "value_gradient_norm": of_value["gradient_norm"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.config import Rewarded
 from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError
-from stages.core import probes
+from stages.core import handover, probes
 from stages.core.checkpointing import checkpoint_layers
 from stages.core.device import Compute
 from stages.core.roles import POLICY, REFERENCE, REWARD, Roles, base_of, open_role
@@ -16,8 +16,8 @@ def open_roles(policy: Artifact, reward: Artifact | None, settings: Rewarded, co
     """The roles of a stage that samples and learns; without a reward model, rules are the reward.
 
     Raises:
-        ArtifactError: The reward model sits on another base than the policy, or reads another chat template; or a probe
-            comes out otherwise than it was recorded.
+        ArtifactError: The reward model sits on another base than the policy, or reads another tokenizer or chat
+            template; or a probe comes out otherwise than it was recorded.
     """
     if reward:
         _require_same_base(policy, reward)
@@ -27,7 +27,7 @@ def open_roles(policy: Artifact, reward: Artifact | None, settings: Rewarded, co
     with roles.use(REFERENCE):
         replay_probes(policy, roles.base)
     if reward:
-        _require_same_template(roles, reward)
+        handover.require_same_tokens(reward, roles.base.tokenizer)
         roles.load(REWARD, reward.directory)
         probes.replay(reward.directory, lambda trees: reward_scores(roles, REWARD, trees), compute)
     return roles
@@ -39,18 +39,6 @@ def _require_same_base(policy: Artifact, reward: Artifact) -> None:
         raise ArtifactError(
             f"the reward model sits on {reward_base.source} ({reward_base.digest[:12]}), "
             f"the policy on {base.source} ({base.digest[:12]})",
-            where=reward.directory,
-            hint="train the reward stage on the same `policy` as this stage",
-        )
-
-
-def _require_same_template(roles: Roles, reward: Artifact) -> None:
-    """The reward model scores the policy's own tokens, so both must have learnt the same structure."""
-    expected = reward.manifest.tokenizer["chat_template"] if reward.manifest else None
-    found = roles.base.template.digest
-    if found != expected:
-        raise ArtifactError(
-            f"the reward model reads the chat template {str(expected)[:12]}, the policy writes {found[:12]}",
             where=reward.directory,
             hint="train the reward stage on the same `policy` as this stage",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from random import Random
 
 from torch import Tensor
@@ -60,7 +61,7 @@ class Ranking:
             self.policy.skip(1)
             return share | {"tokens": 0.0}
         with self._roles.use(POLICY):
-            return self.policy.step(self._objective(chosen)) | share
+            return self.policy.step(self._objective(chosen), [tree.origin for tree in chosen]) | share
 
     @property
     def size(self) -> int:
@@ -81,7 +82,7 @@ def best_of(trees: Sequence[Tree], scores: Tensor, keep: int) -> list[Tree]:
     another are left out."""
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :keep].tolist()
     return [
-        Tree(tree.prompt, tuple(tree.branches[place] for place in best), tree.number)
+        replace(tree, branches=tuple(tree.branches[place] for place in best))
         for tree, best, own in zip(trees, order, scores, strict=True)
         if _told_apart(tree, own)
     ]
@@ -91,7 +92,7 @@ def pairs_of(trees: Sequence[Tree], scores: Tensor) -> list[Tree]:
     """Each tree with its best branch and its worst one; trees that `best_of` leaves out are left out here, too."""
     best, worst = scores.argmax(1).tolist(), scores.argmin(1).tolist()
     return [
-        Tree(tree.prompt, (tree.branches[first], tree.branches[last]), tree.number)
+        replace(tree, branches=(tree.branches[first], tree.branches[last]))
         for tree, first, last, own in zip(trees, best, worst, scores, strict=True)
         if _told_apart(tree, own)
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data.batch import TreeBatch
 from data.template import ChatTemplate
@@ -38,7 +38,8 @@ class Rollout:
 
     def trees(self) -> list[Tree]:
         """A tree for each prompt, numbered by its place, with a branch for each of its responses."""
-        return trees_of([each.tokens for each in self.prompts], self.samples)
+        made = trees_of([each.tokens for each in self.prompts], self.samples)
+        return [replace(tree, origin=prompt.row.origin) for tree, prompt in zip(made, self.prompts, strict=True)]
 
     def texts(self, template: ChatTemplate) -> list[str]:
         """The responses as text."""

@@ -6,13 +6,12 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from data.template import ChatTemplate, tokenizer_record
+from data.template import ChatTemplate
 from data.tree import Branch, Tree
 from pipeline.config import TrlSettings
 from pipeline.contract import Artifact, Context
-from pipeline.errors import ArtifactError
 from reward.rules import verdict
-from stages.core import probes
+from stages.core import handover, probes
 from stages.core.device import Compute
 from stages.core.roles import REWARD, open_base
 from stages.core.scoring import reward_scores, scores
@@ -38,7 +37,7 @@ def functions(context: Context, template: ChatTemplate, compute: Compute) -> lis
 
 
 def _learned(artifact: Artifact, template: ChatTemplate, compute: Compute, settings: TrlSettings) -> RewardFunction:
-    _require_same_tokens(artifact, template)
+    handover.require_same_tokens(artifact, template.tokenizer)
     roles = open_base(artifact, compute)
     roles.load(REWARD, artifact.directory)
     probes.replay(artifact.directory, lambda trees: reward_scores(roles, REWARD, trees), compute)
@@ -69,17 +68,3 @@ def _response(completion: str, template: ChatTemplate, settings: TrlSettings) ->
     tokens = as_tokens(completion)
     assert settings.max_new_tokens is not None
     return tokens if len(tokens) >= settings.max_new_tokens else (*tokens, template.stop_id)
-
-
-def _require_same_tokens(artifact: Artifact, template: ChatTemplate) -> None:
-    """The reward model scores the policy's own tokens, so both must have the same and know the same structure."""
-    expected = tokenizer_record(template.tokenizer)
-    found = artifact.manifest.tokenizer if artifact.manifest else {}
-    for name in ("digest", "chat_template"):
-        if found.get(name) != expected[name]:
-            what = f"the reward model's {name.replace('digest', 'tokenizer').replace('_', ' ')} is another"
-            raise ArtifactError(
-                f"{what} ({str(found.get(name))[:12]}) than the policy's ({expected[name][:12]})",
-                where=artifact.directory,
-                hint="train the reward stage on the same `policy`",
-            )

@@ -285,6 +285,7 @@ def init(
 
 def main() -> None:
     """Run the command line and exit with the code that errors promise."""
+    terminal.guard_errors()
     sys.exit(execute(app))
 
 
@@ -330,7 +331,7 @@ def print_plan(decisions: Sequence[Decision]) -> None:
 
 
 def _fail(error: BatonError) -> int:
-    terminal.console(stderr=True).print(terminal.printable_lines(f"error: {error}"))
+    terminal.console(stderr=True).print(f"error: {error}")
     return error.exit_code
 
 
@@ -342,7 +343,7 @@ def _recipes() -> dict[str, Path]:
 
 
 def _print(text: str) -> None:
-    terminal.console().print(terminal.printable_lines(text))
+    terminal.console().print(text)
 
 
 def _print_json(value: Any) -> None:

@@ -10,18 +10,37 @@ from __future__ import annotations
 import json
 import os
 import stat
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from pipeline.errors import ArtifactError
 from pipeline.fingerprint import content, file_sha256
+from pipeline.terminal import printable
 
 SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
+LARGEST = 100_000_000
+"""Bytes of a manifest."""
+
+
+def _inside(path: str) -> str:
+    """A path below the directory that its manifest stands in, written in the one way that there is to write it."""
+    parts = path.split("/")
+    if any(part in ("", ".", "..") for part in parts) or "\\" in path or printable(path, None) != path:
+        raise ValueError("should be a plain path within the directory")
+    return path
+
+
+def _inside_if_relative(path: str) -> str:
+    """A path relative to the run directory does not leave it; an absolute one is where the user had an input."""
+    if path and not path.startswith("/") and ".." in path.split("/"):
+        raise ValueError("should be within the run directory, or absolute")
+    return path
 
 
 class Record(BaseModel):
@@ -49,7 +68,7 @@ class InputRecord(Record):
     """Content digest of its artefact files; enters the key."""
     manifest_sha256: str | None = None
     """None for foreign model directories."""
-    directory: str = ""
+    directory: Annotated[str, AfterValidator(_inside_if_relative)] = ""
     """Relative to the run directory when inside it."""
 
 
@@ -79,7 +98,7 @@ class DataCard(Record):
 class OutputRecord(Record):
     """One file of the stage directory."""
 
-    path: str
+    path: Annotated[str, AfterValidator(_inside)]
     bytes: int
     sha256: str
     role: Literal["artifact", "log"] = "artifact"
@@ -140,6 +159,13 @@ class Manifest(Record):
     started: str
     """Information only; never used to order anything."""
 
+    @model_validator(mode="after")
+    def _one_file_a_name(self) -> Self:
+        names = [unicodedata.normalize("NFC", output.path).casefold() for output in self.outputs]
+        if len(set(names)) < len(names):
+            raise ValueError("two files have one name, or names that some file systems take for one")
+        return self
+
 
 @dataclass(frozen=True)
 class Damage:
@@ -150,31 +176,32 @@ class Damage:
     expected: str
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.found}, expected {self.expected}"
+        return f"{printable(self.file, None)}: {self.found}, expected {self.expected}"
 
 
 def load(directory: Path) -> Manifest:
     """The manifest of a stage directory; says nothing about the files it lists.
 
     Raises:
-        ArtifactError: No manifest, not JSON, another schema version, or malformed.
+        ArtifactError: No manifest, not a file of its own, not JSON, another schema version, or malformed.
     """
     path = directory / FILE_NAME
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads(_content(path))
     except FileNotFoundError:
         raise ArtifactError("no manifest: not a finished stage", where=directory) from None
-    except ValueError as error:
-        raise ArtifactError(f"the manifest is not JSON: {error}", where=path) from None
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"the manifest is not JSON: {printable(str(error))}", where=path) from None
     version = fields.get("schema_version") if isinstance(fields, dict) else None
     if version != SCHEMA_VERSION:
         hint = "use the version of Baton that wrote it, or run the stage again"
-        raise ArtifactError(f"schema version {version!r}, expected {SCHEMA_VERSION}", where=path, hint=hint)
+        shown = printable(repr(version))
+        raise ArtifactError(f"schema version {shown}, expected {SCHEMA_VERSION}", where=path, hint=hint)
     try:
         return Manifest.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
+        field = printable(".".join(map(str, first["loc"])))
         raise ArtifactError(f"malformed manifest: {field}: {first['msg']}", where=path) from None
 
 
@@ -238,6 +265,18 @@ def walk(directory: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(directory):
         links = [name for name in folders if Path(parent, name).is_symlink()]
         yield from (Path(parent, name) for name in sorted(files + links))
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a manifest, if it is one file of bounded size and no link or pipe."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ArtifactError(
+            "not a regular file", where=path, hint="copy the directory with the files that links lead to"
+        )
+    if status.st_size > LARGEST:
+        raise ArtifactError(f"larger than {LARGEST:,} bytes", where=path, hint="no stage writes such a manifest")
+    return path.read_bytes()
 
 
 def _damage(path: Path | None, output: OutputRecord) -> Damage | None:

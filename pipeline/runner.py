@@ -30,6 +30,7 @@ from pipeline.interruption import Interruption
 from pipeline.manifest import Cost, InputRecord, Manifest
 from pipeline.plan import Decision, decide, plan
 from pipeline.progress import StageProgress
+from pipeline.redaction import redacted
 from pipeline.resumption import StageCheckpoints
 from pipeline.store import RunDirectory
 from pipeline.terminal import printable
@@ -164,7 +165,7 @@ class _Runner:
         outputs = durable.inventory(work)
         wanted = decision.wanted
         code = {"code": fingerprint.sources(decision.kind)}
-        return Manifest(
+        manifest = Manifest(
             stage=decision.stage,
             stage_kind=decision.kind,
             kind=result.kind,
@@ -185,6 +186,7 @@ class _Runner:
             command=f"{self.command} --only {shlex.quote(decision.stage)}".strip(),
             started=started,
         )
+        return Manifest.model_validate_json(redacted(manifest.model_dump_json()))
 
     def _input_record(self, artifact: Artifact) -> InputRecord:
         directory = artifact.directory.absolute()
@@ -220,7 +222,7 @@ class _Runner:
             "outcome": outcome,
         }
         with self.directory.history.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+            stream.write(redacted(json.dumps(line)) + "\n")
 
     def _report(self, outcomes: list[Outcome]) -> None:
         from pipeline import report

@@ -21,6 +21,7 @@ from data.template import ChatTemplate, tokenizer_record
 from data.tokenizer import load_tokenizer
 from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError, ConfigError
+from pipeline.model_files import unreadable
 from stages.core import guards, norms
 from stages.core.device import Compute
 from stages.core.likelihood import logits_of
@@ -82,23 +83,25 @@ def load_model(
         quantization: `4bit` for NF4, `8bit` for LLM.int8.
 
     Raises:
-        ArtifactError: A tensor is missing, unexpected or of another shape; the vocabulary does not cover the tokenizer.
+        ArtifactError: It cannot be read; a tensor is missing, unexpected or of another shape; the vocabulary does not
+            cover the tokenizer.
         ConfigError: The quantization is not to be had here.
     """
     options: dict[str, Any] = {"dtype": dtype or compute.dtype}
     if quantization != "none":
         options |= _quantized(quantization, compute)
     # With `output_loading_info` it returns a pair, which its annotation leaves out.
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        artifact.directory,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-        # Then they are in the report, which is read below, instead of an error that does not name them.
-        ignore_mismatched_sizes=True,
-        **options,
-    )
+    with unreadable(artifact.directory, "model"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            artifact.directory,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            # Then they are in the report, which is read below, instead of an error that does not name them.
+            ignore_mismatched_sizes=True,
+            **options,
+        )
     model, report = loaded
     _require_complete(report, artifact.directory)
     if quantization == "none":

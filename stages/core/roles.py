@@ -28,6 +28,7 @@ from pipeline.config import Lora
 from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.manifest import Adaptation
+from pipeline.model_files import unreadable
 from reward.head import ScalarHead
 from stages.core import adapters, guards
 from stages.core.device import Compute
@@ -285,4 +286,5 @@ def _read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     for path in (directory / ADAPTER_FILE, directory / CONFIG_FILE):
         if not path.is_file():
             raise ArtifactError("a file of the adapter is missing", where=path, hint="train the stage again")
-    return LoraConfig.from_pretrained(str(directory)), load_file(directory / ADAPTER_FILE)
+    with unreadable(directory, "adapter"):
+        return LoraConfig.from_pretrained(str(directory)), load_file(directory / ADAPTER_FILE)

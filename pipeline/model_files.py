@@ -145,9 +145,9 @@ def unreadable(directory: Path, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (BatonError, RuntimeError, MemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, BatonError | RuntimeError | MemoryError) and not isinstance(error, RecursionError):
+            raise
         reason = printable(" ".join(str(error).split()), 300) or type(error).__name__
         hint = "fetch the model again, or use one of an architecture that transformers has"
         raise ArtifactError(f"the {what} cannot be read: {reason}", where=directory, hint=hint) from error

@@ -285,8 +285,17 @@ def init(
 
 def main() -> None:
     """Run the command line and exit with the code that errors promise."""
-    terminal.guard_errors()
-    sys.exit(execute(app))
+    sys.exit(guarded(app))
+
+
+def guarded(command: Callable[..., Any]) -> int:
+    """Like `execute`, and whatever else is printed is harmless; an error that nobody expected ends with 1."""
+    terminal.guard_warnings()
+    try:
+        return execute(command)
+    except Exception as error:  # typer has a hook of its own, which prints it as it is
+        terminal.print_trace(error)
+        return 1
 
 
 def execute(command: Callable[..., Any], arguments: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from pipeline import cli, loader, runner, terminal
+from pipeline import cli, loader, runner
 from pipeline.config import RunSettings
 from pipeline.errors import ConfigError
 from pipeline.plan import plan
@@ -18,8 +18,7 @@ from pipeline.terminal import printable
 
 def main(kind: str) -> None:
     """Run the stages of a kind and exit with the code that errors promise."""
-    terminal.guard_errors()
-    sys.exit(cli.execute(application(kind)))
+    sys.exit(cli.guarded(application(kind)))
 
 
 def application(kind: str) -> typer.Typer:

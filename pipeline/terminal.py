@@ -11,7 +11,6 @@ import traceback
 import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -47,10 +46,14 @@ def console(*, stderr: bool = False) -> Console:
     return _Harmless(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-def guard_errors() -> None:
-    """From now on, what Python prints of warnings and of errors that end the process is harmless, too."""
-    sys.excepthook = _print_error
+def guard_warnings() -> None:
+    """From now on, what Python prints of warnings is harmless, too."""
     warnings.formatwarning = _format_warning
+
+
+def print_trace(error: BaseException) -> None:
+    """Print an error that nobody expected as Python would."""
+    sys.stderr.write(printable_lines("".join(traceback.format_exception(error)).rstrip("\n")) + "\n")
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -66,10 +69,6 @@ class _Harmless(Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*(printable_lines(each) if isinstance(each, str) else each for each in objects), **options)
-
-
-def _print_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    sys.stderr.write(printable_lines("".join(traceback.format_exception(kind, error, trace)).rstrip("\n")) + "\n")
 
 
 def _format_warning(

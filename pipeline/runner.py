@@ -72,6 +72,7 @@ def run(
     """
     _refuse_several_processes()
     directory = RunDirectory.of(settings)
+    _refuse_foreign_directory(directory)
     runner = _Runner(settings, directory, command, console or terminal.console())
     with store.lock(directory), runner.interruption.watch(), store.storage_errors(directory.root):
         return runner.run(only, until, force, strict)
@@ -260,6 +261,13 @@ def _refuse_several_processes() -> None:
     if count != "1":
         hint = "start it without `torchrun` or `accelerate launch`"
         raise ConfigError(f"WORLD_SIZE={printable(count)}: a stage runs in one process", hint=hint)
+
+
+def _refuse_foreign_directory(directory: RunDirectory) -> None:
+    """A run writes its `config.yaml`, and must not write over one that is somebody else's."""
+    if directory.config.exists() and not (directory.root / ".lock").exists():
+        what = "holds a config.yaml and is no run directory"
+        raise ConfigError(what, where=directory.root, hint="choose another `output`")
 
 
 def _refuse_not_finite(name: str, result: Result) -> None:

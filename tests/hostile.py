@@ -1,4 +1,4 @@
-"""What an attacker puts beside a model: pickles that would act, fields that name code, manifests that say all is well."""
+"""What an attacker puts beside a model: pickles that would act, fields that name code, manifests that lie."""
 
 from __future__ import annotations
 

@@ -15,7 +15,19 @@ from reward.rules import JUDGES
 
 MARKS = [chr(code) for code in range(0x20000) if unicodedata.combining(chr(code))]
 STRANGE = ["\u0f73", "\u0f75", "\u0f81", "\u0344", "\uff9e", "\uff9f"]
-LETTERS = [*"aeK ", "\u00e9", "\u01f0", "\u30ab", "\uff76", "\uac00", "\u0915", "\u1e9b", "\ufb01", "\U0001f600", "\u3001"]
+LETTERS = [
+    *"aeK ",
+    "\u00e9",
+    "\u01f0",
+    "\u30ab",
+    "\uff76",
+    "\uac00",
+    "\u0915",
+    "\u1e9b",
+    "\ufb01",
+    "\U0001f600",
+    "\u3001",
+]
 LONG = 300_000
 
 

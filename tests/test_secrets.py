@@ -77,7 +77,9 @@ def test_no_byte_of_a_run_holds_a_secret(tmp_path: Path) -> None:
     """The whole chain with a reward server that is given its key, the report, and a trainer of TRL."""
     with serving(lengths) as server:
         config = tiny.write_chain(tmp_path)
-        text = config.read_text().replace("reward: reward, data: prompts", "data: prompts, " + RULES.format(url=server.url))
+        text = config.read_text().replace(
+            "reward: reward, data: prompts", "data: prompts, " + RULES.format(url=server.url)
+        )
         size = "steps: 1, examples_per_step: 4, examples_per_batch: 4, max_length: 256, lora: {rank: 2}"
         config.write_text(text + f"  t_dpo: {{kind: trl, trainer: DPO, policy: sft, data: preferences, {size}}}\n")
         code, printed = baton(tmp_path, "run", config)
@@ -132,7 +134,9 @@ def test_neither_does_the_trace_of_an_error_that_nobody_expected(config: Path, b
 def test_an_answer_that_repeats_the_key_is_told_to_nobody(tmp_path: Path) -> None:
     with serving(says(SECRETS["REWARD_SERVER_KEY"], 400)) as server:
         config = tiny.write_chain(tmp_path)
-        text = config.read_text().replace("reward: reward, data: prompts", "data: prompts, " + RULES.format(url=server.url))
+        text = config.read_text().replace(
+            "reward: reward, data: prompts", "data: prompts, " + RULES.format(url=server.url)
+        )
         config.write_text(text)
         code, printed = baton(tmp_path, "run", config, "--until", "ppo")
     assert code == 69, printed.decode()
@@ -197,7 +201,16 @@ def test_a_setting_that_is_named_like_a_secret_is_refused_whatever_it_holds(sett
 
 
 def test_ordinary_settings_are_no_secrets() -> None:
-    names = ["max_new_tokens", "tokenizer", "pad_token", "eos_token_id", "token_variable", "keep", "key", "tokens_per_batch"]
+    names = [
+        "max_new_tokens",
+        "tokenizer",
+        "pad_token",
+        "eos_token_id",
+        "token_variable",
+        "keep",
+        "key",
+        "tokens_per_batch",
+    ]
     assert [name for name in names if is_secret(name)] == []
 
 

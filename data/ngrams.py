@@ -17,6 +17,8 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
+from data.normal_form import normal_form
+
 Hashes = NDArray[np.uint64]
 """64-bit hashes, one per word or run of words."""
 RUN = 13
@@ -38,7 +40,7 @@ def words(text: str) -> list[str]:
     if text.isascii():
         return text.translate(_ASCII_WORDS).split()
     # Folding can undo composition, as it does for U+01F0.
-    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+    folded = normal_form(normal_form(text, "NFC").casefold(), "NFC")
     return _blanked(_IDEOGRAPH.sub(r" \g<0> ", folded)).split()
 
 

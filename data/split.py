@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
 from collections.abc import Sequence
 
+from data.normal_form import normal_form
 from data.schema import Message, Row, Text
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode
@@ -40,7 +40,7 @@ def is_held_out(row: Row, share: float) -> bool:
 def canonical(content: str) -> str:
     """A text Unicode-composed (NFC) and with runs of white space as one."""
     if not content.isascii():
-        return " ".join(unicodedata.normalize("NFC", content).split())
+        return " ".join(normal_form(content, "NFC").split())
     # The same for ASCII, without an object for every word: every row read comes through here.
     spaced = content.translate(_ASCII_SPACES)
     while "  " in spaced:

@@ -125,12 +125,12 @@ def show(
     if as_json:
         _print_json({"manifest": manifest.model_dump(mode="json"), "lineage": ancestors})
         return
-    _print(f"{manifest.stage}: {manifest.kind} of a {manifest.stage_kind} stage, digest {manifest.digest}")
-    _print(f"made {manifest.started} in {manifest.cost.seconds:.1f} s by: {manifest.command}")
+    _print_line(f"{manifest.stage}: {manifest.kind} of a {manifest.stage_kind} stage, digest {manifest.digest}")
+    _print_line(f"made {manifest.started} in {manifest.cost.seconds:.1f} s by: {manifest.command}")
     for name, metric in manifest.metrics.items():
-        _print(f"  {name}: {_figure(metric)}")
+        _print_line(f"  {name}: {_figure(metric)}")
     for warning in manifest.warnings:
-        _print(f"  warning: {warning}")
+        _print_line(f"  warning: {warning}")
     _print(terminal.table(("role", "kind", "digest", "directory", "data"), map(_ancestor_row, ancestors)))
 
 
@@ -170,8 +170,9 @@ def why(
     if last is None:
         _print(f"{stage} has not run")
     else:
-        _print(f"{stage} last ran {last['started']}: {last['outcome']}")
-        _print("".join(f"  {reason}\n" for reason in last["reasons"]).rstrip("\n"))
+        _print_line(f"{stage} last ran {last['started']}: {last['outcome']}")
+        for reason in last["reasons"]:
+            _print_line(f"  {reason}")
     print_plan([decision for decision in decisions if decision.stage == stage])
 
 
@@ -206,7 +207,7 @@ def diff(
     if not found:
         _print("no difference")
     for stage, name, old, new in found:
-        _print(f"{stage}: {name}: {planning.short(old)} -> {planning.short(new)}")
+        _print_line(f"{stage}: {name}: {planning.short(old)} -> {planning.short(new)}")
 
 
 @app.command()
@@ -313,7 +314,17 @@ def init(
 
 def main() -> None:
     """Run the command line and exit with the code that errors promise."""
-    sys.exit(execute(app))
+    sys.exit(guarded(app))
+
+
+def guarded(command: Callable[..., Any]) -> int:
+    """Like `execute`, and whatever else is printed is harmless; an error that nobody expected ends with 1."""
+    terminal.guard_warnings()
+    try:
+        return execute(command)
+    except Exception as error:  # typer has a hook of its own, which prints it as it is
+        terminal.print_trace(error)
+        return 1
 
 
 def execute(command: Callable[..., Any], arguments: Sequence[str] | None = None) -> int:
@@ -358,7 +369,7 @@ def print_plan(decisions: Sequence[Decision]) -> None:
 
 
 def _fail(error: BatonError) -> int:
-    terminal.console(stderr=True).print(terminal.printable_lines(f"error: {error}"))
+    terminal.console(stderr=True).print(f"error: {error}")
     return error.exit_code
 
 
@@ -370,7 +381,12 @@ def _recipes() -> dict[str, Path]:
 
 
 def _print(text: str) -> None:
-    terminal.console().print(terminal.printable_lines(text))
+    terminal.console().print(text)
+
+
+def _print_line(text: str) -> None:
+    """Of text that others wrote: it stays one line."""
+    _print(printable(text, None))
 
 
 def _print_json(value: Any) -> None:

@@ -16,6 +16,7 @@ import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from pipeline.errors import ConfigError
+from pipeline.redaction import is_secret
 from pipeline.suggestion import suggest
 from pipeline.terminal import printable
 
@@ -104,8 +105,9 @@ def override(document: Document, assignment: str) -> None:
     A key that no setting has is left for validation to name, except where nothing could be said about it
     later: inside a stage or data source that does not exist.
     """
-    where = f"command line: {printable(assignment)}"
     key, equals, text = assignment.partition("=")
+    shown = f"{key}=..." if is_secret(key.rpartition(".")[2]) else assignment
+    where = f"command line: {printable(shown)}"
     location: Location = tuple(key.strip().split("."))
     if not equals or not all(location):
         document.problems.append(Problem(where, "expected `setting=value`, as in `stages.dpo.beta=0.2`"))
@@ -193,7 +195,10 @@ class _Builder:
             return text
         if node.tag not in SCALARS or not SCALARS[node.tag][0].match(text):
             raise self._refused(node)
-        return _CONVERT[node.tag](text)
+        try:
+            return _CONVERT[node.tag](text)
+        except ValueError:  # more digits than Python reads
+            raise ConfigError("a number of too many digits", where=self._line(node)) from None
 
     def _refused(self, node: Node) -> ConfigError:
         return ConfigError(f"the tag `{printable(node.tag)}` does not fit here", where=self._line(node))
@@ -204,9 +209,10 @@ class _Builder:
 
 
 def _integer(text: str) -> int:
-    if text.startswith("0o"):
-        return int(text[2:], 8)
-    return int(text, 16) if text.startswith("0x") else int(text)
+    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+    found = int(text[2:] if base != 10 else text, base)
+    str(found)  # which has a bound that powers of two do not have
+    return found
 
 
 def _float(text: str) -> float:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+from pipeline.terminal import printable
+
 
 class BatonError(Exception):
     """An error with a remedy.
@@ -22,7 +24,7 @@ class BatonError(Exception):
 
     def __init__(self, what: str, *, where: str | Path = "", hint: str = "") -> None:
         self.what = what
-        self.where = str(where)
+        self.where = printable(str(where), None)
         self.hint = hint
         super().__init__(self.render())
 

@@ -6,13 +6,12 @@ directory, or `hub:owner/name@revision`.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline import fingerprint, handover
+from pipeline import fingerprint, handover, model_files
 from pipeline import manifest as manifests
 from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError, ConfigError
@@ -20,9 +19,6 @@ from pipeline.manifest import Manifest
 from pipeline.references import HUB
 from pipeline.store import RunDirectory
 from pipeline.terminal import printable
-
-MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-"""What a foreign model directory is read for; nothing in it can hold code."""
 
 Verify = Callable[[Path], Manifest]
 
@@ -80,7 +76,7 @@ def size(artifact: Artifact) -> int:
     if artifact.manifest is not None:
         own = sum(output.bytes for output in artifact.manifest.outputs)
     else:
-        own = sum(path.stat().st_size for path in _model_files(artifact.directory))
+        own = sum(path.stat().st_size for path in model_files.foreign(artifact.directory))
     return own + (size(artifact.base) if artifact.base else 0)
 
 
@@ -98,6 +94,7 @@ def _elsewhere(reference: str, download: bool, verify: Verify) -> Artifact:
 def _stage(directory: Path, source: str, download: bool, verify: Verify) -> Artifact:
     manifest = verify(directory)
     handover.require(directory, manifest)
+    model_files.require_harmless(directory, manifest.kind)
     artifact = Artifact(directory, manifest.kind, manifest.digest, manifest, source)
     if manifest.kind not in ("adapter", "reward"):
         return artifact
@@ -120,8 +117,9 @@ def _base(directory: Path, source: str, manifest: Manifest, download: bool, veri
     adaptation = manifest.adaptation
     if adaptation is None:
         raise ArtifactError(f"the manifest of this {manifest.kind} names no base", where=directory)
-    sibling = directory.parent / adaptation.base_source
-    if (sibling / manifests.FILE_NAME).is_file():
+    sibling = _sibling(directory, adaptation.base_source)
+    _require_model(sibling or Path(adaptation.base_source), directory)
+    if sibling:
         # A stage's name means something in its own run only; from another run it is found by its path.
         found = str(sibling.resolve()) if "/" in source else adaptation.base_source
         base = _stage(sibling, found, download, verify)
@@ -137,45 +135,22 @@ def _base(directory: Path, source: str, manifest: Manifest, download: bool, veri
     return base
 
 
+def _sibling(directory: Path, name: str) -> Path | None:
+    """The stage of that name beside this one, if there is one; a path is not a name."""
+    found = directory.parent / name
+    is_name = name == Path(name).name and name not in ("", "..")
+    return found if is_name and (found / manifests.FILE_NAME).is_file() else None
+
+
+def _require_model(base: Path, directory: Path) -> None:
+    """An adapter that sits on another, or on itself, would be followed without end."""
+    if (base / manifests.FILE_NAME).is_file() and (kind := manifests.load(base).kind) != "model":
+        what = f"its base `{printable(str(base))}` is a {printable(kind)}, not a model"
+        raise ArtifactError(what, where=directory, hint="run the stage again on a model")
+
+
 def _foreign_digest(directory: Path) -> str:
-    return fingerprint.content({path.name: fingerprint.file_sha256(path) for path in _model_files(directory)})
-
-
-def _model_files(directory: Path) -> list[Path]:
-    """The files of a foreign model directory, which must be complete and hold its weights as safetensors.
-
-    Raises:
-        ArtifactError: Not a model, an adapter without a manifest, weights only as pickles, or shards missing.
-    """
-    if (directory / handover.ADAPTER_CONFIGURATION).exists():
-        if any(directory.glob("model*.safetensors")):
-            handover.refuse_adapter_beside_weights(directory)
-        hint = "merge it into its base and give the merged directory"
-        raise ArtifactError("an adapter without a manifest: its base cannot be checked", where=directory, hint=hint)
-    if not (directory / "config.json").is_file():
-        raise ArtifactError("neither a stage (manifest.json) nor a model (config.json)", where=directory)
-    files = sorted({path for pattern in MODEL_FILES for path in directory.glob(pattern) if path.is_file()})
-    names = {path.name for path in files}
-    if not any(name.endswith(".safetensors") for name in names):
-        pickled = sorted(path.name for path in directory.glob("*.bin"))
-        found = f"only pickled weights ({', '.join(map(printable, pickled))})" if pickled else "no weights"
-        hint = "save it with `model.save_pretrained(directory)`, which writes safetensors"
-        raise ArtifactError(f"{found}: safetensors needed", where=directory, hint=hint)
-    missing = sorted(_shards(directory) - names)
-    if missing:
-        raise ArtifactError(f"shards missing: {', '.join(map(printable, missing))}", where=directory)
-    return files
-
-
-def _shards(directory: Path) -> set[str]:
-    """File names in a sharded model's index; one that leads out of the directory is never among its files."""
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        return set()
-    try:
-        return set(map(str, json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"not an index of shards: {error}", where=index) from None
+    return fingerprint.content({path.name: fingerprint.file_sha256(path) for path in model_files.foreign(directory)})
 
 
 def _hub(reference: str, download: bool) -> Artifact:
@@ -188,7 +163,7 @@ def _hub(reference: str, download: bool) -> Artifact:
         if not download:
             raise NotDownloaded("not in the local cache", where=printable(reference))
         snapshot = _download(repository, revision)
-    for path in _model_files(snapshot):
+    for path in model_files.foreign(snapshot):
         _check_blob(path)
     digest = fingerprint.digest({"repository": repository, "commit": snapshot.name})
     return Artifact(snapshot, "model", digest, source=reference)
@@ -206,14 +181,16 @@ def _cached(repository: str, revision: str) -> Path | None:
     commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
     snapshot = root / "snapshots" / commit
     complete = (snapshot / "config.json").is_file() and any(snapshot.glob("*.safetensors"))
-    return snapshot if complete and _shards(snapshot) <= {path.name for path in snapshot.iterdir()} else None
+    return snapshot if complete and model_files.shards(snapshot) <= {path.name for path in snapshot.iterdir()} else None
 
 
 def _download(repository: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        path = snapshot_download(repository, revision=revision, cache_dir=_cache(), allow_patterns=list(MODEL_FILES))
+        path = snapshot_download(
+            repository, revision=revision, cache_dir=_cache(), allow_patterns=list(model_files.PATTERNS)
+        )
     except (OSError, ValueError) as error:
         what = f"cannot download: {printable(str(error), 300)}"
         hint = "check the name, the revision and the connection, or give the path of a model directory"

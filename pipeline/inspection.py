@@ -20,6 +20,9 @@ from pipeline.plan import changes
 from pipeline.references import in_order
 from pipeline.store import RunDirectory
 
+_ENTRY = {"stage", "started", "reasons", "outcome"}
+"""What every entry of a history holds."""
+
 
 def settings_of(place: Path) -> RunSettings:
     """The settings of a run, given a configuration file or its directory, which may have been moved.
@@ -194,9 +197,11 @@ def _broken_link(role: str, place: Path, record: InputRecord, archived: Mapping[
 def _entries(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            yield json.loads(line)
-        except ValueError:  # the last line may have been cut off by a power cut
+            entry = json.loads(line)
+        except (ValueError, RecursionError):  # the last line may have been cut off by a power cut
             continue
+        if isinstance(entry, dict) and entry.keys() >= _ENTRY:
+            yield entry
 
 
 def _comparable(manifest: Manifest) -> dict[str, Any]:

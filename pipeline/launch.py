@@ -18,7 +18,7 @@ from pipeline.terminal import printable
 
 def main(kind: str) -> None:
     """Run the stages of a kind and exit with the code that errors promise."""
-    sys.exit(cli.execute(application(kind)))
+    sys.exit(cli.guarded(application(kind)))
 
 
 def application(kind: str) -> typer.Typer:

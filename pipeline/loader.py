@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pipeline import durable, references
+from pipeline import durable, redaction, references
 from pipeline.config import DataSource, RunSettings
 from pipeline.document import MAX_BYTES, SCALARS, Document, Location, Problem, override, parse
 from pipeline.errors import ConfigError
@@ -38,6 +38,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
     document = parse(_read(path), str(path))
     for assignment in overrides:
         override(document, assignment)
+    _refuse_secrets(document)
     references.check(document)
     return _validate(document, RunSettings)
 
@@ -64,6 +65,7 @@ def data_source(source: str, overrides: Sequence[str] = ()) -> DataSource:
             hint = "to read several files, quote the glob, as in 'data/*.jsonl'"
             raise ConfigError(what, where=f"command line: {printable(assignment)}", hint=hint)
         override(document, assignment)
+    _refuse_secrets(document)
     return _validate(document, DataSource)
 
 
@@ -109,6 +111,24 @@ def _validate(document: Document, model: type[Validated]) -> Validated:
         problems = sorted(document.problems, key=_line_number)
         raise ConfigError("\n".join(dict.fromkeys(map(str, problems))))
     return settings
+
+
+def _refuse_secrets(document: Document) -> None:
+    """Settings are stored, and handed on with every model made from them; so none may hold a secret.
+
+    Raises:
+        ConfigError: Names each that does, without its value, and nothing else that may be wrong.
+    """
+    found = []
+    for location, text, is_value in redaction.texts(document.values):
+        named = is_value and redaction.is_secret(str(location[-1]))
+        held = redaction.secret_in(text) or ("a secret, by its name" if named else None)
+        if held:
+            setting = ".".join(printable(str(each)) for each in location)
+            found.append(f"{document.where(location)}: {setting}: holds {held}")
+    if found:
+        hint = "export it as an environment variable; settings are stored with all that is made from them"
+        raise ConfigError("\n".join(dict.fromkeys(found)), hint=hint)
 
 
 def _note(document: Document, model: type[BaseModel], detail: ErrorDetails) -> None:

@@ -11,19 +11,38 @@ import errno
 import json
 import os
 import stat
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from pipeline import seal
 from pipeline.errors import ArtifactError
 from pipeline.fingerprint import content, file_sha256
+from pipeline.terminal import printable
 
 SCHEMA_VERSION = 2
 FILE_NAME = "manifest.json"
+LARGEST = 100_000_000
+"""Bytes of a manifest."""
+
+
+def _inside(path: str) -> str:
+    """A path below the directory that its manifest stands in, written in the one way that there is to write it."""
+    parts = path.split("/")
+    if any(part in ("", ".", "..") for part in parts) or "\\" in path or printable(path, None) != path:
+        raise ValueError("should be a plain path within the directory")
+    return path
+
+
+def _inside_if_relative(path: str) -> str:
+    """A path relative to the run directory does not leave it; an absolute one is where the user had an input."""
+    if path and not path.startswith("/") and ".." in path.split("/"):
+        raise ValueError("should be within the run directory, or absolute")
+    return path
 
 
 class Record(BaseModel):
@@ -60,7 +79,7 @@ class InputRecord(Record):
     """Content digest of its artefact files; enters the key."""
     manifest_sha256: str | None = None
     """None for foreign model directories."""
-    directory: str = ""
+    directory: Annotated[str, AfterValidator(_inside_if_relative)] = ""
     """Relative to the run directory when inside it."""
 
 
@@ -90,7 +109,7 @@ class DataCard(Record):
 class OutputRecord(Record):
     """One file of the stage directory."""
 
-    path: str
+    path: Annotated[str, AfterValidator(_inside)]
     bytes: int
     sha256: str
     role: Literal["artifact", "log"] = "artifact"
@@ -153,6 +172,13 @@ class Manifest(SealedRecord):
     started: str
     """Information only; never used to order anything."""
 
+    @model_validator(mode="after")
+    def _one_file_a_name(self) -> Self:
+        names = [unicodedata.normalize("NFC", output.path).casefold() for output in self.outputs]
+        if len(set(names)) < len(names):
+            raise ValueError("two files have one name, or names that some file systems take for one")
+        return self
+
 
 @dataclass(frozen=True)
 class Damage:
@@ -163,14 +189,14 @@ class Damage:
     expected: str
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.found}, expected {self.expected}"
+        return f"{printable(self.file, None)}: {self.found}, expected {self.expected}"
 
 
 def load(directory: Path) -> Manifest:
     """The manifest of a stage directory; says nothing about the files it lists.
 
     Raises:
-        ArtifactError: No manifest, not JSON, another schema version, or malformed.
+        ArtifactError: No manifest, not a file of its own, not JSON, another schema version, or malformed.
     """
     path = directory / FILE_NAME
     try:
@@ -179,17 +205,18 @@ def load(directory: Path) -> Manifest:
         raise ArtifactError(f"no {FILE_NAME}: not a finished stage", where=directory) from None
     except OSError as error:
         raise ArtifactError(f"the manifest cannot be read: {error.strerror}", where=path) from None
-    except ValueError as error:
-        raise ArtifactError(f"the manifest is not JSON: {error}", where=path) from None
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"the manifest is not JSON: {printable(str(error))}", where=path) from None
     version = fields.get("schema_version") if isinstance(fields, dict) else None
     if version != SCHEMA_VERSION:
         hint = "use the version of Baton that wrote it, or run the stage again"
-        raise ArtifactError(f"schema version {version!r}, expected {SCHEMA_VERSION}", where=path, hint=hint)
+        shown = printable(repr(version))
+        raise ArtifactError(f"schema version {shown}, expected {SCHEMA_VERSION}", where=path, hint=hint)
     try:
         return Manifest.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
+        field = printable(".".join(map(str, first["loc"])))
         raise ArtifactError(f"malformed manifest: {field}: {first['msg']}", where=path) from None
 
 
@@ -198,12 +225,16 @@ def read_record(path: Path) -> bytes:
 
     Raises:
         OSError: It is not there, not a file, or cannot be read.
+        ArtifactError: It is larger than any record.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as stream:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        return stream.read()
+        content = stream.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise ArtifactError(f"larger than {LARGEST:,} bytes", where=path, hint="no stage writes such a record")
+    return content
 
 
 def sha256(directory: Path) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.redaction import redacted
 from pipeline.terminal import printable
 
 FILE_NAME = "metrics.jsonl"
@@ -69,7 +70,7 @@ class StageProgress:
         seconds = self._clock() - self._started
         line = {"step": done, "total": total, "seconds": round(seconds, 3), **record}
         fields = {name: _plain(value) for name, value in line.items()}
-        self._log.write(json.dumps(fields, allow_nan=False) + "\n")
+        self._log.write(redacted(json.dumps(fields, allow_nan=False)) + "\n")
         self._log.flush()
         self._show(fields, done, total)
 

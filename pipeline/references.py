@@ -20,9 +20,9 @@ STAGES: dict[str, type[StageSettings]] = {
 
 HUB = re.compile(
     r"^hub:(?P<repository>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)"
-    r"@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]*)$"
+    r"@(?P<revision>(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/-]*)\Z"
 )
-"""`hub:owner/name@revision`."""
+"""`hub:owner/name@revision`; as in git, no revision holds two dots."""
 
 
 def parents(stage: StageSettings, stages: Mapping[str, Any]) -> list[str]:

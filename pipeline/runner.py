@@ -30,6 +30,7 @@ from pipeline.interruption import Interruption
 from pipeline.manifest import Cost, InputRecord, Manifest
 from pipeline.plan import Decision, decide, plan
 from pipeline.progress import StageProgress
+from pipeline.redaction import redacted
 from pipeline.resumption import StageCheckpoints
 from pipeline.store import RunDirectory
 from pipeline.terminal import printable
@@ -71,6 +72,7 @@ def run(
     """
     _refuse_several_processes()
     directory = RunDirectory.of(settings)
+    _refuse_foreign_directory(directory)
     runner = _Runner(settings, directory, command, console or terminal.console())
     with store.lock(directory), runner.interruption.watch(), store.storage_errors(directory.root):
         runner.warn_of_locks()
@@ -170,7 +172,7 @@ class _Runner:
         outputs = durable.inventory(work)
         wanted = decision.wanted
         code = {"code": fingerprint.sources(decision.kind)}
-        return Manifest(
+        manifest = Manifest(
             stage=decision.stage,
             stage_kind=decision.kind,
             kind=result.kind,
@@ -192,6 +194,7 @@ class _Runner:
             command=f"{self.command} --only {shlex.quote(decision.stage)}".strip(),
             started=started,
         )
+        return Manifest.model_validate_json(redacted(manifest.model_dump_json()))
 
     def _input_record(self, artifact: Artifact) -> InputRecord:
         directory = artifact.directory.absolute()
@@ -227,7 +230,7 @@ class _Runner:
             "outcome": outcome,
         }
         with self.directory.history.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+            stream.write(redacted(json.dumps(line)) + "\n")
         durable.sync(self.directory.history)
 
     def _report(self, outcomes: list[Outcome]) -> None:
@@ -266,6 +269,13 @@ def _refuse_several_processes() -> None:
     if count != "1":
         hint = "start it without `torchrun` or `accelerate launch`"
         raise ConfigError(f"WORLD_SIZE={printable(count)}: a stage runs in one process", hint=hint)
+
+
+def _refuse_foreign_directory(directory: RunDirectory) -> None:
+    """A run writes its `config.yaml`, and must not write over one that is somebody else's."""
+    if directory.config.exists() and not (directory.root / ".lock").exists():
+        what = "holds a config.yaml and is no run directory"
+        raise ConfigError(what, where=directory.root, hint="choose another `output`")
 
 
 def _refuse_not_finite(name: str, result: Result) -> None:

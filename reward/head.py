@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.errors import ArtifactError
+from pipeline.model_files import unreadable
 
 FILE_NAME = "head.safetensors"
 
@@ -75,7 +76,8 @@ class ScalarHead(nn.Module):
         path = directory / FILE_NAME
         if not path.is_file():
             raise ArtifactError("the reward head is missing", where=path, hint="train the reward stage again")
-        tensors = load_file(path)
+        with unreadable(directory, "reward head"):
+            tensors = load_file(path)
         head = cls(hidden_size, _heads(tensors))
         expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from decimal import Decimal
 from typing import Any
 
 from data.ngrams import words
+from data.normal_form import normal_form
 from data.world import gold_reward
 from pipeline.errors import DataError
 
@@ -170,7 +170,7 @@ def _answer(facts: Mapping[str, Any]) -> str:
 
 
 def _normalised(text: str) -> str:
-    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    folded = " ".join(normal_form(text, "NFKC").casefold().split())
     bare = folded.rstrip(CLOSING).strip(QUOTES).rstrip(CLOSING).strip()
     return bare or folded
 

@@ -114,6 +114,8 @@ def _misbehave(context: Context) -> None:
         raise NumericalError("the loss is not finite", where="step 2")
     if what == "bug":
         raise RuntimeError("a bug")
+    if what == "tell":
+        raise RuntimeError(os.environ["HF_TOKEN"] + " \x1b[31m")
     if what == "link":
         (context.directory / "link").symlink_to("/etc/hostname")
     if what in ("SIGTERM", "SIGINT", "SIGKILL"):

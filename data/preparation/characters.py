@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from typing import Literal
+
+from data.normal_form import normal_form
 
 _LINE_BREAK = re.compile("\r\n|[\r\v\f\x85]")
 # C0 and C1, zero-width space, word joiner, byte order mark, and what embeds, overrides or isolates a direction.
@@ -19,7 +20,7 @@ _AFFECTED = re.compile(f"[\r\v\f{_INVISIBLE}\u200c\u200d]")
 
 def normalised(text: str, form: Literal["none", "NFC", "NFKC"]) -> str:
     """The text in a Unicode normalisation form (Unicode Standard Annex 15)."""
-    return text if form == "none" else unicodedata.normalize(form, text)
+    return text if form == "none" else normal_form(text, form)
 
 
 def without_control_characters(text: str) -> str:

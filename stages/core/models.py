@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from data.template import ChatTemplate, tokenizer_record
 from pipeline.contract import Artifact
 from pipeline.errors import ConfigError
+from pipeline.model_files import unreadable
 from stages.core import guards, handover, norms
 from stages.core.device import Compute
 from stages.core.likelihood import logits_of
@@ -85,24 +86,26 @@ def load_model(
         quantization: `4bit` for NF4, `8bit` for LLM.int8.
 
     Raises:
-        ArtifactError: A tensor is missing, unexpected, of another shape or not finite; the vocabulary does not cover
-            the tokenizer; the tokenizer is not the stage's own, or the configuration means other special tokens.
+        ArtifactError: It cannot be read; a tensor is missing, unexpected, of another shape or not finite; the
+            vocabulary does not cover the tokenizer; the tokenizer is not the stage's own, or the configuration means
+            other special tokens.
         ConfigError: The quantization is not to be had here.
     """
     options: dict[str, Any] = {"dtype": dtype or compute.dtype}
     if quantization != "none":
         options |= _quantized(quantization, compute)
     # With `output_loading_info` it returns a pair, which its annotation leaves out.
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        artifact.directory,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-        # Then they are in the report, which is read below, instead of an error that does not name them.
-        ignore_mismatched_sizes=True,
-        **options,
-    )
+    with unreadable(artifact.directory, "model"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            artifact.directory,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            # Then they are in the report, which is read below, instead of an error that does not name them.
+            ignore_mismatched_sizes=True,
+            **options,
+        )
     model, report = loaded
     handover.require_complete(report, artifact.directory)
     guards.require_finite_weights(model.named_parameters(), artifact.directory)

@@ -27,6 +27,7 @@ from pipeline.config import Lora
 from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.manifest import Adaptation
+from pipeline.model_files import unreadable
 from reward.head import FILE_NAME as HEAD_FILE
 from reward.head import ScalarHead
 from stages.core import adapters, guards, handover
@@ -286,6 +287,7 @@ def _read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     for path in (directory / ADAPTER_FILE, directory / CONFIG_FILE):
         if not path.is_file():
             raise ArtifactError("a file of the adapter is missing", where=path, hint="train the stage again")
-    tensors = load_file(directory / ADAPTER_FILE)
+    with unreadable(directory, "adapter"):
+        config, tensors = LoraConfig.from_pretrained(str(directory)), load_file(directory / ADAPTER_FILE)
     guards.require_finite_weights(tensors.items(), directory / ADAPTER_FILE)
-    return LoraConfig.from_pretrained(str(directory)), tensors
+    return config, tensors

@@ -41,6 +41,8 @@ Either = Annotated[Annotated[One, Tag("one")] | Annotated[Several, Tag("several"
 """A text or a collection; decided by what is given, so that mistakes are reported for that alone."""
 
 
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "float32", "bfloat16"]
 Alarm = Literal[
     "entropy_collapse",
     "negative_kl",
@@ -915,9 +917,9 @@ class RunSettings(Settings):
     """The run directory."""
     seed: Seed = 0
     """Seed of every stage."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """Where to compute; `auto` takes an accelerator when there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Precision = "auto"
     """Precision of frozen weights and matrix products; `auto` takes bfloat16 where a self-test finds it faster."""
     checkpoint_minutes: NonNegative = 10.0
     """At least so long between two checkpoints of a stage in training, from which it goes on exactly when it was

@@ -291,6 +291,32 @@ def tokens(
 
 
 @app.command()
+def chat(
+    stages: Annotated[
+        list[str], typer.Argument(metavar="STAGE...", help="Stage or model directories, or hub:owner/name@revision.")
+    ],
+    temperature: Annotated[float | None, typer.Option(help="Of sampling; 0 takes the likeliest token.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample among this many tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among tokens of this probability in all.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Sample among tokens of this share of the likeliest's.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1, tokens are repeated less.")] = None,
+    beams: Annotated[int | None, typer.Option(help="Search with this many beams, at temperature 0.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the samples.")] = None,
+    best_of: Annotated[int | None, typer.Option(help="Show the best of this many answers, by `--reward`.")] = None,
+    reward: Annotated[str | None, typer.Option(metavar="STAGE", help="Reward stage that chooses.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="What goes before every conversation.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute: auto, cpu, cuda or mps.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Precision: auto, float32 or bfloat16.")] = None,
+) -> None:
+    """Talk to one model, or to several side by side; from a pipe, one question a line."""
+    from pipeline import chat as talking
+
+    options = {name: value for name, value in locals().items() if name != "talking"}
+    talking.chat(loader.options(talking.ChatSettings, options))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of the configuration: every setting with its meaning and default."""
     _print_json(RunSettings.model_json_schema())

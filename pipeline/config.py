@@ -23,6 +23,7 @@ from pipeline.settings import (
     Seed,
     Settings,
     Temperature,
+    ZeroOrTemperature,
 )
 from pipeline.suggestion import suggest
 from pipeline.terminal import printable
@@ -40,6 +41,8 @@ Either = Annotated[Annotated[One, Tag("one")] | Annotated[Several, Tag("several"
 """A text or a collection; decided by what is given, so that mistakes are reported for that alone."""
 
 
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "float32", "bfloat16"]
 Alarm = Literal[
     "entropy_collapse",
     "negative_kl",
@@ -683,7 +686,52 @@ class OnlineDpoSettings(Rounds, PreferenceObjective):
     """Responses to each prompt of a rollout; the prompt is computed once for all."""
 
 
-class EvaluateSettings(StageSettings):
+class Decoding(Settings):
+    """How the tokens of a response are chosen. What changes the model's distribution is applied in this order:
+    repetition penalty, temperature, top-k, top-p, min-p."""
+
+    temperature: ZeroOrTemperature = 1.0
+    """Sampling temperature of the responses; 0 takes the likeliest token each time (greedy decoding)."""
+    top_k: Positive | None = None
+    """Sample among this many tokens, the likeliest ones; as likely as the last of them is likely enough."""
+    top_p: Annotated[Number, Field(gt=0.0, le=1.0)] = 1.0
+    """Sample among the fewest likeliest tokens that together have this probability (Holtzman et al. 2020, arXiv
+    1904.09751)."""
+    min_p: Decay = 0.0
+    """Sample among tokens that are at least this many times as likely as the likeliest (Nguyen et al. 2024, arXiv
+    2407.01082)."""
+    repetition_penalty: Rate = 1.0
+    """Divides the positive logits, and multiplies the negative ones, of tokens that stand in the prompt or in the
+    response already (Keskar et al. 2019, arXiv 1909.05858)."""
+    beams: Positive = 1
+    """Search with this many beams for the response of the highest mean log-probability a token; needs temperature 0."""
+
+    @property
+    def is_random(self) -> bool:
+        """Whether another seed gives another response."""
+        return self.temperature > 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether responses are samples of the model's own distribution, at the temperature."""
+        return self.is_random and not self._cuts() and self.repetition_penalty == 1.0
+
+    def _cuts(self) -> list[str]:
+        """The settings in use that leave tokens out."""
+        return [
+            name for name in ("top_k", "top_p", "min_p") if getattr(self, name) != Decoding.model_fields[name].default
+        ]
+
+    @model_validator(mode="after")
+    def _nothing_contradicts(self) -> Self:
+        if self.is_random and self.beams > 1:
+            raise ValueError(f"beams={self.beams} search for what is likeliest: set `temperature: 0`")
+        if not self.is_random and self._cuts():
+            raise ValueError(f"`{self._cuts()[0]}` is for sampling: leave it out, or raise `temperature` above 0")
+        return self
+
+
+class EvaluateSettings(StageSettings, Decoding):
     """Compare models with their parents on held-out rows, each figure with a 95% interval."""
 
     ROLES: ClassVar = {"models": ("model", "adapter"), "reward": ("reward",)}
@@ -715,8 +763,6 @@ class EvaluateSettings(StageSettings):
     """Held-out rows of each data source to use, at most."""
     max_new_tokens: Positive = 64
     """Longest response."""
-    temperature: Temperature = 1.0
-    """Sampling temperature of the responses."""
     max_length: Positive = 1024
     """Longest example in tokens."""
     tokens_per_batch: Positive = 8192
@@ -731,6 +777,9 @@ class EvaluateSettings(StageSettings):
     def _the_best_is_chosen_by_a_reward_model(self) -> EvaluateSettings:
         if self.best_of and self.reward is None:
             raise ValueError(f"best_of={self.best_of} chooses by a reward model: give `reward`, a reward stage")
+        if self.best_of and not self.is_plain:
+            what = f"best_of={self.best_of} needs plain samples, whose divergence is known"
+            raise ValueError(f"{what}: leave it out, or set nothing but `temperature`, and that above 0")
         return self
 
 
@@ -869,9 +918,9 @@ class RunSettings(Settings):
     """The run directory."""
     seed: Seed = 0
     """Seed of every stage."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """Where to compute; `auto` takes an accelerator when there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Precision = "auto"
     """Precision of frozen weights and matrix products; `auto` takes bfloat16 where a self-test finds it faster."""
     checkpoint_minutes: NonNegative = 10.0
     """At least so long between two checkpoints of a stage in training, from which it goes on exactly when it was

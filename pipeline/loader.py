@@ -69,6 +69,21 @@ def data_source(source: str, overrides: Sequence[str] = ()) -> DataSource:
     return _validate(document, DataSource)
 
 
+def options(model: type[Validated], given: Mapping[str, Any]) -> Validated:
+    """Settings that the command line gives as options.
+
+    Args:
+        model: What they are to become.
+        given: Setting -> value; None stands for an option that was not given.
+
+    Raises:
+        ConfigError: One line per mistake.
+    """
+    return _validate(
+        Document("command line", {name: value for name, value in given.items() if value is not None}), model
+    )
+
+
 def resolved(settings: RunSettings) -> dict[str, Any]:
     """All settings, defaults included, as JSON-able values."""
     return settings.model_dump(mode="json")

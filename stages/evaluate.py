@@ -1,12 +1,12 @@
 """Compare models with their parents on held-out rows, each figure with a 95% interval.
 
-Every model answers the same held-out prompts, sampled from its own distribution. The answers are judged by a
-programmatic gold reward where the data has one, and by a reward model; a child is compared with its parent
-prompt by prompt, so the interval is that of the paired difference. The KL divergence to the reference is
-estimated on the model's own samples (the mean of log pi - log pi_ref over whole responses). Held-out text gives
-perplexity and bits per byte, held-out pairs the accuracy of the reward model and of each policy's implicit
-reward. With `best_of`, best-of-n sampling from a model is the bar for the adapters trained from it. Left out: greedy
-and other decoding, calibration, and correction for many comparisons.
+Every model answers the same held-out prompts, sampled from its own distribution unless the settings of decoding say
+otherwise. The answers are judged by a programmatic gold reward where the data has one, and by a reward model; a child
+is compared with its parent prompt by prompt, so the interval is that of the paired difference. The KL divergence to
+the reference is estimated on the model's own samples (the mean of log pi - log pi_ref over whole responses); other
+answers have none. Held-out text gives perplexity and bits per byte, held-out pairs the accuracy of the reward model
+and of each policy's implicit reward. With `best_of`, best-of-n sampling from a model is the bar for the adapters
+trained from it. Left out: calibration, and correction for many comparisons.
 
     python -m stages.evaluate CONFIG [key=value ...]
 """
@@ -142,6 +142,8 @@ def _warnings(lineup: Lineup, found: Findings, settings: EvaluateSettings) -> li
     ]
     if settings.best_of and not found.frontiers:
         warnings.append("best_of has nothing to measure: there is no adapter among `models` together with its parent")
+    if not settings.is_plain:
+        warnings.append("no KL divergence is told: it is that of samples with `temperature` alone")
     return warnings
 
 
@@ -157,10 +159,11 @@ def _metrics(
         metrics |= _against(own, found.answers[contestant.parent])
     if contestant.parent and contestant.artifact.kind == "adapter":
         parent = lineup.contestants[contestant.parent]
-        log_ratios = _log_ratios(contestant, parent, own.trees, settings)
-        metrics["kl"] = mean_interval(log_ratios)
-        if parent.name in found.frontiers:
-            metrics["frontier_gap"] = found.frontiers[parent.name].gap(own.judged, log_ratios)
+        if settings.is_plain:
+            log_ratios = _log_ratios(contestant, parent, own.trees, settings)
+            metrics["kl"] = mean_interval(log_ratios)
+            if parent.name in found.frontiers:
+                metrics["frontier_gap"] = found.frontiers[parent.name].gap(own.judged, log_ratios)
         if material.pairs:
             metrics["pair_accuracy"] = _implicit_accuracy(contestant, parent, material.pairs, settings)
     if material.texts:

@@ -29,6 +29,8 @@ DRIVER = {
     "doctor",
     "tokens",
     "origins",
+    "chat",
+    "screens",
 }
 HEAVY = {"torch", "transformers", "datasets", "peft", "trl", "accelerate", "matplotlib", "huggingface_hub"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve"}

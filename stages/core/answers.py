@@ -14,9 +14,10 @@ from pipeline.config import EvaluateSettings
 from pipeline.rules import Gold
 from reward.best_of_n import Frontier
 from reward.rules import Verdict, verdict
+from stages.core.decoding import decode
 from stages.core.lineup import Contestant
 from stages.core.roles import REWARD, Roles
-from stages.core.rollout import sample, trees_of
+from stages.core.rollout import trees_of
 from stages.core.scoring import scores
 
 PLAIN: Layout = "plain"
@@ -65,7 +66,7 @@ def answer(
     seed: int,
     per_prompt: int = 1,
 ) -> Answers:
-    """Sample as a model, and have the responses judged.
+    """Answer as a model, and have the responses judged.
 
     Args:
         contestant: The model.
@@ -82,26 +83,41 @@ def answer(
         template = language_model.template
         longest = max(1, language_model.longest(settings.max_length) - settings.max_new_tokens)
         tokens = [prompt_tokens(template, prompt.prompt, longest) for prompt in prompts]
-        samples = sample(
+        samples = decode(
             language_model.model,
             tokens,
+            settings,
             stop_id=template.stop_id,
             max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
             seed=seed,
             tokens_per_batch=settings.tokens_per_batch,
             per_prompt=per_prompt,
         )
     texts = [template.decode(each.tokens) for each in samples]
     asked = [prompt for prompt in prompts for _ in range(per_prompt)]
+    ended = [each.ended for each in samples]
     verdicts = _verdicts(settings.gold, asked, texts)
     return Answers(
         texts,
         trees_of(tokens, samples),
         gold=[each.reward for each in verdicts],
         correct=[each.correct for each in verdicts],
-        rewards=_rewards(judge, asked, texts, [each.ended for each in samples], settings) if judge else [],
+        rewards=rewards(judge, asked, texts, ended, settings.max_length, settings.tokens_per_batch) if judge else [],
     )
+
+
+def rewards(
+    judge: Roles,
+    prompts: Sequence[Prompt],
+    texts: Sequence[str],
+    ended: Sequence[bool],
+    max_length: int,
+    tokens_per_batch: int,
+) -> list[float]:
+    """What a reward model, in the role `reward`, says of an answer to each prompt; `ended` tells which are whole."""
+    trees = _read_by(judge, prompts, texts, ended, max_length)
+    found = scores(judge, REWARD, trees, tokens_per_batch, PLAIN)
+    return [found[tree.number][0] for tree in trees]
 
 
 def _verdicts(gold: Gold, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Verdict]:
@@ -110,16 +126,8 @@ def _verdicts(gold: Gold, prompts: Sequence[Prompt], texts: Sequence[str]) -> li
     return [verdict(gold, prompt.facts, text, prompt.origin) for prompt, text in zip(prompts, texts, strict=True)]
 
 
-def _rewards(
-    judge: Roles, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool], settings: EvaluateSettings
-) -> list[float]:
-    trees = _read_by(judge, prompts, texts, ended, settings)
-    found = scores(judge, REWARD, trees, settings.tokens_per_batch, PLAIN)
-    return [found[tree.number][0] for tree in trees]
-
-
 def _read_by(
-    judge: Roles, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool], settings: EvaluateSettings
+    judge: Roles, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool], max_length: int
 ) -> list[Tree]:
     """The answers in the judge's own tokens; an answer that did not end its turn is read without a stop token."""
     template = judge.base.template
@@ -127,6 +135,6 @@ def _read_by(
     for number, (prompt, text, complete) in enumerate(zip(prompts, texts, ended, strict=True)):
         response = template.response(text)
         tokens = response if complete or len(response) == 1 else response[:-1]
-        longest = max(1, judge.base.longest(settings.max_length) - len(tokens))
+        longest = max(1, judge.base.longest(max_length) - len(tokens))
         trees.append(Tree(prompt_tokens(template, prompt.prompt, longest), (Branch.of(tokens),), number))
     return trees

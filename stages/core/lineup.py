@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -37,13 +37,20 @@ class Contestant:
 class Lineup:
     """Models by name, parents before children, each checked against its probes.
 
+    Args:
+        models: The models, by whatever the caller calls them.
+        compute: Device and precision.
+        named: Source of a model -> its name in the line-up.
+
     Raises:
         ConfigError: Two models have the same name.
         ArtifactError: A model is damaged or not what its manifest says.
     """
 
-    def __init__(self, models: Mapping[str, Artifact], compute: Compute) -> None:
-        self._compute = compute
+    def __init__(
+        self, models: Mapping[str, Artifact], compute: Compute, *, named: Callable[[str], str] | None = None
+    ) -> None:
+        self._compute, self._named = compute, named or _name
         self._bases: dict[tuple[str, str, str], Roles] = {}
         self.contestants: dict[str, Contestant] = {}
         for artifact in _parents_first(list(models.values())):
@@ -57,7 +64,7 @@ class Lineup:
         return roles
 
     def _enter(self, artifact: Artifact) -> None:
-        name = _name(artifact.source)
+        name = self._named(artifact.source)
         if name in self.contestants:
             raise ConfigError(f"two models are called `{name}`", where="models", hint="name each model once")
         roles, role = self._base(artifact), REFERENCE

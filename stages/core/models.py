@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,8 +29,6 @@ HEAD_TOLERANCE = 0.05
 QUANTIZED = ("cuda", "cpu")
 """Devices on which bitsandbytes computes with quantized weights and passes gradients on."""
 
-# bitsandbytes tells at import of an optional kernel that it could not fetch.
-logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 

@@ -1,12 +1,13 @@
 """Sampling responses with a key-value cache.
 
 Sampling is from the model's own distribution at the given temperature, with nothing cut off, so that the
-log-probabilities that training computes are those of the samples.
+log-probabilities that training computes are those of the samples. Other ways to choose tokens are
+`stages/core/decoding.py`'s, which hands a processor of logits in here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +31,9 @@ REMEDY = "train again from an earlier checkpoint with a lower learning rate, or 
 
 Backend = Literal["native", "continuous"]
 
+Processor = Callable[[Tensor, Tensor], Tensor]
+"""What is done to logits before the temperature: tokens so far [rows, any], logits [rows, vocabulary] -> logits."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -38,7 +42,8 @@ class Sample:
     Attributes:
         tokens: The response.
         ended: Whether the stop token ended it.
-        logprobs: Log-probability of each token under the distribution it was drawn from, temperature applied.
+        logprobs: Log-probability of each token under the distribution it was drawn from, temperature applied; of the
+            likeliest tokens, which are not drawn, under the distribution at temperature 1.
     """
 
     tokens: tuple[int, ...]
@@ -58,6 +63,7 @@ def sample(
     tokens_per_batch: int,
     per_prompt: int = 1,
     backend: Backend = "native",
+    processor: Processor | None = None,
 ) -> list[Sample]:
     """Responses to each prompt, in the prompts' order, those to one prompt side by side.
 
@@ -69,11 +75,13 @@ def sample(
         prompts: Tokens of the prompts.
         stop_id: The token that ends a response.
         max_new_tokens: Longest response.
-        temperature: Of the distribution.
+        temperature: Of the distribution; 0 takes the likeliest token each time.
         seed: Of the samples; the global generators are left alone.
         tokens_per_batch: Tokens that go through the model at once.
         per_prompt: Responses to each prompt.
-        backend: `native`, or `continuous` for the continuous batching of `transformers`, which see.
+        backend: `native`, or `continuous` for the continuous batching of `transformers`, which see; that one samples,
+            and from the model's own distribution.
+        processor: Changes the distribution.
 
     Raises:
         ConfigError: The continuous backend does not work with this model or within its memory.
@@ -88,7 +96,9 @@ def sample(
     cached_tokens = CACHED_TOKENS * tokens_per_batch
     with lora.held(model):
         if backend == "native":
-            return _native(model, prompts, per_prompt, cached_tokens, **options)
+            return _native(model, prompts, per_prompt, cached_tokens, processor, **options)
+        if processor is not None or temperature == 0.0:
+            raise ValueError("continuous batching samples from the model's own distribution")
         repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
         found = continuous.generate(
             model, repeated, cached_tokens=cached_tokens, tokens_per_batch=tokens_per_batch, **options
@@ -101,6 +111,7 @@ def _native(
     prompts: Sequence[tuple[int, ...]],
     per_prompt: int,
     cached_tokens: int,
+    processor: Processor | None,
     *,
     stop_id: int,
     max_new_tokens: int,
@@ -110,21 +121,56 @@ def _native(
     generator = torch.Generator(device_of(model)).manual_seed(seed)
     widest = max(map(len, prompts), default=0) + max_new_tokens
     responses: list[list[Sample]] = [[] for _ in prompts]
-    for chosen, copies in _batches(prompts, max(1, cached_tokens // widest), per_prompt):
-        batch = _Batch(model, [prompts[index] for index in chosen], copies, stop_id, temperature, generator)
+    for chosen, copies in together(prompts, max(1, cached_tokens // widest), per_prompt):
+        among = [prompts[index] for index in chosen]
+        batch = _Batch(model, among, copies, stop_id, temperature, generator, processor)
         drawn = iter(batch.run(max_new_tokens))
         for index in chosen:
             responses[index] += [next(drawn) for _ in range(copies)]
     return [each for of_prompt in responses for each in of_prompt]
 
 
-def _batches(prompts: Sequence[tuple[int, ...]], rows: int, per_prompt: int) -> Iterator[tuple[list[int], int]]:
+@torch.no_grad()
+def stream(
+    model: PreTrainedModel,
+    prompt: tuple[int, ...],
+    *,
+    stop_id: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    processor: Processor | None = None,
+) -> Iterator[int]:
+    """The tokens of one response as they come: those of the `Sample` that `sample` gives for this prompt alone.
+
+    The model has to stay in its role from the first token to the last.
+    """
+    generator = torch.Generator(device_of(model)).manual_seed(seed)
+    with lora.held(model):
+        batch = _Batch(model, [prompt], 1, stop_id, temperature, generator, processor)
+        for _ in batch.steps(max_new_tokens):
+            yield batch.tokens[0][-1]
+
+
+def together(prompts: Sequence[tuple[int, ...]], rows: int, per_prompt: int) -> Iterator[tuple[list[int], int]]:
     """Prompts that are sampled together, and how many responses each of them gets: not more than `rows` in all."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    together, copies = max(1, rows // per_prompt), min(rows, per_prompt)
-    for start in range(0, len(order), together):
+    count, copies = max(1, rows // per_prompt), min(rows, per_prompt)
+    for start in range(0, len(order), count):
         for done in range(0, per_prompt, copies):
-            yield order[start : start + together], min(copies, per_prompt - done)
+            yield order[start : start + count], min(copies, per_prompt - done)
+
+
+def padded_with_own(prompts: Sequence[tuple[int, ...]]) -> Tensor:
+    """Prompts filled up on the left with tokens of their own, so that each holds the same tokens as before."""
+    width = max(map(len, prompts))
+    return torch.tensor([[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+
+
+def not_finite(model: PreTrainedModel) -> NumericalError:
+    """The error of a model that gives no probabilities."""
+    what = "the probabilities of the next token are not finite"
+    return NumericalError(what, where=type(model).__name__, hint=REMEDY)
 
 
 def trees_of(prompts: Sequence[tuple[int, ...]], samples: Sequence[Sample]) -> list[Tree]:
@@ -151,15 +197,17 @@ class _Batch:
         stop_id: int,
         temperature: float,
         generator: torch.Generator,
+        processor: Processor | None,
     ) -> None:
         self.model, self.stop_id, self.temperature, self.generator = model, stop_id, temperature, generator
-        self.copies = copies
+        self.copies, self.processor = copies, processor
         self.width = width = max(len(prompt) for prompt in prompts)
         padded = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         real = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         self.step_tokens = torch.tensor(padded, device=generator.device)
         self.mask = torch.tensor(real, device=generator.device)
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
+        self.history = None if processor is None else padded_with_own(prompts).to(generator.device)
         self.cache = DynamicCache(config=model.config)
         self.alive = list(range(len(prompts) * copies))
         self.tokens: list[list[int]] = [[] for _ in self.alive]
@@ -168,16 +216,22 @@ class _Batch:
 
     def run(self, max_new_tokens: int) -> list[Sample]:
         """Sample until every row has ended or is full."""
+        for _ in self.steps(max_new_tokens):
+            pass
+        rows = zip(self.tokens, self.ended, self.logprobs, strict=True)
+        return [Sample(tuple(tokens), ended, tuple(logprobs)) for tokens, ended, logprobs in rows]
+
+    def steps(self, max_new_tokens: int) -> Iterator[None]:
+        """Sample token by token; every row that has not ended has one more after each."""
         logits = self._prefill(max_new_tokens)
         for count in range(1, max_new_tokens + 1):
             following = self._sample(logits)
+            yield
             done = [self.ended[row] for row in self.alive]
             if all(done) or count == max_new_tokens:
                 break
             self._advance(following, done)
             logits = self._logits()
-        rows = zip(self.tokens, self.ended, self.logprobs, strict=True)
-        return [Sample(tuple(tokens), ended, tuple(logprobs)) for tokens, ended, logprobs in rows]
 
     def _prefill(self, room: int) -> Tensor:
         """Compute the prompts and make a row of each response; logits of the first tokens [rows, vocabulary]."""
@@ -201,15 +255,16 @@ class _Batch:
         return logits_of(self.model, output.last_hidden_state[:, -1])
 
     def _sample(self, logits: Tensor) -> Tensor:
-        """Draw every row's next token [rows]; it counts for the rows that have not ended."""
-        chances = torch.softmax(logits if self.temperature == 1.0 else logits / self.temperature, dim=-1)
-        drawn = _drawn(chances, self.generator)
+        """Choose every row's next token [rows]; it counts for the rows that have not ended."""
+        if self.processor is not None:
+            assert self.history is not None
+            logits = self.processor(self.history, logits)
+        chances = torch.softmax(logits if self.temperature in (0.0, 1.0) else logits / self.temperature, dim=-1)
+        drawn = logits.argmax(-1, keepdim=True) if self.temperature == 0.0 else _drawn(chances, self.generator)
         logprobs = chances.gather(1, drawn).log_().flatten()
         following = drawn.flatten()
         if not logprobs.isfinite().all():
-            raise NumericalError(
-                "the probabilities of the next token are not finite", where=type(self.model).__name__, hint=REMEDY
-            )
+            raise not_finite(self.model)
         for row, token, logprob in zip(self.alive, following.tolist(), logprobs.tolist(), strict=True):
             if not self.ended[row]:
                 self.tokens[row].append(token)
@@ -221,6 +276,8 @@ class _Batch:
         self.step_tokens = following[:, None]
         self.positions = self.positions[:, -1:] + 1
         self.width += 1
+        if self.history is not None:
+            self.history = torch.cat((self.history, self.step_tokens), dim=1)
         if sum(done) < LEAVING * len(done):
             return
         kept = [place for place, finished in enumerate(done) if not finished]
@@ -233,6 +290,8 @@ class _Batch:
         self.step_tokens, self.positions, self.mask = (
             each.index_select(0, rows) for each in (self.step_tokens, self.positions, self.mask)
         )
+        if self.history is not None:
+            self.history = self.history.index_select(0, rows)
 
 
 def _drawn(chances: Tensor, generator: torch.Generator) -> Tensor:

@@ -87,7 +87,7 @@ class Context:
     inputs: Mapping[str, Artifact]
     """By role, as `StageSettings.roles()` names them."""
     data: Mapping[str, DataSource]
-    """By data role, as `StageSettings.data_roles()` names them."""
+    """By data role, as `StageSettings.data_roles()` names them; evaluation suites as `suites.NAME`."""
     directory: Path
     """An empty directory that the stage fills; it becomes the stage directory."""
     progress: Progress

@@ -28,7 +28,7 @@ from pipeline.cost import Meter
 from pipeline.errors import ConfigError, NumericalError
 from pipeline.interruption import Interruption
 from pipeline.manifest import Cost, InputRecord, Manifest
-from pipeline.plan import Decision, decide, plan
+from pipeline.plan import Decision, decide, plan, sources
 from pipeline.progress import StageProgress
 from pipeline.resumption import StageCheckpoints
 from pipeline.store import RunDirectory
@@ -140,7 +140,7 @@ class _Runner:
                 name=name,
                 settings=stage,
                 inputs=decision.wanted.artifacts,
-                data={role: self.settings.data[source] for role, source in stage.data_roles().items()},
+                data=sources(self.settings, stage),
                 directory=work,
                 progress=progress,
                 say=progress.say,

@@ -16,11 +16,26 @@ from reward.best_of_n import Frontier
 from reward.rules import Verdict, verdict
 from stages.core.lineup import Contestant
 from stages.core.roles import REWARD, Roles
-from stages.core.rollout import sample, trees_of
+from stages.core.rollout import Sample, sample, trees_of
 from stages.core.scoring import scores
 
 PLAIN: Layout = "plain"
 """Models of any architecture are compared, so none is asked to compute trees."""
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What a model says to prompts.
+
+    Attributes:
+        prompts: Tokens of each prompt.
+        samples: [prompts * n] those to one prompt side by side.
+        texts: [prompts * n] without control tokens.
+    """
+
+    prompts: list[tuple[int, ...]]
+    samples: list[Sample]
+    texts: list[str]
 
 
 @dataclass(frozen=True)
@@ -78,30 +93,55 @@ def answer(
     Raises:
         DataError: A prompt does not hold what the rule `gold` needs.
     """
+    found = respond(
+        contestant,
+        prompts,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        seed=seed,
+        per_prompt=per_prompt,
+        max_length=settings.max_length,
+        tokens_per_batch=settings.tokens_per_batch,
+    )
+    asked = [prompt for prompt in prompts for _ in range(per_prompt)]
+    verdicts = _verdicts(settings.gold, asked, found.texts)
+    ended = [each.ended for each in found.samples]
+    return Answers(
+        found.texts,
+        trees_of(found.prompts, found.samples),
+        gold=[each.reward for each in verdicts],
+        correct=[each.correct for each in verdicts],
+        rewards=_rewards(judge, asked, found.texts, ended, settings) if judge else [],
+    )
+
+
+def respond(
+    contestant: Contestant,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    per_prompt: int,
+    max_length: int,
+    tokens_per_batch: int,
+) -> Responses:
+    """Sample as a model; `stages/core/rollout.py` says how."""
     with contestant.use() as language_model, language_model.compute.autocast():
         template = language_model.template
-        longest = max(1, language_model.longest(settings.max_length) - settings.max_new_tokens)
+        longest = max(1, language_model.longest(max_length) - max_new_tokens)
         tokens = [prompt_tokens(template, prompt.prompt, longest) for prompt in prompts]
         samples = sample(
             language_model.model,
             tokens,
             stop_id=template.stop_id,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
             seed=seed,
-            tokens_per_batch=settings.tokens_per_batch,
+            tokens_per_batch=tokens_per_batch,
             per_prompt=per_prompt,
         )
-    texts = [template.decode(each.tokens) for each in samples]
-    asked = [prompt for prompt in prompts for _ in range(per_prompt)]
-    verdicts = _verdicts(settings.gold, asked, texts)
-    return Answers(
-        texts,
-        trees_of(tokens, samples),
-        gold=[each.reward for each in verdicts],
-        correct=[each.correct for each in verdicts],
-        rewards=_rewards(judge, asked, texts, [each.ended for each in samples], settings) if judge else [],
-    )
+    return Responses(tokens, samples, [template.decode(each.tokens) for each in samples])
 
 
 def _verdicts(gold: Gold, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Verdict]:

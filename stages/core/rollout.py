@@ -1,7 +1,7 @@
 """Sampling responses with a key-value cache.
 
 Sampling is from the model's own distribution at the given temperature, with nothing cut off, so that the
-log-probabilities that training computes are those of the samples.
+log-probabilities that training computes are those of the samples. At temperature 0 the likeliest token is taken.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Sample:
     Attributes:
         tokens: The response.
         ended: Whether the stop token ended it.
-        logprobs: Log-probability of each token under the distribution it was drawn from, temperature applied.
+        logprobs: Log-probability of each token under the distribution it was drawn from, temperature applied; at
+            temperature 0, under the model's own.
     """
 
     tokens: tuple[int, ...]
@@ -69,7 +70,7 @@ def sample(
         prompts: Tokens of the prompts.
         stop_id: The token that ends a response.
         max_new_tokens: Longest response.
-        temperature: Of the distribution.
+        temperature: Of the distribution; 0 takes the likeliest token, the first of several.
         seed: Of the samples; the global generators are left alone.
         tokens_per_batch: Tokens that go through the model at once.
         per_prompt: Responses to each prompt.
@@ -201,9 +202,11 @@ class _Batch:
         return logits_of(self.model, output.last_hidden_state[:, -1])
 
     def _sample(self, logits: Tensor) -> Tensor:
-        """Draw every row's next token [rows]; it counts for the rows that have not ended."""
-        chances = torch.softmax(logits if self.temperature == 1.0 else logits / self.temperature, dim=-1)
-        drawn = _drawn(chances, self.generator)
+        """Choose every row's next token [rows]; it counts for the rows that have not ended."""
+        greedy = self.temperature == 0.0
+        chances = torch.softmax(logits if greedy or self.temperature == 1.0 else logits / self.temperature, dim=-1)
+        # Softmax may round two logits to one probability.
+        drawn = logits.argmax(-1, keepdim=True) if greedy else _drawn(chances, self.generator)
         logprobs = chances.gather(1, drawn).log_().flatten()
         following = drawn.flatten()
         if not logprobs.isfinite().all():

@@ -47,6 +47,7 @@ class Intake:
         evaluated: Names of those whose held-out rows the run's models are evaluated on.
         encoder: Makes the tokens that the doctor counts; None for text.
         max_length: Longest example in tokens.
+        labels: Columns that the stage reads beside the row.
 
     Attributes:
         digest: What stands for the content, taken before the first row was read.
@@ -68,8 +69,10 @@ class Intake:
         evaluated: Collection[str] = (),
         encoder: ChatTemplate | None = None,
         max_length: int | None = None,
+        labels: Collection[str] = (),
     ) -> None:
         self._source, self._kinds, self._known = source, kinds, known or {}
+        self._labels = labels
         self._encoder, self._max_length = encoder, max_length
         self._refused = _Refusals()
         self._kind: RowKind | None = None
@@ -111,6 +114,7 @@ class Intake:
             encoder=self._encoder,
             max_length=self._max_length,
             control_tokens=list(self._encoder.control.values()) if self._encoder else (),
+            labels=self._labels,
         )
 
     def _as_taken(self, reading: Reading) -> Reading:

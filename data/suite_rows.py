@@ -49,7 +49,7 @@ def read(suite: Suite) -> Items:
         DataError: The source cannot be read, rows are malformed or of another kind, none is held out, two have the same
             id, or one lacks the group that the method needs.
     """
-    intake = Intake(suite, suite.KINDS)
+    intake = Intake(suite, suite.KINDS, labels=(*CATEGORIES, "group"))
     found: dict[str, Item] = {}
     seen: set[str] = set()
     for placed in intake:

@@ -949,10 +949,10 @@ def evaluated(settings: RunSettings, stage: StageSettings) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name, kinds in named if _reads_text(kinds) == reads_text))
 
 
-def trained(settings: RunSettings) -> tuple[str, ...]:
-    """Names of the data sources of which stages learn the answers to prompts."""
+def trained(settings: RunSettings, *, text: bool = False) -> tuple[str, ...]:
+    """Names of the data sources of which stages learn the answers to prompts, or else those that they read as text."""
     stages = [each for each in settings.stages.values() if not isinstance(each, EvaluateSettings)]
-    named = [name for each in stages if not _reads_text(each.DATA["data"]) for name in each.data_roles().values()]
+    named = [name for each in stages if _reads_text(each.DATA["data"]) == text for name in each.data_roles().values()]
     return tuple(dict.fromkeys(named))
 
 

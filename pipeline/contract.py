@@ -100,6 +100,8 @@ class Context:
     """All data sources of the run by name, which a source's preparation may refer to."""
     trained: tuple[str, ...] = ()
     """Names of the sources of which the run's stages learn the answers to prompts."""
+    pretrained: tuple[str, ...] = ()
+    """Names of the sources that the run's stages read as text."""
     evaluated: tuple[str, ...] = ()
     """Names of the sources whose held-out rows the run's models are evaluated on, and the stage must not train on."""
     checkpoints: Checkpoints = field(default_factory=NoCheckpoints)

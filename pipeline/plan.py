@@ -206,6 +206,9 @@ def compare(old: Manifest, wanted: Wanted, stage: type[StageSettings]) -> list[R
     after_inputs = {role: each.digest for role, each in wanted.artifacts.items()}
     reasons += [Reason(Cause.INPUT, *change) for change in changes(before_inputs, after_inputs)]
     before_data, after_data = _without_source(old.data_settings), _without_source(wanted.data)
+    for role in before_data.keys() ^ after_data.keys():  # of what is new or gone, the digest says enough
+        one_sided = before_data if role in before_data else after_data
+        one_sided[role] = {"digest": one_sided[role]["digest"]}
     reasons += [Reason(Cause.DATA, *change) for change in changes(before_data, after_data)]
     if not reasons and wanted.key != old.key:
         reasons.append(Reason(Cause.CONFIG, "key", old.key, wanted.key))

@@ -149,6 +149,7 @@ class _Runner:
                 dtype=self.settings.dtype,
                 sources=self.settings.data,
                 trained=trained(self.settings),
+                pretrained=trained(self.settings, text=True),
                 evaluated=evaluated(self.settings, stage),
                 checkpoints=self._checkpoints(decision, progress),
             )

@@ -48,6 +48,11 @@ class Suite(DataSource):
         """Whether every number is 0 or 1, so that their mean is a proportion."""
         return True
 
+    @property
+    def share(self) -> bool:
+        """Whether figures are shares, from 0 to 1."""
+        return True
+
 
 class LikelihoodSuite(Suite):
     """Bits per byte of documents, each from its first token on; lower is better."""
@@ -61,6 +66,11 @@ class LikelihoodSuite(Suite):
     @property
     def yes_or_no(self) -> bool:
         """Bits are neither."""
+        return False
+
+    @property
+    def share(self) -> bool:
+        """Nor shares."""
         return False
 
 
@@ -116,6 +126,11 @@ class GenerationSuite(SampledSuite):
     def yes_or_no(self) -> bool:
         """Only the verdict on a single response is."""
         return self.gold != "none" and self.samples == 1 and len(self.temperatures) == 1
+
+    @property
+    def share(self) -> bool:
+        """Sums of rules may be anything."""
+        return self.gold != "none"
 
     @model_validator(mode="after")
     def _has_one_judge(self) -> GenerationSuite:

@@ -5,8 +5,8 @@ programmatic gold reward where the data has one, and by a reward model; a child 
 prompt by prompt, so the interval is that of the paired difference. The KL divergence to the reference is
 estimated on the model's own samples (the mean of log pi - log pi_ref over whole responses). Held-out text gives
 perplexity and bits per byte, held-out pairs the accuracy of the reward model and of each policy's implicit
-reward. With `best_of`, best-of-n sampling from a model is the bar for the adapters trained from it. Left out: greedy
-and other decoding, calibration, and correction for many comparisons.
+reward. With `best_of`, best-of-n sampling from a model is the bar for the adapters trained from it; `suites` measure
+what single questions ask (`stages/core/suites.py`). Left out: other decoding, and correction for many comparisons.
 
     python -m stages.evaluate CONFIG [key=value ...]
 """
@@ -25,7 +25,7 @@ from pipeline.config import EvaluateSettings
 from pipeline.contract import Context, Result
 from pipeline.errors import DataError
 from pipeline.manifest import DataCard, Metric
-from pipeline.suites import Suite
+from pipeline.suites import LikelihoodSuite, Suite
 from reward.best_of_n import Frontier, divergence
 from reward.intervals import mean_interval, paired_difference, proportion_interval, ratio_interval
 from stages.core import device, loop, rows
@@ -70,13 +70,15 @@ def run(context: Context) -> Result:
     """Sample, judge, compare; writes `evaluation.json` and `samples.jsonl`.
 
     Raises:
-        DataError: There is no held-out row, or a prompt of a test set is trained on.
+        DataError: There is no held-out row, or a prompt or text of a test set or suite is trained on.
         ArtifactError: A model is damaged or not what its manifest says.
     """
     settings, compute = context.settings, device.choose(context.device, context.dtype)
     loop.seed_everything(context.seed)
     tests = [each for each in context.data.values() if each.held_out == 1.0 or isinstance(each, Suite)]
     refuse_repeats(tests, [context.sources[name] for name in context.trained])
+    documents = [each for each in tests if isinstance(each, LikelihoodSuite)]
+    refuse_repeats(documents, [context.sources[name] for name in context.pretrained])
     models = {role: artifact for role, artifact in context.inputs.items() if role.startswith("models.")}
     lineup = Lineup(models, compute)
     judge = lineup.judge(context.inputs["reward"]) if "reward" in context.inputs else None
@@ -100,7 +102,7 @@ def run(context: Context) -> Result:
         kind="evaluation",
         metrics={f"{name}.{metric}": value for name, own in found.metrics.items() for metric, value in own.items()},
         data=[*cards, *suites.cards],
-        tokens=found.tokens,
+        tokens=found.tokens + suites.tokens,
         compute=compute.record,
         warnings=warnings,
     )

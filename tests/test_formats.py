@@ -156,6 +156,13 @@ ACCEPTED: list[tuple[str, dict[str, Any], Row]] = [
         },
         pair(1.0),
     ),
+    ("choices", {"prompt": "Where is Ann?", "choices": ["Why?", "In Rome."], "answer": 1}, pair()),
+    ("choices", {"prompt": [USER], "choices": ["Why?", "In Rome."], "answer": "In Rome."}, pair()),
+    (
+        "choices",
+        {"prompt": "Where is Ann?", "choices": ["Why?", "In Rome."], "answer": 1, "system": "Be brief."},
+        pair(0.0, BRIEFLY),
+    ),
 ]
 
 

@@ -37,6 +37,11 @@ class Responses:
     samples: list[Sample]
     texts: list[str]
 
+    @property
+    def tokens(self) -> int:
+        """Sampled in all."""
+        return sum(len(each.tokens) for each in self.samples)
+
 
 @dataclass(frozen=True)
 class Answers:

@@ -25,7 +25,7 @@ from pipeline.suites import (
 from reward import diversity
 from reward.mixture import RuleMixture
 from reward.rules import verdict
-from stages.core.answers import PLAIN, respond
+from stages.core.answers import PLAIN, Responses, respond
 from stages.core.documents import text_likelihoods
 from stages.core.lineup import Contestant
 from stages.core.roles import REWARD, Roles
@@ -44,12 +44,14 @@ class Scores:
         parts: The same under single conditions, by what they are called: `at 0.5` is a temperature.
         weights: What the numbers count in their mean, where they do not count alike.
         responses: By observation; empty where nothing is answered.
+        tokens: Sampled in all.
     """
 
     numbers: Numbers
     parts: Mapping[str, Numbers] = field(default_factory=dict)
     weights: Numbers = field(default_factory=dict)
     responses: Sequence[Sequence[str]] = ()
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -178,8 +180,10 @@ def _generation(
 ) -> Scores:
     by_temperature: dict[str, list[float]] = {}
     responses: list[list[str]] = [[] for _ in items]
+    tokens = 0
     for temperature in suite.temperatures:
-        texts = _texts(suite, items, settings, seed, contestant, temperature, suite.samples)
+        found = _responses(suite, items, settings, seed, contestant, temperature, suite.samples)
+        texts, tokens = found.texts, tokens + found.tokens
         numbers = judge([item for item in items for _ in range(suite.samples)], texts)
         by_temperature[f"at {temperature:g}"] = np.reshape(numbers, (len(items), -1)).mean(1).tolist()
         for place, own in enumerate(responses):
@@ -187,7 +191,7 @@ def _generation(
     means = np.mean(list(by_temperature.values()), axis=0).tolist()
     several = by_temperature if len(by_temperature) > 1 else {}
     parts = {name: dict(enumerate(each)) for name, each in several.items()}
-    return Scores(dict(enumerate(means)), parts, responses=responses)
+    return Scores(dict(enumerate(means)), parts, responses=responses, tokens=tokens)
 
 
 def _invariance(
@@ -198,23 +202,24 @@ def _invariance(
     judge: Judge,
     contestant: Contestant,
 ) -> Scores:
-    texts = _texts(suite, items, settings, seed, contestant)
-    numbers = judge(items, texts)
+    found = _responses(suite, items, settings, seed, contestant)
+    numbers = judge(items, found.texts)
     together = [each.places for each in observations(suite, items)]
     agreed = {place: float(len({numbers[each] for each in rows}) == 1) for place, rows in enumerate(together)}
-    return Scores(agreed, responses=[[texts[each] for each in rows] for rows in together])
+    return Scores(agreed, responses=[[found.texts[each] for each in rows] for rows in together], tokens=found.tokens)
 
 
 def _diversity(
     suite: DiversitySuite, items: Sequence[Item], settings: EvaluateSettings, seed: int, contestant: Contestant
 ) -> Scores:
     measure = diversity.distinct if suite.measure == "distinct" else diversity.dissimilarity
-    texts = _texts(suite, items, settings, seed, contestant, suite.temperature, suite.samples)
-    together = [texts[start : start + suite.samples] for start in range(0, len(texts), suite.samples)]
-    return Scores({place: measure(each, suite.n) for place, each in enumerate(together)}, responses=together)
+    found = _responses(suite, items, settings, seed, contestant, suite.temperature, suite.samples)
+    together = [found.texts[start : start + suite.samples] for start in range(0, len(found.texts), suite.samples)]
+    numbers = {place: measure(each, suite.n) for place, each in enumerate(together)}
+    return Scores(numbers, responses=together, tokens=found.tokens)
 
 
-def _texts(
+def _responses(
     suite: SampledSuite,
     items: Sequence[Item],
     settings: EvaluateSettings,
@@ -222,9 +227,9 @@ def _texts(
     contestant: Contestant,
     temperature: float = 0.0,
     samples: int = 1,
-) -> list[str]:
+) -> Responses:
     rows: Any = [item.row for item in items]
-    found = respond(
+    return respond(
         contestant,
         rows,
         max_new_tokens=suite.max_new_tokens,
@@ -234,4 +239,3 @@ def _texts(
         max_length=settings.max_length,
         tokens_per_batch=settings.tokens_per_batch,
     )
-    return found.texts

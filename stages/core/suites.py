@@ -115,7 +115,8 @@ class _Ledger:
         """What a reader of the figures needs to know."""
         curves = {model: [asdict(each) for each in curve] for model, curve in self.calibration.items()}
         suite = self.suite.model_dump(mode="json", include={"method", "measures"})
-        return {**suite, "better": self.suite.BETTER, "observations": len(self.observed), "calibration": curves}
+        figures = {"better": self.suite.BETTER, "share": self.suite.share, "observations": len(self.observed)}
+        return {**suite, **figures, "calibration": curves}
 
 
 class Suites:
@@ -126,6 +127,7 @@ class Suites:
 
     Attributes:
         cards: What was read.
+        tokens: Sampled so far.
 
     Raises:
         DataError: Rows of a suite cannot be used.
@@ -136,6 +138,7 @@ class Suites:
         self._settings = context.settings
         self._ledgers: list[_Ledger] = []
         self.cards: list[DataCard] = []
+        self.tokens = 0
         for role, suite in context.data.items():
             if isinstance(suite, Suite):
                 read = suite_rows.read(suite)
@@ -153,7 +156,9 @@ class Suites:
         found: Metrics = {}
         for ledger in self._ledgers:
             if ledger.scorer:
-                found |= ledger.enter(contestant.name, contestant.parent, ledger.scorer(contestant))
+                scores = ledger.scorer(contestant)
+                self.tokens += scores.tokens
+                found |= ledger.enter(contestant.name, contestant.parent, scores)
         return found
 
     def measure_judge(self, name: str, judge: Roles) -> Metrics:

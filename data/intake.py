@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data.doctor import Examination
+from data.doctor.overlap import prompt_keys
 from data.findings import LEAK_EXACT, BadRow, Finding, Findings
+from data.formats import Record
 from data.ngrams import NgramSet
 from data.preparation import Preparer
 from data.read import Reading, convert, fingerprint, scan, target
@@ -31,6 +33,8 @@ class Placed:
 
     row: Row
     held_out: bool
+    record: Record | None = None
+    """As it stands in the file, for what is no part of the row."""
 
 
 class Intake:
@@ -43,6 +47,7 @@ class Intake:
         evaluated: Names of those whose held-out rows the run's models are evaluated on.
         encoder: Makes the tokens that the doctor counts; None for text.
         max_length: Longest example in tokens.
+        labels: Columns that the stage reads beside the row.
 
     Attributes:
         digest: What stands for the content, taken before the first row was read.
@@ -64,8 +69,10 @@ class Intake:
         evaluated: Collection[str] = (),
         encoder: ChatTemplate | None = None,
         max_length: int | None = None,
+        labels: Collection[str] = (),
     ) -> None:
         self._source, self._kinds, self._known = source, kinds, known or {}
+        self._labels = labels
         self._encoder, self._max_length = encoder, max_length
         self._refused = _Refusals()
         self._kind: RowKind | None = None
@@ -91,7 +98,7 @@ class Intake:
                 # The side is the prompt's, decided before a conversion can hide it in a text.
                 assert found.row is not None
                 taken += 1
-                yield Placed(row, is_held_out(found.row, self._source.held_out))
+                yield Placed(row, is_held_out(found.row, self._source.held_out), found.record)
         self.prepared = dict(preparer.steps) if preparer else {}
         self._conclude(examination, taken)
 
@@ -107,6 +114,7 @@ class Intake:
             encoder=self._encoder,
             max_length=self._max_length,
             control_tokens=list(self._encoder.control.values()) if self._encoder else (),
+            labels=self._labels,
         )
 
     def _as_taken(self, reading: Reading) -> Reading:
@@ -152,20 +160,27 @@ def refuse_repeats(tests: Collection[DataSource], trained: Iterable[DataSource])
     """See that no prompt of a test set is trained on; the test set may be younger than the training.
 
     Args:
-        tests: Sources that are held out whole.
+        tests: Sources whose held-out prompts models are tested on.
         trained: Sources that are trained on.
 
     Raises:
         DataError: a prompt stands in both.
     """
-    for source in trained if tests else ():
-        examination = Examination(source.name, held_out=source.held_out)
-        for reading in scan(source, examination.findings):
-            examination.see(reading)
-        for test in tests:
-            examination.against(scan(test, Findings()), test.name)
-        examination.diagnose()
-        _refuse_leaks(examination.findings[LEAK_EXACT])
+    kept = {
+        key: (reading.origin, test.name)
+        for test in tests
+        for reading in scan(test, Findings())
+        if reading.row and is_held_out(reading.row, test.held_out)
+        for key in prompt_keys(reading.row)
+    }
+    for source in trained if kept else ():
+        leaks = Findings()
+        for reading in scan(source, Findings()):
+            if reading.row and not is_held_out(reading.row, source.held_out):
+                for key in kept.keys() & set(prompt_keys(reading.row)):
+                    origin, name = kept[key]
+                    leaks.add(LEAK_EXACT, f"{reading.origin} and {origin}", f"in {name}")
+        _refuse_leaks(leaks[LEAK_EXACT])
 
 
 def _usable(reading: Reading, preparer: Preparer | None) -> Row:

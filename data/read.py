@@ -49,7 +49,7 @@ class Reading:
     layout: str
     """The format's name; empty before one was recognised."""
     record: Record | None = None
-    """As it stands in the file; None if it could not be read, and in the embedded world."""
+    """As it stands in the file; None if it could not be read, and in the embedded world, but for its suites."""
     row: Row | None = None
     problem: BadRow | None = None
 
@@ -223,9 +223,14 @@ def _without_layout(reading: Reading) -> Reading:
 
 
 def _world(source: DataSource) -> Iterator[Reading]:
-    from data import world
+    from data import world, world_suites
 
     part = sources.world_part(source)
+    if part in world_suites.PARTS:
+        records = world_suites.generate(part, source.seed)[: source.rows]
+        found = (Located(f"{source.name}:{number}", each) for number, each in enumerate(records, start=1))
+        yield from _parsed(enumerate(found, start=1), source)
+        return
     rows = source.rows or world.DEFAULT_ROWS[part]
     for number, row in enumerate(world.generate(part, rows, source.seed), start=1):
         origin = row.origin or f"{source.name}:row {number}"

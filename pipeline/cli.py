@@ -400,10 +400,8 @@ def _fail(error: BatonError) -> int:
 
 
 def _recipes() -> dict[str, Path]:
-    """Recipe name -> file; packaged, or beside the packages in a checkout."""
-    here = Path(__file__).resolve().parent
-    folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    """Recipe name -> file."""
+    return {path.stem: path for path in sorted(loader.recipes().glob("*.yaml"))}
 
 
 def _print(text: str) -> None:

@@ -86,7 +86,8 @@ class DataSource(Settings):
     source: Either[str, Annotated[list[str], Field(min_length=1)]]
     """Files or globs of files (`.jsonl`, `.json`, `.csv`, `.tsv`, `.txt`, `.parquet`; all but the last also as `.gz` or
     `.zst`; a `.txt` file is one document), a directory written by `datasets`, `hub:owner/name@revision[:config]`, or
-    `world:PART` (PART is one of `corpus`, `demonstrations`, `preferences`, `prompts`, `sums`)."""
+    `world:PART` (PART is one of `corpus`, `demonstrations`, `preferences`, `prompts`, `sums`, or a suite of
+    `docs/evaluation.md`)."""
     format: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?$")] = "auto"
     """How a row is laid out: `auto` decides by columns and content; a format's or a kind's name; or `module:function`,
     an adapter that is installed as an entry point of `baton.formats` or named by `--adapter`. A stage reads richer rows
@@ -228,6 +229,8 @@ class StageSettings(Settings):
     """Data role -> kinds of rows it takes."""
     FILES: ClassVar[tuple[str, ...]] = ()
     """Fields that name a file; its content counts, not its name."""
+    SUITES: ClassVar[tuple[str, ...]] = ()
+    """Fields that name evaluation suites; what they are and the content of their rows counts."""
 
     def roles(self) -> dict[str, str]:
         """Input roles in use -> reference. A role that takes a list gives `role.0`, `role.1`, ..."""
@@ -740,6 +743,7 @@ class EvaluateSettings(StageSettings, Decoding):
         "pairs": ("preference",),
         "text": ("text",),
     }
+    SUITES: ClassVar = ("suites",)
 
     kind: Literal["evaluate"] = "evaluate"
     """Stage kind."""
@@ -753,6 +757,8 @@ class EvaluateSettings(StageSettings, Decoding):
     """Data source of the pairs for pair accuracy."""
     text: str | None = None
     """Data source of the text for perplexity and bits per byte."""
+    suites: list[str] = []
+    """Evaluation suites: names of Baton's own or YAML files of yours (`docs/evaluation.md`)."""
     gold: Gold = "none"
     """Rule that judges the responses and knows which are correct: `world` is the embedded world's, `exact` and
     `numeric` compare with the prompt's `answer` (`docs/rewards.md`)."""
@@ -993,10 +999,10 @@ def evaluated(settings: RunSettings, stage: StageSettings) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name, kinds in named if _reads_text(kinds) == reads_text))
 
 
-def trained(settings: RunSettings) -> tuple[str, ...]:
-    """Names of the data sources of which stages learn the answers to prompts."""
+def trained(settings: RunSettings, *, text: bool = False) -> tuple[str, ...]:
+    """Names of the data sources of which stages learn the answers to prompts, or else those that they read as text."""
     stages = [each for each in settings.stages.values() if not isinstance(each, EvaluateSettings)]
-    named = [name for each in stages if not _reads_text(each.DATA["data"]) for name in each.data_roles().values()]
+    named = [name for each in stages if _reads_text(each.DATA["data"]) == text for name in each.data_roles().values()]
     return tuple(dict.fromkeys(named))
 
 

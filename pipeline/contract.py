@@ -94,7 +94,7 @@ class Context:
     inputs: Mapping[str, Artifact]
     """By role, as `StageSettings.roles()` names them."""
     data: Mapping[str, DataSource]
-    """By data role, as `StageSettings.data_roles()` names them."""
+    """By data role, as `StageSettings.data_roles()` names them; evaluation suites as `suites.NAME`."""
     directory: Path
     """An empty directory that the stage fills; it becomes the stage directory."""
     progress: Progress
@@ -107,6 +107,8 @@ class Context:
     """All data sources of the run by name, which a source's preparation may refer to."""
     trained: tuple[str, ...] = ()
     """Names of the sources of which the run's stages learn the answers to prompts."""
+    pretrained: tuple[str, ...] = ()
+    """Names of the sources that the run's stages read as text."""
     evaluated: tuple[str, ...] = ()
     """Names of the sources whose held-out rows the run's models are evaluated on, and the stage must not train on."""
     checkpoints: Checkpoints = field(default_factory=NoCheckpoints)

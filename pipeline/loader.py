@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -11,12 +13,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline import durable, redaction, references
-from pipeline.config import DataSource, RunSettings
+from pipeline.config import DataSource, RunSettings, StageSettings
 from pipeline.document import MAX_BYTES, SCALARS, Document, Location, Problem, override, parse
 from pipeline.errors import ConfigError
 from pipeline.references import STAGES
 from pipeline.rules import RULES
 from pipeline.suggestion import suggest
+from pipeline.suites import METHODS, NAME, PreferenceSuite, Suite, model_of
 from pipeline.terminal import printable
 
 CONFIGURATIONS = (".yaml", ".yml")
@@ -82,6 +85,75 @@ def options(model: type[Validated], given: Mapping[str, Any]) -> Validated:
     return _validate(
         Document("command line", {name: value for name, value in given.items() if value is not None}), model
     )
+
+
+def recipes() -> Path:
+    """The directory of Baton's own configurations: packaged, or beside the packages in a checkout."""
+    here = Path(__file__).resolve().parent
+    return here / "recipes" if (here / "recipes").is_dir() else here.parent / "configs"
+
+
+def suites(stage: StageSettings) -> dict[str, Suite]:
+    """A stage's evaluation suites by data role, `suites.NAME`.
+
+    Raises:
+        ConfigError: One cannot be read, two have the same name, or one needs a reward stage that is not given.
+    """
+    found: dict[str, Suite] = {}
+    for reference in (each for setting in stage.SUITES for each in getattr(stage, setting)):
+        name, each = suite(reference)
+        if f"suites.{name}" in found:
+            hint = "the name of a suite is that of its file: rename one"
+            raise ConfigError(f"two suites are called `{name}`", where="suites", hint=hint)
+        if isinstance(each, PreferenceSuite) and "reward" not in stage.roles():
+            raise ConfigError(f"`{name}` measures a reward model: give `reward`, a reward stage", where="suites")
+        found[f"suites.{name}"] = each
+    return found
+
+
+def suite(reference: str) -> tuple[str, Suite]:
+    """An evaluation suite and its name.
+
+    Args:
+        reference: Name of one of Baton's own suites, or a YAML file; paths in it are relative to it, and `${NAME}`
+            stands for an environment variable.
+
+    Raises:
+        ConfigError: One line per mistake: `file:line: setting: what is wrong`.
+    """
+    path = Path(reference)
+    if not is_configuration(reference):
+        own = {each.stem: each for each in (recipes() / "suites").glob("*.yaml")}
+        if reference not in own:
+            hint = "name one of Baton's suites, or a YAML file"
+            raise ConfigError(f"no suite `{printable(reference)}`{suggest(reference, own)}", where="suites", hint=hint)
+        path = own[reference]
+    if not re.fullmatch(NAME, path.stem):
+        hint = "letters, digits and hyphens name a suite: rename the file"
+        raise ConfigError(f"`{printable(path.stem)}` is no name of a suite", where=path, hint=hint)
+    document = parse(_read(path), str(path))
+    model = model_of(document.values)
+    if model is None:
+        given = document.values.get("method") if isinstance(document.values, dict) else None
+        what = "missing" if given is None else f"unknown method `{printable(str(given))}`"
+        raise ConfigError(f"method: {what}{suggest(str(given), METHODS)}", where=document.where(("method",)))
+    found = _validate(document, model)
+    return path.stem, found if found.scheme else _placed(found, path.parent, document)
+
+
+def _placed(suite: Suite, folder: Path, document: Document) -> Suite:
+    """The suite with paths as they are seen from the working directory."""
+
+    def variable(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in os.environ:
+            what = f"source: the environment variable `{name}` is not set"
+            raise ConfigError(what, where=document.where(("source",)), hint=f"export {name}=/where/the/data/is")
+        return os.environ[name]
+
+    names = [suite.source] if isinstance(suite.source, str) else suite.source
+    placed = [str(folder / re.sub(r"\$\{(\w+)\}", variable, name)) for name in names]
+    return suite.model_copy(update={"source": placed[0] if isinstance(suite.source, str) else placed})
 
 
 def resolved(settings: RunSettings) -> dict[str, Any]:

@@ -15,15 +15,16 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoints, fingerprint, inputs, references
+from pipeline import checkpoints, fingerprint, inputs, loader, references
 from pipeline import manifest as manifests
 from pipeline.checkpoints import Maker
-from pipeline.config import RunSettings, StageSettings
+from pipeline.config import DataSource, RunSettings, StageSettings
 from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.manifest import Damage, Manifest
 from pipeline.store import RunDirectory
 from pipeline.suggestion import suggest
+from pipeline.suites import Suite
 from pipeline.terminal import printable
 
 _WITHOUT_EFFECT = frozenset({"tokens_per_batch", "gradient_checkpointing", "device"})
@@ -205,6 +206,9 @@ def compare(old: Manifest, wanted: Wanted, stage: type[StageSettings]) -> list[R
     after_inputs = {role: each.digest for role, each in wanted.artifacts.items()}
     reasons += [Reason(Cause.INPUT, *change) for change in changes(before_inputs, after_inputs)]
     before_data, after_data = _without_source(old.data_settings), _without_source(wanted.data)
+    for role in before_data.keys() ^ after_data.keys():  # of what is new or gone, the digest says enough
+        one_sided = before_data if role in before_data else after_data
+        one_sided[role] = {"digest": one_sided[role]["digest"]}
     reasons += [Reason(Cause.DATA, *change) for change in changes(before_data, after_data)]
     if not reasons and wanted.key != old.key:
         reasons.append(Reason(Cause.CONFIG, "key", old.key, wanted.key))
@@ -224,7 +228,7 @@ def hard_key(settings: Mapping[str, Any], digests: Mapping[str, str], data: Data
 
 def behaviour(settings: Mapping[str, Any], stage: type[StageSettings]) -> dict[str, Any]:
     """The settings that results depend on; what inputs and data are called is not among them."""
-    without = _WITHOUT_EFFECT | stage.ROLES.keys() | stage.DATA.keys() | set(stage.FILES)
+    without = _WITHOUT_EFFECT | stage.ROLES.keys() | stage.DATA.keys() | {*stage.FILES, *stage.SUITES}
     return {name: value for name, value in settings.items() if name not in without}
 
 
@@ -241,6 +245,16 @@ def short(value: str) -> str:
     """Digests by their first characters, other values cut to a line."""
     is_digest = len(value) == 64 and not set(value) - set("0123456789abcdef")
     return value[:8] if is_digest else printable(value)
+
+
+def sources(settings: RunSettings, stage: StageSettings) -> dict[str, DataSource]:
+    """Data role -> source, for all that a stage reads: its data and, as `suites.NAME`, its evaluation suites.
+
+    Raises:
+        ConfigError: A suite cannot be read or does not fit the stage.
+    """
+    found = {role: settings.data[name] for role, name in stage.data_roles().items()}
+    return found | loader.suites(stage)
 
 
 def selection(settings: RunSettings, only: Collection[str], until: str | None) -> list[str]:
@@ -279,16 +293,15 @@ def _wanted(
         artifacts[role] = inputs.require(artifact, role, stage.ROLES[role.partition(".")[0]])
     for name in stage.FILES:
         everything |= {f"{name}_sha256": _file_digest(everything[name])}
-    data = {role: _data(settings, stage, role, source) for role, source in stage.data_roles().items()}
+    data = {role: _data(settings, stage, role, source) for role, source in sources(settings, stage).items()}
     return Wanted(everything, behaviour(everything, type(stage)), data, artifacts, unknown)
 
 
-def _data(settings: RunSettings, stage: StageSettings, role: str, name: str) -> dict[str, Any]:
+def _data(settings: RunSettings, stage: StageSettings, role: str, source: DataSource) -> dict[str, Any]:
     from data import read
 
-    source = settings.data[name]
     found = source.model_dump(mode="json") | {"digest": read.fingerprint(source, settings.data)}
-    shares = stage.shares(role.partition(".")[0])
+    shares = stage.shares(role.partition(".")[0]) if role in stage.data_roles() else None
     return found | {"share": shares[role].model_dump(mode="json")} if shares else found
 
 
@@ -305,8 +318,8 @@ def _check_data(settings: RunSettings, stage: StageSettings) -> None:
     """Look at the first rows, so that a wrong column is not found after hours of earlier stages."""
     from data import read
 
-    for role, name in stage.data_roles().items():
-        read.check(settings.data[name], stage.kinds(role))
+    for role, source in sources(settings, stage).items():
+        read.check(source, source.KINDS if isinstance(source, Suite) else stage.kinds(role))
 
 
 def _published(run: RunDirectory, name: str) -> tuple[Manifest | None, list[Damage]]:

@@ -28,7 +28,7 @@ from pipeline.cost import Meter
 from pipeline.errors import ConfigError, NumericalError
 from pipeline.interruption import Interruption
 from pipeline.manifest import Cost, InputRecord, Manifest
-from pipeline.plan import Decision, decide, plan
+from pipeline.plan import Decision, decide, plan, sources
 from pipeline.progress import StageProgress
 from pipeline.redaction import redacted
 from pipeline.resumption import StageCheckpoints
@@ -148,7 +148,7 @@ class _Runner:
                 name=name,
                 settings=stage,
                 inputs=decision.wanted.artifacts,
-                data={role: self.settings.data[source] for role, source in stage.data_roles().items()},
+                data=sources(self.settings, stage),
                 directory=work,
                 progress=progress,
                 say=progress.say,
@@ -157,6 +157,7 @@ class _Runner:
                 dtype=self.settings.dtype,
                 sources=self.settings.data,
                 trained=trained(self.settings),
+                pretrained=trained(self.settings, text=True),
                 evaluated=evaluated(self.settings, stage),
                 checkpoints=self._checkpoints(decision, progress),
             )

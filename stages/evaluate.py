@@ -6,7 +6,8 @@ is compared with its parent prompt by prompt, so the interval is that of the pai
 the reference is estimated on the model's own samples (the mean of log pi - log pi_ref over whole responses); other
 answers have none. Held-out text gives perplexity and bits per byte, held-out pairs the accuracy of the reward model
 and of each policy's implicit reward. With `best_of`, best-of-n sampling from a model is the bar for the adapters
-trained from it. Left out: calibration, and correction for many comparisons.
+trained from it; `suites` measure what single questions ask (`stages/core/suites.py`). Left out: correction for many
+comparisons.
 
     python -m stages.evaluate CONFIG [key=value ...]
 """
@@ -14,29 +15,28 @@ trained from it. Left out: calibration, and correction for many comparisons.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from data.document_store import encoded
 from data.intake import refuse_repeats
 from data.schema import Preference, Prompt, Text
-from data.tree import Branch, Tree, preference_tree, usable
+from data.tree import Tree, preference_tree, usable
 from pipeline.config import EvaluateSettings
 from pipeline.contract import Context, Result
 from pipeline.errors import DataError
 from pipeline.manifest import DataCard, Metric
+from pipeline.suites import LikelihoodSuite, Suite
 from reward.best_of_n import Frontier, divergence
 from reward.intervals import mean_interval, paired_difference, proportion_interval, ratio_interval
 from stages.core import device, loop, rows
 from stages.core.answers import PLAIN, Answers, answer
+from stages.core.documents import text_likelihoods
 from stages.core.lineup import Contestant, Lineup, parent_digest
 from stages.core.models import LanguageModel
 from stages.core.roles import REWARD, Roles
 from stages.core.scoring import exponential, logprobs, scores
+from stages.core.suites import Suites
 
 Metrics = dict[str, Metric]
 
@@ -71,13 +71,15 @@ def run(context: Context) -> Result:
     """Sample, judge, compare; writes `evaluation.json` and `samples.jsonl`.
 
     Raises:
-        DataError: There is no held-out row, or a prompt of a test set is trained on.
+        DataError: There is no held-out row, or a prompt or text of a test set or suite is trained on.
         ArtifactError: A model is damaged or not what its manifest says.
     """
     settings, compute = context.settings, device.choose(context.device, context.dtype)
     loop.seed_everything(context.seed)
-    tests = [source for source in context.data.values() if source.held_out == 1.0]
+    tests = [each for each in context.data.values() if each.held_out == 1.0 or isinstance(each, Suite)]
     refuse_repeats(tests, [context.sources[name] for name in context.trained])
+    documents = [each for each in tests if isinstance(each, LikelihoodSuite)]
+    refuse_repeats(documents, [context.sources[name] for name in context.pretrained])
     models = {role: artifact for role, artifact in context.inputs.items() if role.startswith("models.")}
     lineup = Lineup(models, compute)
     judge = lineup.judge(context.inputs["reward"]) if "reward" in context.inputs else None
@@ -87,18 +89,21 @@ def run(context: Context) -> Result:
         pairs=_held_out(context, "pairs", Preference, cards),
         texts=_held_out(context, "text", Text, cards),
     )
-    found = _compare(lineup, judge, material, context)
-    if judge and material.pairs:
-        found.metrics[context.inputs["reward"].source] = _judge_accuracy(judge, material.pairs, settings)
-    _write(context, lineup, material.prompts, found)
+    suites = Suites(context)
+    found = _compare(lineup, judge, material, suites, context)
+    if judge:
+        name = context.inputs["reward"].source
+        own = _judge_accuracy(judge, material.pairs, settings) if material.pairs else {}
+        found.metrics |= {name: measured} if (measured := own | suites.measure_judge(name, judge)) else {}
+    _write(context, lineup, material.prompts, found, suites)
     warnings = _warnings(lineup, found, settings)
     for warning in warnings:
         context.say(warning)
     return Result(
         kind="evaluation",
         metrics={f"{name}.{metric}": value for name, own in found.metrics.items() for metric, value in own.items()},
-        data=cards,
-        tokens=found.tokens,
+        data=[*cards, *suites.cards],
+        tokens=found.tokens + suites.tokens,
         compute=compute.record,
         warnings=warnings,
     )
@@ -118,7 +123,7 @@ def _held_out(context: Context, role: str, kind: type[rows.Item], cards: list[Da
     return chosen
 
 
-def _compare(lineup: Lineup, judge: Roles | None, material: Material, context: Context) -> Findings:
+def _compare(lineup: Lineup, judge: Roles | None, material: Material, suites: Suites, context: Context) -> Findings:
     settings, found = context.settings, Findings()
     adapted = {each.parent for each in lineup.contestants.values() if each.artifact.kind == "adapter"}
     for done, (name, contestant) in enumerate(lineup.contestants.items(), 1):
@@ -129,7 +134,7 @@ def _compare(lineup: Lineup, judge: Roles | None, material: Material, context: C
             several = answer(contestant, material.prompts, judge, settings, context.seed + 1, settings.best_of)
             found.frontiers[name] = several.frontier()
             found.tokens += several.tokens
-        found.metrics[name] = _metrics(contestant, lineup, found, material, settings)
+        found.metrics[name] = _metrics(contestant, lineup, found, material, settings) | suites.measure(contestant)
         context.progress({"model": name}, done=done, total=len(lineup.contestants))
     return found
 
@@ -251,37 +256,22 @@ def _judge_accuracy(judge: Roles, pairs: Sequence[Preference], settings: Evaluat
 
 
 def _likelihood(language_model: LanguageModel, texts: Sequence[Text], settings: EvaluateSettings) -> Metrics:
-    """Perplexity per token and bits per byte of documents, each from its first token on."""
-    trees = text_trees(language_model.tokenizer, texts, language_model.longest(settings.max_length))
-    if not trees:
+    """Perplexity per token and bits per byte."""
+    found = text_likelihoods(language_model, texts, settings.max_length, settings.tokens_per_batch)
+    if not found:
         return {}
-    sizes = [len(texts[tree.number].text.encode()) for tree in trees]
-    found = logprobs(language_model, trees, settings.tokens_per_batch, PLAIN)
-    losses = [-found[tree.number][0] for tree in trees]
+    losses = [each.loss for each in found.values()]
     return {
-        "perplexity": exponential(ratio_interval(losses, [tree.reads for tree in trees])),
-        "bits_per_byte": ratio_interval([loss / math.log(2) for loss in losses], sizes),
+        "perplexity": exponential(ratio_interval(losses, [each.tokens for each in found.values()])),
+        "bits_per_byte": ratio_interval(
+            [each.bits for each in found.values()], [each.bytes for each in found.values()]
+        ),
     }
 
 
-def text_trees(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int) -> list[Tree]:
-    """Documents, in the tokens of training, as trees of which the first token is the prompt.
-
-    Those of a single token, and those of more than `max_length`, are left out.
-
-    Raises:
-        ArtifactError: The tokenizer has no serialised state, or takes plain text for control tokens.
-    """
-    found = enumerate(encoded(tokenizer, (text.text for text in texts)))
-    return [
-        Tree((tokens[0],), (Branch.of(tokens[1:]),), number)
-        for number, tokens in found
-        if 2 <= len(tokens) <= max_length
-    ]
-
-
-def _write(context: Context, lineup: Lineup, prompts: Sequence[Prompt], found: Findings) -> None:
-    """`evaluation.json` for the report, `samples.jsonl` with one prompt a line and every model's answer."""
+def _write(context: Context, lineup: Lineup, prompts: Sequence[Prompt], found: Findings, suites: Suites) -> None:
+    """`evaluation.json` for the report, `samples.jsonl` with one prompt a line and every model's answer, and what the
+    suites write."""
     parents = {name: contestant.parent for name, contestant in lineup.contestants.items()}
     content = {
         "gold": context.settings.gold,
@@ -290,7 +280,9 @@ def _write(context: Context, lineup: Lineup, prompts: Sequence[Prompt], found: F
             name: {"parent": parents.get(name), "metrics": _dumped(metrics)} for name, metrics in found.metrics.items()
         },
         "frontier": {name: _points(frontier) for name, frontier in found.frontiers.items()},
+        "suites": suites.record(),
     }
+    suites.write(context.directory)
     (context.directory / "evaluation.json").write_text(json.dumps(content, indent=1))
     with (context.directory / "samples.jsonl").open("w", encoding="utf-8") as stream:
         for number, prompt in enumerate(prompts):

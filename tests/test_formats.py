@@ -68,8 +68,8 @@ ACCEPTED: list[tuple[str, dict[str, Any], Row]] = [
     ("prompt", {"prompt": "Where is Ann?"}, Prompt((ASKED,), {}, "f:1")),
     (
         "prompt",
-        {"prompt": [USER], "answer": "Rome", "level": 2, "hard": True, "notes": None, "tags": ["a"]},
-        Prompt((ASKED,), {"answer": "Rome", "level": 2, "hard": True}, "f:1"),
+        {"prompt": [USER], "answer": "Rome", "level": 2, "hard": True, "notes": None, "tags": ["a"], "more": {"a": 1}},
+        Prompt((ASKED,), {"answer": "Rome", "level": 2, "hard": True, "tags": ["a"]}, "f:1"),
     ),
     ("prompt", {"prompt": "Where is Ann?", "system": "Be brief."}, Prompt((BRIEFLY, ASKED), {}, "f:1")),
     ("prompt", {"prompt": HH}, Prompt((ASKED,), {}, "f:1")),
@@ -155,6 +155,13 @@ ACCEPTED: list[tuple[str, dict[str, Any], Row]] = [
             ],
         },
         pair(1.0),
+    ),
+    ("choices", {"prompt": "Where is Ann?", "choices": ["Why?", "In Rome."], "answer": 1}, pair()),
+    ("choices", {"prompt": [USER], "choices": ["Why?", "In Rome."], "answer": "In Rome."}, pair()),
+    (
+        "choices",
+        {"prompt": "Where is Ann?", "choices": ["Why?", "In Rome."], "answer": 1, "system": "Be brief."},
+        pair(0.0, BRIEFLY),
     ),
 ]
 

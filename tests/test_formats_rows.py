@@ -21,6 +21,7 @@ HH = "\n\nHuman: Where is Ann?\n\nAssistant:"
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 SCORES = {**PAIR, "score_chosen": 2, "score_rejected": 1}
 LIST = {"prompt": "a", "responses": ["b", "c"]}
+CHOICES = {"prompt": "a", "choices": ["b", "c"], "answer": 0}
 
 REFUSED: list[tuple[str, dict[str, Any], Kind, str]] = [
     ("text", {"text": 5}, findings.WRONG_TYPE, "text: 5 (expected text)"),
@@ -168,6 +169,12 @@ REFUSED: list[tuple[str, dict[str, Any], Kind, str]] = [
         findings.WRONG_TYPE,
         "responses[1].text: 4 (expected text)",
     ),
+    ("choices", {**CHOICES, "choices": ["b"]}, findings.WRONG_TYPE, "choices: ['b'] (expected a list of at least two"),
+    ("choices", {**CHOICES, "choices": ["b", 3]}, findings.WRONG_TYPE, "choices[1]: 3 (expected text)"),
+    ("choices", {**CHOICES, "answer": 2}, findings.WRONG_TYPE, "answer: 2 (expected one of the choices, or its place"),
+    ("choices", {**CHOICES, "answer": -1}, findings.WRONG_TYPE, "answer: -1"),
+    ("choices", {**CHOICES, "answer": True}, findings.WRONG_TYPE, "answer: True"),
+    ("choices", {**CHOICES, "answer": "d"}, findings.WRONG_TYPE, "answer: 'd'"),
 ]
 
 DROPPED: list[tuple[dict[str, Any], Kind, str]] = [

@@ -13,7 +13,7 @@ from data.document_store import encoded
 from data.schema import ChatRole, Conversation, Message, Preference, Text
 from data.template import SPECIAL_TOKENS, TEMPLATE, ChatTemplate
 from data.tree import Tree, conversation_tree, preference_tree, prompt_tokens
-from stages.evaluate import text_trees
+from stages.core.documents import text_trees
 
 ROOM = 10**6
 ROLES: tuple[ChatRole, ...] = ("system", "user", "assistant")

@@ -111,6 +111,15 @@ def test_a_batch_keeps_its_bound_however_many_responses_a_prompt_gets(
     assert sum(prefilled) == len(prompts) * -(-per_prompt // min(bound, per_prompt))
 
 
+def test_at_temperature_0_the_likeliest_tokens_are_taken_with_any_seed_and_their_own_logprobs() -> None:
+    model, prompts = models.model(), ragged(6)
+    found = draw(model, prompts, temperature=0.0, per_prompt=2)
+    assert found == draw(model, prompts, temperature=0.0, per_prompt=2, seed=7)
+    assert found[::2] == found[1::2]
+    assert plain(found[::2]) == [slow_greedy(model, prompt, 1, 8) for prompt in prompts]
+    assert torch.allclose(own(found[::2]), forced(model, prompts, found[::2], 1.0), atol=1e-5)
+
+
 def test_a_draw_is_where_the_sum_of_probabilities_passes_a_uniform_number() -> None:
     chances = torch.softmax(3 * torch.randn(16, 300, generator=torch.Generator().manual_seed(0)), -1)
     ours, theirs = (torch.Generator().manual_seed(7) for _ in range(2))
@@ -132,12 +141,13 @@ def test_tokens_are_drawn_as_often_as_they_are_likely_and_impossible_ones_never(
     assert ((shares - chances).abs() <= 4 * deviations).all()
 
 
-def test_probabilities_that_are_not_numbers_are_refused() -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_probabilities_that_are_not_numbers_are_refused(temperature: float) -> None:
     model = models.model()
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
     with pytest.raises(NumericalError):
-        draw(model, ragged(3))
+        draw(model, ragged(3), temperature=temperature)
 
 
 def test_continuous_batching_says_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:

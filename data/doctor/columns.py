@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from data.findings import NUMBER_AS_TEXT, UNUSED_COLUMN, Kind, cut, shown
 from data.formats import FORMATS, Format, Record
@@ -14,11 +14,15 @@ _ALL_TEXT = re.compile(r"\.[ct]sv(\.gz|\.zst)?:")
 
 
 class ColumnCheck:
-    """Looks at the columns of records."""
+    """Looks at the columns of records.
 
-    def __init__(self) -> None:
+    Args:
+        labels: Columns that are read beside the row.
+    """
+
+    def __init__(self, labels: Collection[str] = ()) -> None:
         self._formats: dict[str, Format] = {each.name: each for each in FORMATS}
-        self._seen: set[str] = set()
+        self._seen: set[str] = set(labels)
 
     def __call__(self, record: Record, layout: str, origin: str) -> Iterator[tuple[Kind, str]]:
         """Columns that were not met before and that nothing reads, and numbers that are text.

@@ -50,6 +50,7 @@ class Examination:
         kinds: Kinds of rows as which they are measured in tokens, in order of preference; as they are when there is
             none.
         control_tokens: Control tokens of the tokenizer in use.
+        labels: Columns that are read beside the row.
 
     Attributes:
         findings: What was found; also for those that read the source to add to.
@@ -64,10 +65,11 @@ class Examination:
         max_length: int | None = None,
         kinds: Sequence[str] = (),
         control_tokens: Collection[str] = (),
+        labels: Collection[str] = (),
     ) -> None:
         self.findings = Findings()
         self._source, self._share = source, held_out
-        self._content, self._columns = ContentCheck(control_tokens), ColumnCheck()
+        self._content, self._columns = ContentCheck(control_tokens), ColumnCheck(labels)
         self._lengths = Lengths(encoder, max_length, kinds) if encoder else None
         self._comparisons, self._verdicts, self._overlap = Comparisons(), Verdicts(), Overlap()
         self._places = Places()

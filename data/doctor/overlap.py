@@ -81,6 +81,11 @@ class Overlap:
         return [found[place] for place in sorted(found)]
 
 
+def prompt_keys(row: Row) -> Iterator[bytes]:
+    """A key of each of a row's prompts, by which two that are the same word for word are known."""
+    return _exact(*_turns(row))
+
+
 class _Side:
     """Prompts of one side."""
 
@@ -92,16 +97,15 @@ class _Side:
 
     def add(self, turns: list[Message], ends: set[int], place: int) -> list[str]:
         """Take in the prompts that consist of the first so many turns each; returns the words of all turns."""
-        exact, normalised = blake2b(digest_size=8), blake2b(digest_size=8)
+        self.exact += b"".join(_exact(turns, ends))
+        normalised = blake2b(digest_size=8)
         said: list[str] = []
         for count, turn in enumerate(turns, start=1):
             words = ngrams.words(turn.content)
-            exact.update(turn_key(turn))
             normalised.update("".join(words).encode("utf-8", "surrogatepass"))
             said += words
             if count in ends:
                 self.places.append(place)
-                self.exact += exact.digest()
                 # Prompts without a word are equal to nothing but themselves.
                 self.normalised += normalised.digest() if said else key(b"\0%d" % place)
         return said
@@ -170,6 +174,14 @@ def _turns(row: Row) -> tuple[list[Message], set[int]]:
     if isinstance(row, Conversation):
         ends.update(before for before, turn in enumerate(turns) if turn.role == "assistant")
     return turns, ends
+
+
+def _exact(turns: list[Message], ends: set[int]) -> Iterator[bytes]:
+    digest = blake2b(digest_size=8)
+    for count, turn in enumerate(turns, start=1):
+        digest.update(turn_key(turn))
+        if count in ends:
+            yield digest.digest()
 
 
 def _shared(trained: _Runs, kept: _Runs) -> dict[int, int]:

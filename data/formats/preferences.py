@@ -1,4 +1,5 @@
-"""Layouts of a prompt and several responses, best first: pairs, ranked lists, and responses with scores."""
+"""Layouts of a prompt and several responses, best first: pairs, ranked lists, responses with scores, and answers to
+choose from."""
 
 from __future__ import annotations
 
@@ -119,7 +120,7 @@ def _alpaca(record: Record, origin: str) -> Preference:
 
 
 def _ranked(record: Record, origin: str) -> Preference:
-    values = _several(record["responses"], "a list of at least two responses, best first", origin)
+    values = _several(record["responses"], "responses", "a list of at least two responses, best first", origin)
     asked = prompt(record, "prompt", origin)
     places = [f"responses[{index}]" for index in range(len(values))]
     responses = {place: response(each, asked, place, origin) for place, each in zip(places, values, strict=True)}
@@ -138,7 +139,7 @@ def _scored(record: Record, origin: str) -> Preference:
 
 
 def _with_scores(record: Record, asked: Turns, origin: str) -> list[_Scored]:
-    values = _several(record["responses"], "a list of at least two responses", origin)
+    values = _several(record["responses"], "responses", "a list of at least two responses", origin)
     if "scores" not in record:
         return [_scored_object(each, f"responses[{index}]", origin) for index, each in enumerate(values)]
     expected = f"{len(values)} numbers, one for each response"
@@ -160,18 +161,36 @@ def _scored_object(value: object, place: str, origin: str) -> _Scored:
     return _Scored(place, content, number(value.get("score"), f"{place}.score", origin))
 
 
+def _choices(record: Record, origin: str) -> Preference:
+    expected = "a list of at least two answers to choose from"
+    values = _several(record["choices"], "choices", expected, origin)
+    asked = prompt(record, "prompt", origin)
+    responses = {f"choices[{index}]": text(each, f"choices[{index}]", origin) for index, each in enumerate(values)}
+    right = _right_choice(record["answer"], values, origin)
+    best_first = dict(sorted(responses.items(), key=lambda each: each[0] != f"choices[{right}]"))
+    return _compared(asked, best_first, 0.0, origin)
+
+
+def _right_choice(answer: object, choices: Sequence[object], origin: str) -> int:
+    if isinstance(answer, str) and answer in choices:
+        return choices.index(answer)
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        return answer
+    raise wrong("answer", f"one of the choices, or its place from 0 to {len(choices) - 1}", answer, origin)
+
+
 def _has_scores(record: Record) -> bool:
     responses = record["responses"]
     first = responses[0] if isinstance(responses, list | tuple) and responses else None
     return "scores" in record or (isinstance(first, Mapping) and "score" in first)
 
 
-def _several(value: object, expected: str, origin: str) -> Sequence[object]:
-    values = sequence(value, "responses", expected, origin)
+def _several(value: object, field: str, expected: str, origin: str) -> Sequence[object]:
+    values = sequence(value, field, expected, origin)
     if len(values) < 2:
-        raise wrong("responses", expected, value, origin)
+        raise wrong(field, expected, value, origin)
     if len(values) > MOST_RESPONSES:
-        what = f"responses: {len(values):,} (at most {MOST_RESPONSES:,})"
+        what = f"{field}: {len(values):,} (at most {MOST_RESPONSES:,})"
         raise BadRow(TOO_MANY_RESPONSES, what, where=origin)
     return values
 
@@ -278,6 +297,13 @@ PREFERENCES: tuple[Format, ...] = (
         fits=_has_scores,
         optional=ID_AND_SYSTEM | {"scores"},
         numbers=frozenset({"scores"}),
+    ),
+    Format(
+        "choices",
+        "preference",
+        frozenset({"prompt", "choices", "answer"}),
+        _choices,
+        optional=ID_AND_SYSTEM,
     ),
 )
 """Formats of rows with several responses."""

@@ -98,7 +98,9 @@ def _prompt(record: Record, origin: str) -> Prompt:
 
 
 def _is_fact(value: object) -> bool:
-    return isinstance(value, str | int | float | bool)
+    if isinstance(value, list | tuple):
+        return all(isinstance(each, str | int | float) for each in value)
+    return isinstance(value, str | int | float)
 
 
 def _rated(record: Record, origin: str) -> Rated:
@@ -159,7 +161,7 @@ SINGLES: tuple[Format, ...] = (
         "prompt",
         frozenset({"prompt"}),
         _prompt,
-        fits=lambda record: not RESPONSE_COLUMNS & record.keys(),
+        fits=lambda record: not (RESPONSE_COLUMNS | {"choices"}) & record.keys(),
         optional=ID_AND_SYSTEM,
         facts=True,
     ),

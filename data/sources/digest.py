@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import ModuleType
 
 from data.findings import shown
 from data.sources import hub, paths
@@ -49,21 +50,27 @@ def world_part(source: DataSource) -> str:
     Raises:
         DataError: there is no such part.
     """
-    from data import world
+    from data import world, world_suites
 
     part = source.name.removeprefix("world:")
-    if part not in world.PARTS:
-        known = ", ".join(world.PARTS)
+    if part not in (*world.PARTS, *world_suites.PARTS):
+        known = ", ".join((*world.PARTS, *world_suites.PARTS))
         raise DataError(f"no part {shown(part)} of the embedded world", where=source.name, hint=f"one of {known}")
     return part
 
 
 def _of_world(source: DataSource) -> str:
-    from data import world
+    from data import world, world_suites
 
     part = world_part(source)
-    code = Path(world.__file__).read_text(encoding="utf-8")
-    return _of(code, part, source.rows or world.DEFAULT_ROWS[part], source.seed)
+    if part in world_suites.PARTS:
+        return _of(_code(world), _code(world_suites), part, source.rows, source.seed)
+    return _of(_code(world), part, source.rows or world.DEFAULT_ROWS[part], source.seed)
+
+
+def _code(module: ModuleType) -> str:
+    assert module.__file__ is not None
+    return Path(module.__file__).read_text(encoding="utf-8")
 
 
 def _of_file(path: str) -> str:

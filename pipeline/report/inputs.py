@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
@@ -62,12 +62,35 @@ class FrontierPoint(_Log):
     reward: Metric | None = None
 
 
+class CalibrationBin(_Log):
+    """Pairs that a reward model was about equally sure of."""
+
+    confidence: float
+    accuracy: float
+    n: int
+
+
+class SuiteRecord(_Log):
+    """What an evaluation suite measures, and how its figures are read."""
+
+    method: str
+    measures: str
+    better: Literal["higher", "lower"] = "higher"
+    share: bool = True
+    """Whether figures are shares, from 0 to 1."""
+    observations: int
+    calibration: dict[str, list[CalibrationBin]] = {}
+    """By reward model."""
+
+
 class Evaluation(_Log):
     """`evaluation.json` of one evaluate stage."""
 
     models: dict[str, ModelEvaluation]
     frontier: dict[str, list[FrontierPoint]] = {}
     """By the model that the responses are of, n rising."""
+    suites: dict[str, SuiteRecord] = {}
+    """By name; their figures are among the models' metrics."""
     gold: str = "none"
     judge: str = ""
 

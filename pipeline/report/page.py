@@ -19,10 +19,12 @@ from markupsafe import Markup
 
 from pipeline.manifest import Metric
 from pipeline.report import lineage, wording
+from pipeline.report.cell import Cell
 from pipeline.report.curves import Curve, draw_curves
 from pipeline.report.forest import compare, direction
 from pipeline.report.frontier import draw_frontiers
 from pipeline.report.inputs import Evaluation, ModelEvaluation, RunRecord, Sample, StageRecord
+from pipeline.report.suites import of_suites, suites
 from pipeline.report.summary import evaluated
 from pipeline.terminal import printable_lines
 
@@ -32,18 +34,6 @@ _COLUMNS = (*_REWARDS, "accuracy", "pair_accuracy", "perplexity", "bits_per_byte
 _ELSEWHERE = ("frontier_gap",)
 """Shown in a table of their own."""
 _GAINS = {"gold": "gold_gain", "reward": "reward_gain"}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A metric of one model: its value, and where there is one its gain over the parent."""
-
-    label: str
-    value: str = ""
-    interval: str = ""
-    gain: str = ""
-    gain_interval: str = ""
-    direction: str = "level"
 
 
 @dataclass(frozen=True)
@@ -82,6 +72,7 @@ def render(run: RunRecord, summary: Mapping[str, Any]) -> str:
             box=(lineage.BOX_WIDTH, lineage.BOX_HEIGHT),
             comparison=_table(models, _columns(models)),
             tasks=_table(models, _tasks(models)),
+            suites=suites(run, models),
             judges=_judges(run.stages.values()),
             measured=_measured(run),
             frontiers=draw_frontiers(run),
@@ -126,7 +117,7 @@ def _lineage(run: RunRecord) -> lineage.Drawing:
 def _columns(models: Mapping[str, ModelEvaluation]) -> list[str]:
     present = {name for model in models.values() for name in model.metrics}
     known = [name for name in _COLUMNS if name in present]
-    others = present - {*known, *_GAINS.values(), *_tasks(models), *_ELSEWHERE}
+    others = present - {*known, *_GAINS.values(), *_tasks(models), *_ELSEWHERE, *of_suites(present)}
     return [*known, *sorted(others)]
 
 

@@ -63,6 +63,7 @@ def _stage(name: str, run: RunRecord, model: ModelEvaluation | None) -> dict[str
         "parents": {role: each.source for role, each in manifest.inputs.items()},
         "metrics": _metrics(measured),
         "frontier": _frontiers(record),
+        "suites": _suites(record),
         "looks": [look.model_dump() for look in record.looks],
         "cost": manifest.cost.model_dump(),
         "data": [card.model_dump() for card in manifest.data],
@@ -78,6 +79,12 @@ def _frontiers(record: StageRecord) -> dict[str, Any]:
     """Of an evaluation: best-of-n's by the model that the responses are of."""
     found = record.evaluation.frontier if record.evaluation else {}
     return {name: [point.model_dump() for point in points] for name, points in found.items()}
+
+
+def _suites(record: StageRecord) -> dict[str, Any]:
+    """Of an evaluation: what its suites measure; their figures are among the models' metrics."""
+    found = record.evaluation.suites if record.evaluation else {}
+    return {name: suite.model_dump() for name, suite in found.items()}
 
 
 def _found_here(record: StageRecord, run: RunRecord, model: ModelEvaluation | None) -> list[str]:

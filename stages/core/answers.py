@@ -10,18 +10,38 @@ import numpy as np
 from data.batch import Layout
 from data.schema import Prompt
 from data.tree import Branch, Tree, prompt_tokens
-from pipeline.config import EvaluateSettings
+from pipeline.config import Decoding, EvaluateSettings
 from pipeline.rules import Gold
 from reward.best_of_n import Frontier
 from reward.rules import Verdict, verdict
 from stages.core.decoding import decode
 from stages.core.lineup import Contestant
 from stages.core.roles import REWARD, Roles
-from stages.core.rollout import trees_of
+from stages.core.rollout import Sample, trees_of
 from stages.core.scoring import scores
 
 PLAIN: Layout = "plain"
 """Models of any architecture are compared, so none is asked to compute trees."""
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What a model says to prompts.
+
+    Attributes:
+        prompts: Tokens of each prompt.
+        samples: [prompts * n] those to one prompt side by side.
+        texts: [prompts * n] without control tokens.
+    """
+
+    prompts: list[tuple[int, ...]]
+    samples: list[Sample]
+    texts: list[str]
+
+    @property
+    def tokens(self) -> int:
+        """Sampled in all."""
+        return sum(len(each.tokens) for each in self.samples)
 
 
 @dataclass(frozen=True)
@@ -79,31 +99,55 @@ def answer(
     Raises:
         DataError: A prompt does not hold what the rule `gold` needs.
     """
+    found = respond(
+        contestant,
+        prompts,
+        settings,
+        max_new_tokens=settings.max_new_tokens,
+        seed=seed,
+        per_prompt=per_prompt,
+        max_length=settings.max_length,
+        tokens_per_batch=settings.tokens_per_batch,
+    )
+    asked = [prompt for prompt in prompts for _ in range(per_prompt)]
+    verdicts = _verdicts(settings.gold, asked, found.texts)
+    ended, sizes = [each.ended for each in found.samples], (settings.max_length, settings.tokens_per_batch)
+    return Answers(
+        found.texts,
+        trees_of(found.prompts, found.samples),
+        gold=[each.reward for each in verdicts],
+        correct=[each.correct for each in verdicts],
+        rewards=rewards(judge, asked, found.texts, ended, *sizes) if judge else [],
+    )
+
+
+def respond(
+    contestant: Contestant,
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    per_prompt: int,
+    max_length: int,
+    tokens_per_batch: int,
+) -> Responses:
+    """Answer as a model; `stages/core/decoding.py` says how."""
     with contestant.use() as language_model, language_model.compute.autocast():
         template = language_model.template
-        longest = max(1, language_model.longest(settings.max_length) - settings.max_new_tokens)
+        longest = max(1, language_model.longest(max_length) - max_new_tokens)
         tokens = [prompt_tokens(template, prompt.prompt, longest) for prompt in prompts]
         samples = decode(
             language_model.model,
             tokens,
-            settings,
+            decoding,
             stop_id=template.stop_id,
-            max_new_tokens=settings.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             seed=seed,
-            tokens_per_batch=settings.tokens_per_batch,
+            tokens_per_batch=tokens_per_batch,
             per_prompt=per_prompt,
         )
-    texts = [template.decode(each.tokens) for each in samples]
-    asked = [prompt for prompt in prompts for _ in range(per_prompt)]
-    ended = [each.ended for each in samples]
-    verdicts = _verdicts(settings.gold, asked, texts)
-    return Answers(
-        texts,
-        trees_of(tokens, samples),
-        gold=[each.reward for each in verdicts],
-        correct=[each.correct for each in verdicts],
-        rewards=rewards(judge, asked, texts, ended, settings.max_length, settings.tokens_per_batch) if judge else [],
-    )
+    return Responses(tokens, samples, [template.decode(each.tokens) for each in samples])
 
 
 def rewards(

@@ -75,7 +75,7 @@ def sample(
         prompts: Tokens of the prompts.
         stop_id: The token that ends a response.
         max_new_tokens: Longest response.
-        temperature: Of the distribution; 0 takes the likeliest token each time.
+        temperature: Of the distribution; 0 takes the likeliest token each time, the first of several.
         seed: Of the samples; the global generators are left alone.
         tokens_per_batch: Tokens that go through the model at once.
         per_prompt: Responses to each prompt.
@@ -259,8 +259,10 @@ class _Batch:
         if self.processor is not None:
             assert self.history is not None
             logits = self.processor(self.history, logits)
-        chances = torch.softmax(logits if self.temperature in (0.0, 1.0) else logits / self.temperature, dim=-1)
-        drawn = logits.argmax(-1, keepdim=True) if self.temperature == 0.0 else _drawn(chances, self.generator)
+        greedy = self.temperature == 0.0
+        chances = torch.softmax(logits if greedy or self.temperature == 1.0 else logits / self.temperature, dim=-1)
+        # Softmax may round two logits to one probability.
+        drawn = logits.argmax(-1, keepdim=True) if greedy else _drawn(chances, self.generator)
         logprobs = chances.gather(1, drawn).log_().flatten()
         following = drawn.flatten()
         if not logprobs.isfinite().all():

@@ -1,0 +1,87 @@
+"""The rows of an evaluation suite, each known by its id, its category and its group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from data import encoding
+from data.findings import shown
+from data.intake import Intake, Placed
+from data.schema import Row
+from pipeline.errors import DataError
+from pipeline.fingerprint import digest
+from pipeline.suites import InvarianceSuite, Suite
+
+CATEGORIES = ("category", "subset")
+"""Columns that name a row's category; the first that there is counts. RewardBench calls it `subset`."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of a suite.
+
+    Attributes:
+        id: The column `id`, or else a digest of the row.
+        category: Of one of `CATEGORIES`; empty without one.
+        group: The column `group`; empty without one.
+    """
+
+    row: Row
+    id: str
+    category: str = ""
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Items:
+    """The rows that a suite asks, and how they were read, as `DataCard` has it."""
+
+    chosen: Sequence[Item]
+    record: Mapping[str, Any]
+
+
+def read(suite: Suite) -> Items:
+    """All held-out rows of a suite; the same row twice is one observation.
+
+    Raises:
+        DataError: The source cannot be read, rows are malformed or of another kind, none is held out, two have the same
+            id, or one lacks the group that the method needs.
+    """
+    intake = Intake(suite, suite.KINDS, labels=(*CATEGORIES, "group"))
+    found: dict[str, Item] = {}
+    seen: set[str] = set()
+    for placed in intake:
+        if not placed.held_out:
+            continue
+        content = _content(placed.row)
+        if content in seen:
+            continue
+        seen.add(content)
+        item = _item(placed, content)
+        if item.id in found:
+            what = f"id: {shown(item.id)} stands before, at {found[item.id].row.origin}"
+            raise DataError(what, where=placed.row.origin, hint="give every row an id of its own, or none")
+        if isinstance(suite, InvarianceSuite) and not item.group:
+            hint = "name the rows that belong together alike"
+            raise DataError("no `group`, which method=invariance needs", where=placed.row.origin, hint=hint)
+        found[item.id] = item
+    if not found:
+        raise DataError("no held-out rows", where=suite.name, hint="raise its held_out or give more rows")
+    return Items(list(found.values()), encoding.record(intake))
+
+
+def _content(row: Row) -> str:
+    """Of all that the row says, whatever its place and its id."""
+    said = asdict(replace(row, origin=""))
+    said.get("facts", {}).pop("id", None)
+    return digest(said)
+
+
+def _item(placed: Placed, content: str) -> Item:
+    record = placed.record or {}
+    category = next((record[name] for name in CATEGORIES if record.get(name) is not None), "")
+    given = record.get("id")
+    name = content[:12] if given is None else str(given)
+    return Item(placed.row, name, str(category), "" if record.get("group") is None else str(record["group"]))

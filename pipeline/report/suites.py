@@ -1,0 +1,87 @@
+"""The table of evaluation suites: a line for each figure, a column for each model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from pipeline.manifest import Metric
+from pipeline.report import wording
+from pipeline.report.cell import Cell
+from pipeline.report.forest import direction
+from pipeline.report.inputs import CalibrationBin, ModelEvaluation, RunRecord, SuiteRecord
+
+PREFIX = "suite."
+_GAIN = "_gain"
+
+
+@dataclass(frozen=True)
+class SuiteLine:
+    """One figure of a suite, by model."""
+
+    name: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class SuiteTable:
+    """One suite: its own figure first, then those by category and what else was measured."""
+
+    name: str
+    measures: str
+    note: str
+    lines: tuple[SuiteLine, ...]
+    calibration: Mapping[str, list[CalibrationBin]]
+
+
+def suites(run: RunRecord, models: Mapping[str, ModelEvaluation]) -> list[SuiteTable]:
+    """A table of each suite; of two of the same name, the first in the run's order counts."""
+    found: dict[str, SuiteRecord] = {}
+    for record in run.stages.values():
+        if record.evaluation:
+            found = {**record.evaluation.suites, **found}
+    return [_table(name, suite, models) for name, suite in found.items()]
+
+
+def of_suites(metrics: Iterable[str]) -> set[str]:
+    """Those of the metrics that belong to suites."""
+    return {name for name in metrics if name.startswith(PREFIX)}
+
+
+def _table(name: str, suite: SuiteRecord, models: Mapping[str, ModelEvaluation]) -> SuiteTable:
+    whole = f"{PREFIX}{name}"
+    present = {each for model in models.values() for each in model.metrics}
+    parts = sorted(each for each in present if each.startswith((f"{whole}.", f"{whole}_")) and not each.endswith(_GAIN))
+    measured = {label: model for label, model in models.items() if whole in model.metrics}
+    lines = tuple(
+        SuiteLine(
+            _label(each, whole), tuple(_cell(label, each, suite, model.metrics) for label, model in measured.items())
+        )
+        for each in (whole, *parts)
+    )
+    note = f"{suite.observations:,} observations" + ("; lower is better" if suite.better == "lower" else "")
+    return SuiteTable(name, suite.measures, note, lines, suite.calibration)
+
+
+def _label(metric: str, whole: str) -> str:
+    return metric.removeprefix(whole)[1:].replace("_", " ") or "all"
+
+
+def _cell(model: str, metric: str, suite: SuiteRecord, metrics: Mapping[str, Metric]) -> Cell:
+    measured = metrics.get(metric)
+    if measured is None:
+        return Cell(model)
+    kind = "accuracy" if suite.share else metric
+    cell = Cell(model, wording.number(kind, measured.value), wording.interval(kind, measured))
+    gain = metrics.get(f"{metric}{_GAIN}")
+    if gain is None:
+        return cell
+    low, high = gain.low, gain.high
+    if suite.better == "lower" and low is not None and high is not None:
+        low, high = -high, -low
+    return replace(
+        cell,
+        gain=wording.number(kind, gain.value, signed=True),
+        gain_interval=wording.interval(kind, gain, signed=True),
+        direction=direction(low, high),
+    )

@@ -1,0 +1,190 @@
+"""The evaluation suites of a stage: which models got what, the figures of that, and the files that keep it.
+
+`suites/NAME.jsonl` has an observation a line, with every model's number, so that any two models can be compared row by
+row. A figure is called `suite.NAME`, by category `suite.NAME.CATEGORY`, and the gain over the parent on the same rows
+`suite.NAME_gain`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data import suite_rows
+from data.suite_rows import Item
+from pipeline.contract import Context
+from pipeline.manifest import DataCard, Metric
+from pipeline.suites import PreferenceSuite, Suite
+from reward import calibration
+from reward.calibration import Bin
+from reward.intervals import mean_interval, paired_difference, proportion_interval, ratio_interval
+from stages.core import rows
+from stages.core.lineup import Contestant
+from stages.core.roles import Roles
+from stages.core.suite_scores import (
+    Numbers,
+    Observation,
+    Scorer,
+    Scores,
+    longer_wins,
+    margins,
+    observations,
+    preferences,
+    scorer,
+)
+
+Metrics = dict[str, Metric]
+ROLE = "suites."
+
+
+@dataclass
+class _Ledger:
+    """One suite: what it asks, and what each model got."""
+
+    name: str
+    suite: Suite
+    items: Sequence[Item]
+    observed: Sequence[Observation]
+    scorer: Scorer | None
+    """None where it is the reward model that is measured."""
+    scores: dict[str, Scores] = field(default_factory=dict)
+    calibration: dict[str, list[Bin]] = field(default_factory=dict)
+
+    @property
+    def figure(self) -> str:
+        return f"suite.{self.name}"
+
+    def enter(self, model: str, parent: str | None, found: Scores) -> Metrics:
+        """Keep what a model got; its figures, and the gain over its parent where that was entered before."""
+        self.scores[model] = found
+        metrics = {name: self._mean(numbers, found.weights) for name, numbers in self._slices(found) if numbers}
+        if parent in self.scores:
+            gain = self._gain(found, self.scores[parent])
+            metrics |= {f"{self.figure}_gain": gain} if gain else {}
+        return metrics
+
+    def _slices(self, found: Scores) -> Iterator[tuple[str, Numbers]]:
+        yield self.figure, found.numbers
+        for category in sorted({each.category for each in self.observed} - {""}):
+            chosen = {
+                place: number for place, number in found.numbers.items() if self.observed[place].category == category
+            }
+            yield f"{self.figure}.{category}", chosen
+        for part, numbers in found.parts.items():
+            yield f"{self.figure}.{part}", numbers
+
+    def _mean(self, numbers: Numbers, weights: Numbers) -> Metric:
+        values = list(numbers.values())
+        if weights:
+            counts = [weights[place] for place in numbers]
+            return ratio_interval([value * count for value, count in zip(values, counts, strict=True)], counts)
+        if self.suite.yes_or_no:
+            return proportion_interval(sum(value == 1.0 for value in values), len(values))
+        return mean_interval(values)
+
+    def _gain(self, own: Scores, parent: Scores) -> Metric | None:
+        """The mean difference over the rows that fit both, weighted as the numbers are."""
+        common = sorted(own.numbers.keys() & parent.numbers.keys())
+        if not common:
+            return None
+        if own.weights:
+            differences = {place: own.numbers[place] - parent.numbers[place] for place in common}
+            return self._mean(differences, own.weights)
+        return paired_difference([own.numbers[each] for each in common], [parent.numbers[each] for each in common])
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """An observation each, with every model's number and response."""
+        for place, each in enumerate(self.observed):
+            line: dict[str, Any] = {"id": each.id}
+            if each.category:
+                line["category"] = each.category
+            line["scores"] = {
+                model: found.numbers[place] for model, found in self.scores.items() if place in found.numbers
+            }
+            said = {model: found.responses[place] for model, found in self.scores.items() if found.responses}
+            if said and all(len(texts) == 1 for texts in said.values()):
+                line["responses"] = {model: texts[0] for model, texts in said.items()}
+            elif said:
+                line["samples"] = {model: list(texts) for model, texts in said.items()}
+            yield line
+
+    def record(self) -> dict[str, Any]:
+        """What a reader of the figures needs to know."""
+        curves = {model: [asdict(each) for each in curve] for model, curve in self.calibration.items()}
+        suite = self.suite.model_dump(mode="json", include={"method", "measures"})
+        figures = {"better": self.suite.BETTER, "share": self.suite.share, "observations": len(self.observed)}
+        return {**suite, **figures, "calibration": curves}
+
+
+class Suites:
+    """The suites of an evaluation.
+
+    Args:
+        context: The stage's.
+
+    Attributes:
+        cards: What was read.
+        tokens: Sampled so far.
+
+    Raises:
+        DataError: Rows of a suite cannot be used.
+        ConfigError: A reward server's token is not in the environment.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._settings = context.settings
+        self._ledgers: list[_Ledger] = []
+        self.cards: list[DataCard] = []
+        self.tokens = 0
+        for role, suite in context.data.items():
+            if isinstance(suite, Suite):
+                read = suite_rows.read(suite)
+                measured = (
+                    None
+                    if isinstance(suite, PreferenceSuite)
+                    else scorer(suite, read.chosen, context.settings, context.seed)
+                )
+                observed = observations(suite, read.chosen)
+                self._ledgers.append(_Ledger(role.removeprefix(ROLE), suite, read.chosen, observed, measured))
+                self.cards.append(rows.card(context, role, read.record, len(read.chosen), rows.HELD_OUT))
+
+    def measure(self, contestant: Contestant) -> Metrics:
+        """A model's figures; parents come first."""
+        found: Metrics = {}
+        for ledger in self._ledgers:
+            if ledger.scorer:
+                scores = ledger.scorer(contestant)
+                self.tokens += scores.tokens
+                found |= ledger.enter(contestant.name, contestant.parent, scores)
+        return found
+
+    def measure_judge(self, name: str, judge: Roles) -> Metrics:
+        """A reward model's figures: how often it prefers the better response, how well its certainty is calibrated, and
+        how often a judge of length alone would be right."""
+        found: Metrics = {}
+        for ledger in self._ledgers:
+            if ledger.scorer:
+                continue
+            margin_of = margins(judge, ledger.items, self._settings)
+            found |= ledger.enter(name, None, preferences(margin_of))
+            if margin_of:
+                certain = list(margin_of.values())
+                ledger.calibration[name] = calibration.curve(certain)
+                found[f"{ledger.figure}_calibration_error"] = calibration.expected_error(certain)
+            found[f"{ledger.figure}_longer_wins"] = mean_interval(longer_wins(ledger.items))
+        return found
+
+    def write(self, directory: Path) -> None:
+        """A file of each suite, with an observation a line."""
+        for ledger in self._ledgers:
+            path = directory / "suites" / f"{ledger.name}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            with path.open("w", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in ledger.lines())
+
+    def record(self) -> Mapping[str, Any]:
+        """What each suite measures and how, for the report."""
+        return {ledger.name: ledger.record() for ledger in self._ledgers}

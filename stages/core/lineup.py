@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 from data.template import tokenizer_record
 from data.tokenizer import load_tokenizer
 from pipeline.contract import Artifact
 from pipeline.errors import ConfigError
+from pipeline.references import model_name
 from stages.core import probes
 from stages.core.device import Compute
 from stages.core.models import LanguageModel
@@ -58,7 +58,7 @@ class Lineup:
         return roles
 
     def _enter(self, artifact: Artifact) -> None:
-        name = _name(artifact.source)
+        name = model_name(artifact.source)
         if name in self.contestants:
             raise ConfigError(f"two models are called `{name}`", where="models", hint="name each model once")
         roles, role = self._base(artifact), REFERENCE
@@ -98,9 +98,3 @@ def _parents_first(artifacts: list[Artifact]) -> list[Artifact]:
         ordered += ready or waiting
         waiting = [each for each in waiting if ready and each not in ready]
     return ordered
-
-
-def _name(source: str) -> str:
-    """`sft` of `sft`, `runs/a/stages/sft`; `model` of `hub:owner/model@main`."""
-    path = source.partition("@")[0] if source.startswith("hub:") else source
-    return PurePosixPath(path).name

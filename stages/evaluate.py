@@ -2,11 +2,12 @@
 
 Every model answers the same held-out prompts, sampled from its own distribution. The answers are judged by a
 programmatic gold reward where the data has one, and by a reward model; a child is compared with its parent
-prompt by prompt, so the interval is that of the paired difference. The KL divergence to the reference is
+prompt by prompt, so the interval is that of the paired difference; so do wins, ties and losses, and tests of accuracies
+that are corrected for their number. The KL divergence to the reference is
 estimated on the model's own samples (the mean of log pi - log pi_ref over whole responses). Held-out text gives
 perplexity and bits per byte, held-out pairs the accuracy of the reward model and of each policy's implicit
 reward. With `best_of`, best-of-n sampling from a model is the bar for the adapters trained from it. Left out: greedy
-and other decoding, calibration, and correction for many comparisons.
+and other decoding, and calibration.
 
     python -m stages.evaluate CONFIG [key=value ...]
 """
@@ -28,11 +29,14 @@ from data.tree import Branch, Tree, preference_tree, usable
 from pipeline.config import EvaluateSettings
 from pipeline.contract import Context, Result
 from pipeline.errors import DataError
+from pipeline.gate import RATIO
 from pipeline.manifest import DataCard, Metric
 from reward.best_of_n import Frontier, divergence
-from reward.intervals import mean_interval, paired_difference, proportion_interval, ratio_interval
+from reward.intervals import mean_interval, proportion_interval, ratio_interval
+from reward.pair_judge import PairJudge
 from stages.core import device, loop, rows
 from stages.core.answers import PLAIN, Answers, answer
+from stages.core.comparison import Comparison, compare, tests
 from stages.core.lineup import Contestant, Lineup, parent_digest
 from stages.core.models import LanguageModel
 from stages.core.roles import REWARD, Roles
@@ -50,18 +54,35 @@ class Material:
     texts: Sequence[Text]
 
 
+@dataclass(frozen=True)
+class Likelihood:
+    """Held-out documents under a model.
+
+    Attributes:
+        losses: Document -> its loss in nats.
+        reads: Document -> tokens that were predicted.
+    """
+
+    losses: Mapping[int, float]
+    reads: Mapping[int, int]
+
+
 @dataclass
 class Findings:
     """What was found, by the models' names.
 
     Attributes:
         answers: One response to each prompt.
+        comparisons: With the parents.
+        likelihoods: Of the held-out text.
         frontiers: Best-of-n's, of the models that adapters were trained from.
         metrics: The figures.
         tokens: Sampled in all.
     """
 
     answers: dict[str, Answers] = field(default_factory=dict)
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+    likelihoods: dict[str, Likelihood] = field(default_factory=dict)
     frontiers: dict[str, Frontier] = field(default_factory=dict)
     metrics: dict[str, Metrics] = field(default_factory=dict)
     tokens: int = 0
@@ -81,13 +102,14 @@ def run(context: Context) -> Result:
     models = {role: artifact for role, artifact in context.inputs.items() if role.startswith("models.")}
     lineup = Lineup(models, compute)
     judge = lineup.judge(context.inputs["reward"]) if "reward" in context.inputs else None
+    pair_judge = PairJudge(settings.judge) if settings.judge else None
     cards: list[DataCard] = []
     material = Material(
         prompts=_held_out(context, "prompts", Prompt, cards),
         pairs=_held_out(context, "pairs", Preference, cards),
         texts=_held_out(context, "text", Text, cards),
     )
-    found = _compare(lineup, judge, material, context)
+    found = _evaluate(lineup, judge, pair_judge, material, context)
     if judge and material.pairs:
         found.metrics[context.inputs["reward"].source] = _judge_accuracy(judge, material.pairs, settings)
     _write(context, lineup, material.prompts, found)
@@ -118,7 +140,9 @@ def _held_out(context: Context, role: str, kind: type[rows.Item], cards: list[Da
     return chosen
 
 
-def _compare(lineup: Lineup, judge: Roles | None, material: Material, context: Context) -> Findings:
+def _evaluate(
+    lineup: Lineup, judge: Roles | None, pair_judge: PairJudge | None, material: Material, context: Context
+) -> Findings:
     settings, found = context.settings, Findings()
     adapted = {each.parent for each in lineup.contestants.values() if each.artifact.kind == "adapter"}
     for done, (name, contestant) in enumerate(lineup.contestants.items(), 1):
@@ -129,6 +153,9 @@ def _compare(lineup: Lineup, judge: Roles | None, material: Material, context: C
             several = answer(contestant, material.prompts, judge, settings, context.seed + 1, settings.best_of)
             found.frontiers[name] = several.frontier()
             found.tokens += several.tokens
+        if contestant.parent:
+            parent = found.answers[contestant.parent]
+            found.comparisons[name] = compare(found.answers[name], parent, material.prompts, pair_judge)
         found.metrics[name] = _metrics(contestant, lineup, found, material, settings)
         context.progress({"model": name}, done=done, total=len(lineup.contestants))
     return found
@@ -142,6 +169,12 @@ def _warnings(lineup: Lineup, found: Findings, settings: EvaluateSettings) -> li
     ]
     if settings.best_of and not found.frontiers:
         warnings.append("best_of has nothing to measure: there is no adapter among `models` together with its parent")
+    warnings += [
+        f"{name}: {each.unread} of {each.asked} comparisons with its parent got no verdict that can be read: they are "
+        "in no win rate"
+        for name, each in found.comparisons.items()
+        if each.unread
+    ]
     return warnings
 
 
@@ -150,11 +183,11 @@ def _metrics(
 ) -> Metrics:
     own = found.answers[contestant.name]
     metrics = {
-        "length": mean_interval([tree.reads for tree in own.trees]),
+        "length": mean_interval(own.lengths),
         **_judged(own, material.prompts),
     }
     if contestant.parent:
-        metrics |= _against(own, found.answers[contestant.parent])
+        metrics |= found.comparisons[contestant.name].metrics
     if contestant.parent and contestant.artifact.kind == "adapter":
         parent = lineup.contestants[contestant.parent]
         log_ratios = _log_ratios(contestant, parent, own.trees, settings)
@@ -165,40 +198,20 @@ def _metrics(
             metrics["pair_accuracy"] = _implicit_accuracy(contestant, parent, material.pairs, settings)
     if material.texts:
         with contestant.use() as language_model:
-            metrics |= _likelihood(language_model, material.texts, settings)
+            found.likelihoods[contestant.name] = own_text = _likelihood(language_model, material.texts, settings)
+        metrics |= _of_text(own_text, material.texts)
+        if contestant.parent:
+            metrics |= _of_text_against(own_text, found.likelihoods[contestant.parent])
     return metrics
 
 
 def _judged(own: Answers, prompts: Sequence[Prompt]) -> Metrics:
     """Mean gold reward and reward, and accuracy over all prompts and by task, where the prompts name one."""
-    metrics: Metrics = {}
-    if own.gold:
-        metrics["gold"] = mean_interval(own.gold)
-        metrics["accuracy"] = _share(own.correct)
-        tasks = [str(prompt.facts.get("task", "")) for prompt in prompts]
-        for task in sorted(set(tasks) - {""}):
-            right = [correct for correct, each in zip(own.correct, tasks, strict=True) if each == task]
-            metrics[f"accuracy.{task}"] = _share(right)
-    if own.rewards:
-        metrics["reward"] = mean_interval(own.rewards)
-    return metrics
-
-
-def _share(correct: Sequence[float]) -> Metric:
-    return proportion_interval(sum(each == 1.0 for each in correct), len(correct))
-
-
-def _against(own: Answers, parent: Answers) -> Metrics:
-    """Gains over the parent prompt by prompt, and the share of prompts won (a tie is half a win)."""
-    metrics: Metrics = {}
-    if own.gold:
-        metrics["gold_gain"] = paired_difference(own.gold, parent.gold)
-    if own.rewards:
-        metrics["reward_gain"] = paired_difference(own.rewards, parent.rewards)
-    if own.judged:
-        wins = [float(a > b) + 0.5 * float(a == b) for a, b in zip(own.judged, parent.judged, strict=True)]
-        metrics["win_rate"] = mean_interval(wins)
-    return metrics
+    shares = own.accuracies(prompts).items()
+    return {
+        **{name: mean_interval(values) for name, values in own.scores.items()},
+        **{name: proportion_interval(round(sum(correct)), len(correct)) for name, correct in shares},
+    }
 
 
 def _log_ratios(
@@ -247,18 +260,41 @@ def _judge_accuracy(judge: Roles, pairs: Sequence[Preference], settings: Evaluat
     return {"pair_accuracy": proportion_interval(right, len(trees))}
 
 
-def _likelihood(language_model: LanguageModel, texts: Sequence[Text], settings: EvaluateSettings) -> Metrics:
-    """Perplexity per token and bits per byte of documents, each from its first token on."""
+def _likelihood(language_model: LanguageModel, texts: Sequence[Text], settings: EvaluateSettings) -> Likelihood:
+    """The loss of documents, each from its first token on."""
     trees = text_trees(language_model.tokenizer, texts, language_model.longest(settings.max_length))
-    if not trees:
-        return {}
-    sizes = [len(texts[tree.number].text.encode()) for tree in trees]
     found = logprobs(language_model, trees, settings.tokens_per_batch, PLAIN)
-    losses = [-found[tree.number][0] for tree in trees]
+    return Likelihood(
+        losses={tree.number: -found[tree.number][0] for tree in trees},
+        reads={tree.number: tree.reads for tree in trees},
+    )
+
+
+def _of_text(own: Likelihood, texts: Sequence[Text]) -> Metrics:
+    """Perplexity per token and bits per byte."""
+    if not own.losses:
+        return {}
+    losses = list(own.losses.values())
+    sizes = [len(texts[number].text.encode()) for number in own.losses]
     return {
-        "perplexity": exponential(ratio_interval(losses, [tree.reads for tree in trees])),
+        "perplexity": exponential(ratio_interval(losses, list(own.reads.values()))),
         "bits_per_byte": ratio_interval([loss / math.log(2) for loss in losses], sizes),
     }
+
+
+def _of_text_against(own: Likelihood, parent: Likelihood) -> Metrics:
+    """Ratios to the parent's on the documents that both took; that of perplexities only for the same tokens."""
+    both = own.losses.keys() & parent.losses.keys()
+    shared = [number for number in own.losses if number in both]
+    if not shared:
+        return {}
+    mine, theirs = ([each.losses[number] for number in shared] for each in (own, parent))
+    metrics = {f"bits_per_byte{RATIO}": ratio_interval(mine, theirs)}
+    if all(own.reads[number] == parent.reads[number] for number in shared):
+        increases = [a - b for a, b in zip(mine, theirs, strict=True)]
+        ratio = ratio_interval(increases, [own.reads[number] for number in shared])
+        metrics[f"perplexity{RATIO}"] = exponential(ratio)
+    return metrics
 
 
 def text_trees(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int) -> list[Tree]:
@@ -280,11 +316,16 @@ def text_trees(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_le
 def _write(context: Context, lineup: Lineup, prompts: Sequence[Prompt], found: Findings) -> None:
     """`evaluation.json` for the report, `samples.jsonl` with one prompt a line and every model's answer."""
     parents = {name: contestant.parent for name, contestant in lineup.contestants.items()}
+    tested = tests(found.comparisons)
+    compared: dict[str, dict[str, Any]] = {
+        name: {"comparison": each.as_json(tested[name])} for name, each in found.comparisons.items()
+    }
     content = {
         "gold": context.settings.gold,
-        "judge": "reward" if context.settings.gold == "none" else "gold",
+        "judge": _judge_of_pairs(context.settings),
         "models": {
-            name: {"parent": parents.get(name), "metrics": _dumped(metrics)} for name, metrics in found.metrics.items()
+            name: {"parent": parents.get(name), "metrics": _dumped(metrics)} | compared.get(name, {})
+            for name, metrics in found.metrics.items()
         },
         "frontier": {name: _points(frontier) for name, frontier in found.frontiers.items()},
     }
@@ -292,6 +333,12 @@ def _write(context: Context, lineup: Lineup, prompts: Sequence[Prompt], found: F
     with (context.directory / "samples.jsonl").open("w", encoding="utf-8") as stream:
         for number, prompt in enumerate(prompts):
             stream.write(json.dumps(_sample(number, prompt, found.answers), ensure_ascii=False) + "\n")
+
+
+def _judge_of_pairs(settings: EvaluateSettings) -> str:
+    if settings.judge:
+        return settings.judge.model
+    return "reward" if settings.gold == "none" else "gold"
 
 
 def _dumped(metrics: Metrics) -> dict[str, Any]:

@@ -72,7 +72,12 @@ def test_a_figure_s_model_may_have_dots_in_its_name() -> None:
 @pytest.mark.parametrize(
     ("model", "metric", "required", "said"),
     [
-        ("dpo", "gold", "< parent", "dpo.gold should be `< parent`, but its difference from the parent's is 0.2 [0.15,"),
+        (
+            "dpo",
+            "gold",
+            "< parent",
+            "dpo.gold should be `< parent`, but its difference from the parent's is 0.2 [",
+        ),
         ("dpo", "gold", "> 0.9", "dpo.gold should be `> 0.9`, but is 0.8 [0.75, 0.85]"),
         ("dpo", "perplexity", "< 1 x parent", "but its ratio to the parent's is 1.02 [0.99, 1.05]"),
         ("dpo", "reward", "> 1", "dpo.reward should be `> 1`, but was not measured"),

@@ -11,7 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import AfterValidator, Discriminator, Field, StrictBool, StrictInt, Tag, model_validator
 
+from pipeline import gate
 from pipeline.rules import Gold, Rule
+from pipeline.servers import JudgeServer
 from pipeline.settings import (
     Decay,
     Fraction,
@@ -161,6 +163,9 @@ def _one_kind_of_share(shares: dict[str, Share]) -> dict[str, Share]:
 Mixture = Annotated[dict[Name, Share], Field(min_length=1), AfterValidator(_one_kind_of_share)]
 Data = Either[Name, Mixture]
 """A data source, or several with their shares."""
+
+Requirement = Annotated[str, AfterValidator(gate.checked)]
+"""What a figure has to be, as `pipeline/gate.py` reads it."""
 
 
 class Optimizer(Settings):
@@ -750,7 +755,10 @@ class EvaluateSettings(StageSettings, Decoding):
     models: Annotated[list[str], Field(min_length=1)]
     """The models; each is compared with its parent when that is among them."""
     reward: str | None = None
-    """Reward stage that scores the samples; the judge of win rates where there is no gold reward."""
+    """Reward stage that scores the samples; the judge of win rates where there is neither `judge` nor `gold`."""
+    judge: JudgeServer | None = None
+    """OpenAI-compatible server that says which of a model's and its parent's responses is better; then win rates are by
+    it, and else by `gold` or, where there is none, by `reward` (`docs/comparison.md`)."""
     prompts: str
     """Data source of the prompts that are answered."""
     pairs: str | None = None
@@ -773,6 +781,9 @@ class EvaluateSettings(StageSettings, Decoding):
     """Longest example in tokens."""
     tokens_per_batch: Positive = 8192
     """Tokens, padding included, that go through the model at once."""
+    require: dict[str, dict[str, Requirement]] = {}
+    """Model -> metric -> what it has to be, as in `dpo: {gold: "> parent", perplexity: "< 1.2 x parent"}`. Where that
+    does not hold, the run ends with exit code 4, after all is published and reported (`docs/comparison.md`)."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> EvaluateSettings:

@@ -53,6 +53,12 @@ class NumericalError(BatonError):
     exit_code = 4
 
 
+class RequirementError(BatonError):
+    """A figure of an evaluation is not what the configuration requires; all is published nevertheless."""
+
+    exit_code = 4
+
+
 class ArtifactError(BatonError):
     """A stage directory or model is damaged, or does not fit what it is used for."""
 
@@ -66,7 +72,7 @@ class StorageError(BatonError):
 
 
 class ServerError(BatonError):
-    """A reward server is out of reach, or does not answer as the protocol says."""
+    """A reward server or a judge is out of reach, or does not answer as the protocol says."""
 
     exit_code = 69
 

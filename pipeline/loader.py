@@ -161,10 +161,13 @@ def resolved(settings: RunSettings) -> dict[str, Any]:
     return settings.model_dump(mode="json")
 
 
-def write_resolved(settings: RunSettings, path: Path) -> None:
-    """Write all settings as YAML that `load` reads back to the same settings."""
+def write_resolved(settings: RunSettings, path: Path) -> bool:
+    """Write all settings as YAML that `load` reads back to the same settings; returns whether they are news."""
     text = yaml.dump(resolved(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    durable.write_text(path, "# All settings of this run, defaults included.\n" + text)
+    text = "# All settings of this run, defaults included.\n" + text
+    news = not path.is_file() or path.read_bytes() != text.encode()
+    durable.write_text(path, text)
+    return news
 
 
 class _Dumper(yaml.SafeDumper):

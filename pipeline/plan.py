@@ -27,8 +27,9 @@ from pipeline.suggestion import suggest
 from pipeline.suites import Suite
 from pipeline.terminal import printable
 
-_WITHOUT_EFFECT = frozenset({"tokens_per_batch", "gradient_checkpointing", "device"})
-"""Settings that say how to compute, not what; where it was computed is in the environment."""
+_WITHOUT_EFFECT = frozenset({"tokens_per_batch", "gradient_checkpointing", "device", "require"})
+"""Settings that say how to compute or what to ask of the result, not what to compute; where it was computed is in the
+environment."""
 
 DataSettings = Mapping[str, Mapping[str, Any]]
 """Data role -> settings and digest."""

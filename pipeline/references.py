@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
 from pipeline.config import PRODUCES, Stage, StageSettings
@@ -71,7 +71,29 @@ def check(document: Document) -> None:
         against = cleaned.get("decontaminate") if isinstance(cleaned, dict) else None
         for index, other in enumerate(against if isinstance(against, list) else ()):
             _check_source(document, ("data", name, "prepare", "decontaminate", index), str(other), sources)
+    for name, stage in stages.items():
+        _check_required(document, name, stage)
     _check_cycle(document, {name: uses & graph.keys() for name, uses in graph.items()})
+
+
+def model_name(reference: str) -> str:
+    """What an evaluation calls a model: `sft` of `sft`, `runs/a/stages/sft`; `model` of `hub:owner/model@main`."""
+    path = reference.partition("@")[0] if reference.startswith("hub:") else reference
+    return PurePosixPath(path).name
+
+
+def _check_required(document: Document, name: str, stage: Mapping[str, Any]) -> None:
+    """A gate is about the models of its evaluation, or about its reward stage."""
+    required, models, reward = stage.get("require"), stage.get("models"), stage.get("reward")
+    if not isinstance(required, dict) or not isinstance(models, list):
+        return
+    known = [model_name(each) for each in models if isinstance(each, str)]
+    known += [reward] if isinstance(reward, str) else []
+    for model in required:
+        if model not in known:
+            location = ("stages", name, "require", model)
+            what = f"{_dotted(location)}: no model `{printable(str(model))}` is evaluated"
+            document.note(location, what + suggest(str(model), known))
 
 
 def _check_role(

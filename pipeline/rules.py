@@ -6,18 +6,15 @@ A list of rules is a mixture: the reward of a response is the weighted sum of wh
 from __future__ import annotations
 
 import re
-from ipaddress import ip_address
 from typing import Annotated, Literal, get_args
-from urllib.parse import SplitResult, urlsplit
 
-from pydantic import AfterValidator, Field, StrictInt, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from pipeline.settings import Number, Positive, Rate, Settings
+from pipeline.servers import Server
+from pipeline.settings import Number, Positive, Settings
 
 Gold = Literal["none", "world", "exact", "numeric"]
 """A rule that knows which responses are correct, or none."""
-PORTS = {"http": 80, "https": 443}
-"""Scheme -> the port of an address that names none."""
 
 
 class WeightedRule(Settings):
@@ -109,86 +106,13 @@ class RepetitionRule(WeightedRule):
     """Words of a run."""
 
 
-class ServerRule(WeightedRule):
+class ServerRule(Server, WeightedRule):
     """A reward that an HTTP server of yours computes; any finite number (`docs/rewards.md` has the protocol)."""
 
     rule: Literal["server"] = "server"
     """Name of the rule."""
-    url: str
-    """`https://host:port/path` or, for servers nearby, `http://`; no user, password, query or fragment."""
-    hosts: Annotated[list[str], Field(min_length=1)]
-    """Hosts that may be connected to: exact names or addresses, as in `rewards.example.com`, `localhost:8000` or
-    `[::1]:8000`; without a port, all ports. A name must have public addresses; private ones and this machine can be
-    reached by their literal address or, this machine, as `localhost`."""
-    token_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
-    """Environment variable that holds a bearer token; the token itself is never written anywhere."""
     rows_per_request: Positive = 64
     """Responses that are sent at once."""
-    timeout: Annotated[Rate, Field(le=3600.0)] = 30.0
-    """Seconds that one request may take from connecting to the last byte."""
-    retries: Annotated[StrictInt, Field(ge=0, le=10)] = 3
-    """How often a request is repeated when the server is out of reach, too slow or busy."""
-
-    @property
-    def parts(self) -> SplitResult:
-        """The address in its parts."""
-        return urlsplit(self.url)
-
-    @property
-    def host(self) -> str:
-        """Name or literal address, in lower case and without brackets."""
-        return self.parts.hostname or ""
-
-    @property
-    def port(self) -> int:
-        """The port, also where the address names none."""
-        return self.parts.port or PORTS[self.parts.scheme]
-
-    @model_validator(mode="after")
-    def _address_is_plain(self) -> ServerRule:
-        # No message repeats the address: it may hold a password.
-        if not re.fullmatch(r"[!-~]+", self.url):
-            raise ValueError("url: only printable ASCII without blanks; write other letters of a name as punycode")
-        try:
-            is_address = self.parts.scheme in PORTS and bool(self.host) and self.port > 0
-        except ValueError:
-            is_address = False
-        if not is_address:
-            raise ValueError("url: should begin with http:// or https:// and a host, which a port may follow")
-        if "@" in self.parts.netloc:
-            raise ValueError("url: holds a user or password: name a variable with a token as `token_variable` instead")
-        if "?" in self.url or "#" in self.url:
-            raise ValueError("url: should end with the path: leave out what begins with ? or #")
-        return self
-
-    @model_validator(mode="after")
-    def _host_is_allowed(self) -> ServerRule:
-        allowed = [_allowed(entry) for entry in self.hosts]
-        if (self.host, self.port) not in allowed and (self.host, None) not in allowed:
-            raise ValueError(f"`{self.host}:{self.port}` is not among `hosts`: add it if you trust it")
-        if self.token_variable and self.parts.scheme == "http" and not is_loopback(self.host):
-            raise ValueError("a token would be sent in the clear: use https, or leave out token_variable")
-        return self
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host names this machine, as a literal address or as `localhost`."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _allowed(entry: str) -> tuple[str, int | None]:
-    """Host and port of an entry of `hosts`."""
-    try:
-        found = urlsplit(f"//{entry}")
-        host, port = found.hostname, found.port
-    except ValueError:
-        host = None
-    if not host or found.netloc != entry or "@" in entry:
-        raise ValueError("hosts: an entry should be a host, or host:port, as in localhost:8000 or [::1]:8000")
-    return host, port
 
 
 Rule = Annotated[

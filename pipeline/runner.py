@@ -20,12 +20,12 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline import checkpoints, durable, fingerprint, handover, inputs, loader, lock, store, terminal
+from pipeline import checkpoints, durable, fingerprint, gate, handover, inputs, loader, lock, store, terminal
 from pipeline import manifest as manifests
 from pipeline.config import PRODUCES, RunSettings, evaluated, trained
 from pipeline.contract import Artifact, Context, Result
 from pipeline.cost import Meter
-from pipeline.errors import ConfigError, NumericalError
+from pipeline.errors import ConfigError, NumericalError, RequirementError
 from pipeline.interruption import Interruption
 from pipeline.manifest import Cost, InputRecord, Manifest
 from pipeline.plan import Decision, decide, plan, sources
@@ -68,6 +68,7 @@ def run(
 
     Raises:
         BatonError: A stage's own error, or one of planning and publishing; earlier stages are kept.
+        RequirementError: An evaluation is not as required; it is published, and the report written.
         Interrupted: A signal came.
     """
     _refuse_several_processes()
@@ -94,11 +95,12 @@ class _Runner:
 
     def run(self, only: Collection[str], until: str | None, force: Collection[str], strict: bool) -> list[Outcome]:
         decisions = plan(self.settings, only=only, until=until, force=force, strict=strict)
-        loader.write_resolved(self.settings, self.directory.config)
+        reconfigured = loader.write_resolved(self.settings, self.directory.config)
         outcomes = [self._bring_up_to_date(decision, decision.stage in force, strict) for decision in decisions]
         if not any(outcome.ran for outcome in outcomes):
             self.console.print("nothing to do: every stage is up to date")
-        self._report(outcomes)
+        self._report(outcomes, reconfigured)
+        self._check(outcomes)
         return outcomes
 
     def _bring_up_to_date(self, planned: Decision, forced: bool, strict: bool) -> Outcome:
@@ -234,15 +236,29 @@ class _Runner:
             stream.write(redacted(json.dumps(line)) + "\n")
         durable.sync(self.directory.history)
 
-    def _report(self, outcomes: list[Outcome]) -> None:
+    def _report(self, outcomes: list[Outcome], reconfigured: bool) -> None:
         from pipeline import report
 
         path = self.directory.root / "report.html"
-        if any(outcome.ran for outcome in outcomes) or not path.exists():
+        if reconfigured or any(outcome.ran for outcome in outcomes) or not path.exists():
             path = report.write(self.directory.root)
         headings = ("stage", "kind", "", "seconds", "digest", "metrics")
         self.console.print(terminal.table(headings, map(_row, outcomes)))
         self.console.print(f"report: {printable(str(path), None)}")
+
+    def _check(self, outcomes: list[Outcome]) -> None:
+        """Hold evaluations against what is required of them, whether or not they ran now."""
+        failed: list[str] = []
+        for outcome in outcomes:
+            required = getattr(self.settings.stages[outcome.stage], "require", {})
+            checks = gate.check(required, outcome.manifest.metrics)
+            failed += [f"stages.{outcome.stage}.require: {each}" for each in checks if not each.holds]
+            if checks:
+                held = sum(each.holds for each in checks)
+                self.console.print(f"{outcome.stage}: {held} of {len(checks)} requirements hold")
+        if failed:
+            hint = "report.html shows every requirement beside its figure; all stages are published as they are"
+            raise RequirementError("\n".join(failed), hint=hint)
 
 
 def _row(outcome: Outcome) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""A connection to a reward server that leads nowhere else.
+"""A connection to a server that leads nowhere else.
 
 Whoever answers for a name can make it point into the network that trains, at a cloud's metadata service for one
 (server-side request forgery). So a name is resolved once, all its addresses are checked, and one of those is connected
@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from pipeline.errors import ConfigError
-from pipeline.rules import ServerRule
+from pipeline.servers import Server
 
 Address = IPv4Address | IPv6Address
 
@@ -29,7 +29,7 @@ TRANSLATED = ip_network("64:ff9b::/96")
 
 
 @contextmanager
-def connected(server: ServerRule) -> Iterator[http.client.HTTPConnection]:
+def connected(server: Server) -> Iterator[http.client.HTTPConnection]:
     """A connection to a server, closed in the end and cut after `server.timeout` seconds.
 
     Raises:
@@ -70,7 +70,7 @@ def addresses(host: str, port: int) -> list[Address]:
         if not _is_allowed(host, address):
             raise ConfigError(
                 f"`{host}` has the address {address}, which no server of that name may have",
-                where="a rule's `url`",
+                where="`url`",
                 hint="names must have public addresses; for a private server give its literal address, or `localhost`",
             )
     return list(dict.fromkeys(found))
@@ -113,7 +113,7 @@ def _is_literal(host: str) -> bool:
     return True
 
 
-def _opened(server: ServerRule, deadline: float) -> socket.socket:
+def _opened(server: Server, deadline: float) -> socket.socket:
     """A socket to the server; encrypted ones have yet to shake hands."""
     stream = _first(addresses(server.host, server.port), server.port, deadline)
     if server.parts.scheme == "http":

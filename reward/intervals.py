@@ -47,7 +47,7 @@ def paired_difference(a: Values, b: Values) -> Metric:
     Raises:
         ValueError: When the lengths differ, or as for `mean_interval`.
     """
-    first, second = _finite(a, "a"), _finite(b, "b")
+    first, second = finite(a, "a"), finite(b, "b")
     if first.size != second.size:
         raise ValueError(f"a has {first.size} observations and b has {second.size}: they are not paired")
     return mean_interval(first - second)
@@ -63,7 +63,7 @@ def ratio_interval(numerators: Values, denominators: Values) -> Metric:
     Raises:
         ValueError: When the lengths differ or a denominator is not positive, or as for `mean_interval`.
     """
-    above, below = _finite(numerators, "numerators"), _finite(denominators, "denominators")
+    above, below = finite(numerators, "numerators"), finite(denominators, "denominators")
     if above.size != below.size:
         raise ValueError(f"{above.size} numerators and {below.size} denominators: they are not paired")
     if (below <= 0).any():
@@ -83,7 +83,7 @@ def function_of_means(function: Callable[..., NDArray[np.float64]], *columns: Va
     Raises:
         ValueError: When the lengths differ, or as for `mean_interval`.
     """
-    observed = [_finite(each, "values") for each in columns]
+    observed = [finite(each, "values") for each in columns]
     count = observed[0].size
     if any(each.size != count for each in observed):
         raise ValueError(f"columns of {[each.size for each in observed]} observations: they are not paired")
@@ -114,7 +114,12 @@ def proportion_interval(successes: int, n: int) -> Metric:
     return Metric(value=share, low=low, high=high, n=n)
 
 
-def _finite(values: Values, name: str) -> NDArray[np.float64]:
+def finite(values: Values, name: str) -> NDArray[np.float64]:
+    """Observations as an array, shape (n,).
+
+    Raises:
+        ValueError: When there are none, or they are not one-dimensional or not finite.
+    """
     observed = np.asarray(values, dtype=np.float64)
     if observed.ndim != 1 or observed.size == 0:
         raise ValueError(f"{name} must be a non-empty sequence of numbers, not of shape {observed.shape}")

@@ -2,12 +2,12 @@
 
 Every model answers the same held-out prompts, sampled from its own distribution unless the settings of decoding say
 otherwise. The answers are judged by a programmatic gold reward where the data has one, and by a reward model; a child
-is compared with its parent prompt by prompt, so the interval is that of the paired difference. The KL divergence to
-the reference is estimated on the model's own samples (the mean of log pi - log pi_ref over whole responses); other
-answers have none. Held-out text gives perplexity and bits per byte, held-out pairs the accuracy of the reward model
-and of each policy's implicit reward. With `best_of`, best-of-n sampling from a model is the bar for the adapters
-trained from it; `suites` measure what single questions ask (`stages/core/suites.py`). Left out: correction for many
-comparisons.
+is compared with its parent prompt by prompt, so the interval is that of the paired difference; so do wins, ties and
+losses, and tests of accuracies that are corrected for their number. The KL divergence to the reference is estimated on
+the model's own samples (the mean of log pi - log pi_ref over whole responses); other answers have none. Held-out text
+gives perplexity and bits per byte, held-out pairs the accuracy of the reward model and of each policy's implicit
+reward. With `best_of`, best-of-n sampling from a model is the bar for the adapters trained from it; `suites` measure
+what single questions ask (`stages/core/suites.py`).
 
     python -m stages.evaluate CONFIG [key=value ...]
 """
@@ -25,15 +25,17 @@ from data.tree import Tree, preference_tree, usable
 from pipeline.config import EvaluateSettings
 from pipeline.contract import Context, Result
 from pipeline.errors import DataError
+from pipeline.gate import RATIO
 from pipeline.manifest import DataCard, Metric
 from pipeline.suites import LikelihoodSuite, Suite
 from reward.best_of_n import Frontier, divergence
-from reward.intervals import mean_interval, paired_difference, proportion_interval, ratio_interval
+from reward.intervals import mean_interval, proportion_interval, ratio_interval
+from reward.pair_judge import PairJudge
 from stages.core import device, loop, rows
 from stages.core.answers import PLAIN, Answers, answer
-from stages.core.documents import text_likelihoods
+from stages.core.comparison import Comparison, compare, tests
+from stages.core.documents import Likelihood, text_likelihoods
 from stages.core.lineup import Contestant, Lineup, parent_digest
-from stages.core.models import LanguageModel
 from stages.core.roles import REWARD, Roles
 from stages.core.scoring import exponential, logprobs, scores
 from stages.core.suites import Suites
@@ -56,12 +58,16 @@ class Findings:
 
     Attributes:
         answers: One response to each prompt.
+        comparisons: With the parents.
+        likelihoods: Of the held-out text.
         frontiers: Best-of-n's, of the models that adapters were trained from.
         metrics: The figures.
         tokens: Sampled in all.
     """
 
     answers: dict[str, Answers] = field(default_factory=dict)
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+    likelihoods: dict[str, dict[int, Likelihood]] = field(default_factory=dict)
     frontiers: dict[str, Frontier] = field(default_factory=dict)
     metrics: dict[str, Metrics] = field(default_factory=dict)
     tokens: int = 0
@@ -76,13 +82,14 @@ def run(context: Context) -> Result:
     """
     settings, compute = context.settings, device.choose(context.device, context.dtype)
     loop.seed_everything(context.seed)
-    tests = [each for each in context.data.values() if each.held_out == 1.0 or isinstance(each, Suite)]
-    refuse_repeats(tests, [context.sources[name] for name in context.trained])
-    documents = [each for each in tests if isinstance(each, LikelihoodSuite)]
+    unseen = [each for each in context.data.values() if each.held_out == 1.0 or isinstance(each, Suite)]
+    refuse_repeats(unseen, [context.sources[name] for name in context.trained])
+    documents = [each for each in unseen if isinstance(each, LikelihoodSuite)]
     refuse_repeats(documents, [context.sources[name] for name in context.pretrained])
     models = {role: artifact for role, artifact in context.inputs.items() if role.startswith("models.")}
     lineup = Lineup(models, compute)
     judge = lineup.judge(context.inputs["reward"]) if "reward" in context.inputs else None
+    pair_judge = PairJudge(settings.judge) if settings.judge else None
     cards: list[DataCard] = []
     material = Material(
         prompts=_held_out(context, "prompts", Prompt, cards),
@@ -90,7 +97,7 @@ def run(context: Context) -> Result:
         texts=_held_out(context, "text", Text, cards),
     )
     suites = Suites(context)
-    found = _compare(lineup, judge, material, suites, context)
+    found = _evaluate(lineup, judge, pair_judge, material, suites, context)
     if judge:
         name = context.inputs["reward"].source
         own = _judge_accuracy(judge, material.pairs, settings) if material.pairs else {}
@@ -123,7 +130,14 @@ def _held_out(context: Context, role: str, kind: type[rows.Item], cards: list[Da
     return chosen
 
 
-def _compare(lineup: Lineup, judge: Roles | None, material: Material, suites: Suites, context: Context) -> Findings:
+def _evaluate(
+    lineup: Lineup,
+    judge: Roles | None,
+    pair_judge: PairJudge | None,
+    material: Material,
+    suites: Suites,
+    context: Context,
+) -> Findings:
     settings, found = context.settings, Findings()
     adapted = {each.parent for each in lineup.contestants.values() if each.artifact.kind == "adapter"}
     for done, (name, contestant) in enumerate(lineup.contestants.items(), 1):
@@ -134,6 +148,9 @@ def _compare(lineup: Lineup, judge: Roles | None, material: Material, suites: Su
             several = answer(contestant, material.prompts, judge, settings, context.seed + 1, settings.best_of)
             found.frontiers[name] = several.frontier()
             found.tokens += several.tokens
+        if contestant.parent:
+            parent = found.answers[contestant.parent]
+            found.comparisons[name] = compare(found.answers[name], parent, material.prompts, pair_judge)
         found.metrics[name] = _metrics(contestant, lineup, found, material, settings) | suites.measure(contestant)
         context.progress({"model": name}, done=done, total=len(lineup.contestants))
     return found
@@ -149,6 +166,12 @@ def _warnings(lineup: Lineup, found: Findings, settings: EvaluateSettings) -> li
         warnings.append("best_of has nothing to measure: there is no adapter among `models` together with its parent")
     if not settings.is_plain:
         warnings.append("no KL divergence is told: it is that of samples with `temperature` alone")
+    warnings += [
+        f"{name}: {each.unread} of {each.asked} comparisons with its parent got no verdict that can be read: they are "
+        "in no win rate"
+        for name, each in found.comparisons.items()
+        if each.unread
+    ]
     return warnings
 
 
@@ -157,11 +180,11 @@ def _metrics(
 ) -> Metrics:
     own = found.answers[contestant.name]
     metrics = {
-        "length": mean_interval([tree.reads for tree in own.trees]),
+        "length": mean_interval(own.lengths),
         **_judged(own, material.prompts),
     }
     if contestant.parent:
-        metrics |= _against(own, found.answers[contestant.parent])
+        metrics |= found.comparisons[contestant.name].metrics
     if contestant.parent and contestant.artifact.kind == "adapter":
         parent = lineup.contestants[contestant.parent]
         if settings.is_plain:
@@ -173,40 +196,21 @@ def _metrics(
             metrics["pair_accuracy"] = _implicit_accuracy(contestant, parent, material.pairs, settings)
     if material.texts:
         with contestant.use() as language_model:
-            metrics |= _likelihood(language_model, material.texts, settings)
+            own_text = text_likelihoods(language_model, material.texts, settings.max_length, settings.tokens_per_batch)
+        found.likelihoods[contestant.name] = own_text
+        metrics |= _of_text(own_text)
+        if contestant.parent:
+            metrics |= _of_text_against(own_text, found.likelihoods[contestant.parent])
     return metrics
 
 
 def _judged(own: Answers, prompts: Sequence[Prompt]) -> Metrics:
     """Mean gold reward and reward, and accuracy over all prompts and by task, where the prompts name one."""
-    metrics: Metrics = {}
-    if own.gold:
-        metrics["gold"] = mean_interval(own.gold)
-        metrics["accuracy"] = _share(own.correct)
-        tasks = [str(prompt.facts.get("task", "")) for prompt in prompts]
-        for task in sorted(set(tasks) - {""}):
-            right = [correct for correct, each in zip(own.correct, tasks, strict=True) if each == task]
-            metrics[f"accuracy.{task}"] = _share(right)
-    if own.rewards:
-        metrics["reward"] = mean_interval(own.rewards)
-    return metrics
-
-
-def _share(correct: Sequence[float]) -> Metric:
-    return proportion_interval(sum(each == 1.0 for each in correct), len(correct))
-
-
-def _against(own: Answers, parent: Answers) -> Metrics:
-    """Gains over the parent prompt by prompt, and the share of prompts won (a tie is half a win)."""
-    metrics: Metrics = {}
-    if own.gold:
-        metrics["gold_gain"] = paired_difference(own.gold, parent.gold)
-    if own.rewards:
-        metrics["reward_gain"] = paired_difference(own.rewards, parent.rewards)
-    if own.judged:
-        wins = [float(a > b) + 0.5 * float(a == b) for a, b in zip(own.judged, parent.judged, strict=True)]
-        metrics["win_rate"] = mean_interval(wins)
-    return metrics
+    shares = own.accuracies(prompts).items()
+    return {
+        **{name: mean_interval(values) for name, values in own.scores.items()},
+        **{name: proportion_interval(round(sum(correct)), len(correct)) for name, correct in shares},
+    }
 
 
 def _log_ratios(
@@ -255,29 +259,46 @@ def _judge_accuracy(judge: Roles, pairs: Sequence[Preference], settings: Evaluat
     return {"pair_accuracy": proportion_interval(right, len(trees))}
 
 
-def _likelihood(language_model: LanguageModel, texts: Sequence[Text], settings: EvaluateSettings) -> Metrics:
+def _of_text(own: Mapping[int, Likelihood]) -> Metrics:
     """Perplexity per token and bits per byte."""
-    found = text_likelihoods(language_model, texts, settings.max_length, settings.tokens_per_batch)
-    if not found:
+    if not own:
         return {}
-    losses = [each.loss for each in found.values()]
+    documents = own.values()
     return {
-        "perplexity": exponential(ratio_interval(losses, [each.tokens for each in found.values()])),
-        "bits_per_byte": ratio_interval(
-            [each.bits for each in found.values()], [each.bytes for each in found.values()]
+        "perplexity": exponential(
+            ratio_interval([each.loss for each in documents], [each.tokens for each in documents])
         ),
+        "bits_per_byte": ratio_interval([each.bits for each in documents], [each.bytes for each in documents]),
     }
+
+
+def _of_text_against(own: Mapping[int, Likelihood], parent: Mapping[int, Likelihood]) -> Metrics:
+    """Ratios to the parent's on the documents that both took; that of perplexities only for the same tokens."""
+    shared = [(own[number], parent[number]) for number in own if number in parent]
+    if not shared:
+        return {}
+    losses = [(mine.loss, theirs.loss) for mine, theirs in shared]
+    metrics = {f"bits_per_byte{RATIO}": ratio_interval(*zip(*losses, strict=True))}
+    if all(mine.tokens == theirs.tokens for mine, theirs in shared):
+        ratio = ratio_interval([mine - theirs for mine, theirs in losses], [mine.tokens for mine, _ in shared])
+        metrics[f"perplexity{RATIO}"] = exponential(ratio)
+    return metrics
 
 
 def _write(context: Context, lineup: Lineup, prompts: Sequence[Prompt], found: Findings, suites: Suites) -> None:
     """`evaluation.json` for the report, `samples.jsonl` with one prompt a line and every model's answer, and what the
     suites write."""
     parents = {name: contestant.parent for name, contestant in lineup.contestants.items()}
+    tested = tests(found.comparisons)
+    compared: dict[str, dict[str, Any]] = {
+        name: {"comparison": each.as_json(tested[name])} for name, each in found.comparisons.items()
+    }
     content = {
         "gold": context.settings.gold,
-        "judge": "reward" if context.settings.gold == "none" else "gold",
+        "judge": _judge_of_pairs(context.settings),
         "models": {
-            name: {"parent": parents.get(name), "metrics": _dumped(metrics)} for name, metrics in found.metrics.items()
+            name: {"parent": parents.get(name), "metrics": _dumped(metrics)} | compared.get(name, {})
+            for name, metrics in found.metrics.items()
         },
         "frontier": {name: _points(frontier) for name, frontier in found.frontiers.items()},
         "suites": suites.record(),
@@ -287,6 +308,12 @@ def _write(context: Context, lineup: Lineup, prompts: Sequence[Prompt], found: F
     with (context.directory / "samples.jsonl").open("w", encoding="utf-8") as stream:
         for number, prompt in enumerate(prompts):
             stream.write(json.dumps(_sample(number, prompt, found.answers), ensure_ascii=False) + "\n")
+
+
+def _judge_of_pairs(settings: EvaluateSettings) -> str:
+    if settings.judge:
+        return settings.judge.model
+    return "reward" if settings.gold == "none" else "gold"
 
 
 def _dumped(metrics: Metrics) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from data.template import tokenizer_record
 from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.manifest import Adaptation, InputRecord, Manifest
+from pipeline.references import model_name
 from stages.core import probes
-from stages.core.lineup import Lineup, _name
+from stages.core.lineup import Lineup
 from stages.core.roles import POLICY, REFERENCE, REWARD, Roles
 from stages.core.scoring import record_probes, reward_scores
 
@@ -114,7 +115,7 @@ def test_the_bare_base_is_the_reference(base: Artifact) -> None:
     ("sft", "sft"), ("runs/a/stages/dpo", "dpo"), ("hub:owner/model@main", "model"), ("runs/me@home/stages/dpo", "dpo"),
 ])  # fmt: skip
 def test_a_model_is_called_by_the_last_part_of_its_source(source: str, name: str) -> None:
-    assert _name(source) == name
+    assert model_name(source) == name
 
 
 def test_parents_are_found_whatever_the_order_of_the_models(base: Artifact) -> None:

@@ -43,7 +43,7 @@ def test_report_json_holds_every_stage_with_its_parents_metrics_and_digests(run:
     report = reports.report(run)
     manifest = run / "stages" / "ppo" / "manifest.json"
     stage = report["stages"]["ppo"]
-    assert set(report) == {"run", "created_by", "command", "stages", "verdict"}
+    assert set(report) == {"run", "created_by", "command", "stages", "verdict", "requirements"}
     assert report["run"] == "first"
     assert report["command"] == "baton run 'runs/my first/config.yaml'"
     assert set(report["stages"]) == set(reports.PARENTS)

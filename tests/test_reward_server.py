@@ -17,8 +17,7 @@ from reward_servers import Scripted, drips, lengths, says, serving
 from data.schema import Message, Prompt
 from pipeline.errors import ConfigError, DataError, ServerError
 from pipeline.rules import ServerRule
-from reward import connection
-from reward import server as client
+from reward import client, connection
 from reward.connection import addresses, is_public
 from reward.mixture import RuleMixture
 from reward.server import RewardServer

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from data.schema import Message, Prompt
 from pipeline.rules import RULES, Rule
-from reward import server
+from reward import client, server
 from reward.mixture import RuleMixture
 
 GUIDE = (REPOSITORY / "docs" / "rewards.md").read_text(encoding="utf-8")
@@ -56,8 +56,8 @@ def test_the_settings_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_statuses_waits_and_sizes_are_those_of_the_client() -> None:
     listed = re.search(r"answered ([\d, or]+) is repeated", GUIDE.replace("\n", " "))
     assert listed is not None
-    assert {int(status) for status in re.findall(r"\d+", listed[1])} == server.BUSY
-    assert f"after {server.FIRST_WAIT}, 1, 2, ... seconds, at most {server.LONGEST_WAIT:.0f}" in GUIDE
+    assert {int(status) for status in re.findall(r"\d+", listed[1])} == client.BUSY
+    assert f"after {client.FIRST_WAIT}, 1, 2, ... seconds, at most {client.LONGEST_WAIT:.0f}" in GUIDE
     assert f"An answer may have {server.ANSWER_BYTES:,} bytes and {server.REWARD_BYTES} for each row" in GUIDE
 
 

@@ -15,3 +15,4 @@ class Cell:
     gain: str = ""
     gain_interval: str = ""
     direction: str = "level"
+    remark: str = ""

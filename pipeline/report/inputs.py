@@ -46,11 +46,32 @@ class Sample(_Log):
     answer: Any = None
 
 
+class AccuracyTest(_Log):
+    """McNemar's test of an accuracy against the parent's."""
+
+    p: float
+    adjusted: float
+    """For all accuracies that were tested, by Holm's correction."""
+
+
+class Comparison(_Log):
+    """What a model's figures do not say of how it compares with its parent."""
+
+    won: int
+    tied: int
+    lost: int
+    unread: int = 0
+    needed: dict[str, int] = {}
+    """Metric whose change is not clear -> prompts that would show it, if it is as large as it seems."""
+    tests: dict[str, AccuracyTest] = {}
+
+
 class ModelEvaluation(_Log):
     """What was measured of one model, and against which parent."""
 
     parent: str | None = None
     metrics: dict[str, Metric] = {}
+    comparison: Comparison | None = None
 
 
 class FrontierPoint(_Log):

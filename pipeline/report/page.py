@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.manifest import Metric
+from pipeline import gate
 from pipeline.report import lineage, wording
 from pipeline.report.cell import Cell
 from pipeline.report.curves import Curve, draw_curves
@@ -29,11 +29,14 @@ from pipeline.report.summary import evaluated
 from pipeline.terminal import printable_lines
 
 _HERE = Path(__file__).parent
-_REWARDS = ("gold", "reward", "win_rate")
+_REWARDS = ("gold", "reward", "win_rate", "win_rate_length_controlled")
 _COLUMNS = (*_REWARDS, "accuracy", "pair_accuracy", "perplexity", "bits_per_byte", "kl", "length")
 _ELSEWHERE = ("frontier_gap",)
 """Shown in a table of their own."""
-_GAINS = {"gold": "gold_gain", "reward": "reward_gain"}
+_BETTER_IF_HIGH = ("gold", "reward", "accuracy")
+"""Metrics, up to a dot, whose gains are shown and coloured."""
+LEVEL = 0.05
+"""Of significance, for accuracies after the correction for their number."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,11 @@ def render(run: RunRecord, summary: Mapping[str, Any]) -> str:
             forest=compare(models, summary["verdict"]["metric"] or "gold"),
             drawing=_lineage(run),
             box=(lineage.BOX_WIDTH, lineage.BOX_HEIGHT),
+            requirements=[each for checks in summary["requirements"].values() for each in checks],
             comparison=_table(models, _columns(models)),
             tasks=_table(models, _tasks(models)),
             suites=suites(run, models),
+            tested=any(model.comparison and model.comparison.tests for model in models.values()),
             judges=_judges(run.stages.values()),
             measured=_measured(run),
             frontiers=draw_frontiers(run),
@@ -95,7 +100,10 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for worded in (wording.duration, wording.size, wording.label, wording.brief, wording.excerpt, wording.remarks):
+    for worded in (
+        *(wording.duration, wording.size, wording.label, wording.brief, wording.excerpt, wording.remarks),
+        wording.found,
+    ):
         environment.filters[worded.__name__] = worded
     return environment
 
@@ -117,40 +125,44 @@ def _lineage(run: RunRecord) -> lineage.Drawing:
 def _columns(models: Mapping[str, ModelEvaluation]) -> list[str]:
     present = {name for model in models.values() for name in model.metrics}
     known = [name for name in _COLUMNS if name in present]
-    others = present - {*known, *_GAINS.values(), *_tasks(models), *_ELSEWHERE, *of_suites(present)}
-    return [*known, *sorted(others)]
+    others = present - {*known, *_tasks(models), *_ELSEWHERE, *of_suites(present)}
+    return [*known, *sorted(name for name in others if not name.endswith((gate.GAIN, gate.RATIO)))]
 
 
 def _tasks(models: Mapping[str, ModelEvaluation]) -> list[str]:
     present = {name for model in models.values() for name in model.metrics}
-    return sorted(name for name in present if name.startswith("accuracy."))
+    return sorted(name for name in present if name.startswith("accuracy.") and not name.endswith(gate.GAIN))
 
 
 def _table(models: Mapping[str, ModelEvaluation], columns: list[str]) -> list[Line]:
     """A line for every model that has a figure in one of the columns."""
     return [
-        Line(name, model.parent or "", tuple(_cell(column, model.metrics) for column in columns))
+        Line(name, model.parent or "", tuple(_cell(column, model) for column in columns))
         for name, model in models.items()
         if not model.metrics.keys().isdisjoint(columns)
     ]
 
 
-def _cell(column: str, metrics: Mapping[str, Metric]) -> Cell:
+def _cell(column: str, model: ModelEvaluation) -> Cell:
     label = wording.label(column.removeprefix("accuracy."))
-    measured = metrics.get(column)
+    measured = model.metrics.get(column)
     if measured is None:
         return Cell(label)
-    gain = metrics.get(_GAINS.get(column, ""))
+    gain = model.metrics.get(f"{column}{gate.GAIN}") if column.partition(".")[0] in _BETTER_IF_HIGH else None
     cell = Cell(label, wording.number(column, measured.value), wording.interval(column, measured))
     if gain is not None:
+        test = model.comparison.tests.get(column) if model.comparison else None
+        clear = test is None or test.adjusted < LEVEL
         return replace(
             cell,
             gain=wording.number(column, gain.value, signed=True),
             gain_interval=wording.interval(column, gain, signed=True),
-            direction=direction(gain.low, gain.high),
+            direction=direction(gain.low, gain.high) if clear else "level",
+            remark=f"p {wording.brief(test.p)}, corrected {wording.brief(test.adjusted)}" if test else "",
         )
-    if column == "win_rate":
-        return replace(cell, direction=direction(measured.low, measured.high, neutral=0.5))
+    if column in ("win_rate", "win_rate_length_controlled"):
+        remark = wording.tally(model.comparison) if model.comparison and column == "win_rate" else ""
+        return replace(cell, direction=direction(measured.low, measured.high, neutral=0.5), remark=remark)
     return cell
 
 
@@ -168,7 +180,10 @@ def _judges(records: Iterable[StageRecord]) -> list[str]:
 def _measured(run: RunRecord) -> list[tuple[str, list[tuple[Cell, int | None]]]]:
     """What stages other than evaluations measured of themselves, each figure with how many it is from."""
     return [
-        (name, [(_cell(metric, {metric: each}), each.n) for metric, each in sorted(own.items())])
+        (
+            name,
+            [(_cell(metric, ModelEvaluation(metrics={metric: each})), each.n) for metric, each in sorted(own.items())],
+        )
         for name, own in ((name, record.manifest.metrics) for name, record in run.stages.items())
         if own and run.stages[name].evaluation is None
     ]

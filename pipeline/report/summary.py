@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
+
+from pydantic import TypeAdapter
 
 import pipeline
 from pipeline import document
 from pipeline.errors import ConfigError
+from pipeline.gate import Check, check
 from pipeline.manifest import Metric
 from pipeline.report.inputs import ModelEvaluation, RunRecord, StageRecord
 from pipeline.report.verdict import judge, over_optimised
+
+_REQUIRED = TypeAdapter(dict[str, dict[str, str]])
 
 
 def summarise(run: RunRecord) -> dict[str, Any]:
@@ -24,6 +29,7 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "command": command(run),
         "stages": {name: _stage(name, run, models.get(name)) for name in run.stages},
         "verdict": judge(models).as_json(),
+        "requirements": {name: [each.as_json() for each in checks] for name, checks in _checks(run)},
     }
 
 
@@ -42,12 +48,31 @@ def command(run: RunRecord) -> str:
 
 
 def _output(run: RunRecord) -> str:
+    output = _config(run).get("output")
+    return output if isinstance(output, str) else run.name
+
+
+def _config(run: RunRecord) -> dict[str, Any]:
+    """The configuration's values; none where it cannot be read."""
     try:
         config = document.parse(run.config, "config.yaml").values
     except ConfigError:
-        return run.name
-    output = config.get("output") if isinstance(config, dict) else None
-    return output if isinstance(output, str) else run.name
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _checks(run: RunRecord) -> Iterator[tuple[str, list[Check]]]:
+    """Evaluation -> what the configuration requires of it now, which may have changed since it was made."""
+    stages = _config(run).get("stages")
+    for name, record in run.stages.items():
+        stage = stages.get(name) if isinstance(stages, dict) else None
+        try:
+            required = _REQUIRED.validate_python(stage.get("require", {}) if isinstance(stage, dict) else {})
+            checks = check(required, record.manifest.metrics)
+        except ValueError:  # a configuration that somebody wrote there
+            continue
+        if checks:
+            yield name, checks
 
 
 def _stage(name: str, run: RunRecord, model: ModelEvaluation | None) -> dict[str, Any]:

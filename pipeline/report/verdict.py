@@ -7,11 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pipeline.manifest import Metric
+from pipeline.report.forest import direction
 from pipeline.report.inputs import ModelEvaluation
 from pipeline.report.wording import label, number, with_interval
 
 State = Literal["better", "unclear", "worse", "start is best", "no gain measured", "not evaluated"]
 _JUDGES = ("gold", "reward")
+_BY_SIDE: dict[str, tuple[State, str]] = {
+    "up": ("better", "better than"),
+    "down": ("worse", "worse than"),
+    "level": ("unclear", "not clearly different from"),
+}
 _CAUTION = (
     "The judge is the learned reward model, which training may have learned to please:"
     " read the samples before you trust it."
@@ -46,18 +52,34 @@ class Verdict:
 
 
 def judge(models: Mapping[str, ModelEvaluation]) -> Verdict:
-    """Compare the best model, by gold reward where there is one and else by learned reward, with its parent.
+    """Compare the best model, by gold reward where there is one, else by learned reward, else by the win rate, with its
+    parent.
 
     Args:
         models: Evaluated models by name.
     """
     metric = next((each for each in _JUDGES if any(each in model.metrics for model in models.values())), None)
+    if metric is None and (found := _by_win_rate(models)):
+        return found
     if metric is None:
         return Verdict("not evaluated", "Not evaluated: no responses were scored, so no stage can be called better.")
     scored = {name: model.metrics[metric].value for name, model in models.items() if metric in model.metrics}
     best = max(scored, key=lambda name: (scored[name], name))
     found = _against_parent(best, models, metric)
     return found if metric == "gold" else replace(found, caution=_CAUTION)
+
+
+def _by_win_rate(models: Mapping[str, ModelEvaluation]) -> Verdict | None:
+    """What a judge of pairs alone says: of the models that nothing was trained from, the one that wins most."""
+    parents = {model.parent for model in models.values()}
+    last = {name: model for name, model in models.items() if "win_rate" in model.metrics and name not in parents}
+    if not last:
+        return None
+    best = max(last, key=lambda name: (last[name].metrics["win_rate"].value, name))
+    rate, parent = last[best].metrics["win_rate"], last[best].parent
+    state, words = _BY_SIDE[direction(rate.low, rate.high, neutral=0.5)]
+    wins = f"it wins {with_interval('win_rate', rate)} of the comparisons"
+    return Verdict(state, f"By the judge, {best} is {words} its parent {parent}: {wins}.", best, parent, "win_rate")
 
 
 def _against_parent(best: str, models: Mapping[str, ModelEvaluation], metric: str) -> Verdict:
@@ -71,6 +93,9 @@ def _against_parent(best: str, models: Mapping[str, ModelEvaluation], metric: st
         sentence = f"{best} scores highest, {level}, but it was not compared with a parent."
         return Verdict("no gain measured", sentence, best, model.parent, metric)
     state, sentence = _weigh(best, model.parent, level, metric, gain)
+    needed = model.comparison.needed.get(metric) if model.comparison else None
+    if state == "unclear" and needed:
+        sentence += f" If the change is as large as that, {needed:,} prompts would show it in four of five evaluations."
     return Verdict(state, sentence, best, model.parent, metric, gain)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from data.findings import PROMPT_CUT
 from pipeline.manifest import DataCard, Metric
+from pipeline.report.inputs import Comparison
 
 LONGEST = 2_000
-_SHARES = frozenset({"win_rate", "accuracy", "pair_accuracy"})
+_SHARES = frozenset({"win_rate", "win_rate_length_controlled", "accuracy", "pair_accuracy"})
 _DECIMALS = {"perplexity": 2, "reward": 2, "kl": 2, "length": 1, "vocabulary": 0}
 
 
@@ -24,6 +26,7 @@ def label(metric: str) -> str:
     spelled = {
         **{"gold": "gold reward", "kl": "KL to reference", "reward": "learned reward"},
         "frontier_gap": "above best-of-n",
+        "win_rate_length_controlled": "win rate at equal lengths",
     }
     return spelled.get(metric, metric.replace(".", ", ").replace("_", " "))
 
@@ -55,6 +58,23 @@ def with_interval(metric: str, measured: Metric, *, signed: bool = False) -> str
     """The value, followed by its interval when there is one."""
     value = number(metric, measured.value, signed=signed)
     return f"{value} {interval(metric, measured, signed=signed)}".strip()
+
+
+def tally(comparison: Comparison) -> str:
+    """How often a model won against its parent, and how often nobody can say."""
+    counts = f"{comparison.won:,} won, {comparison.tied:,} tied, {comparison.lost:,} lost"
+    return counts + (f", {comparison.unread:,} without a verdict" if comparison.unread else "")
+
+
+def found(check: Mapping[str, Any]) -> str:
+    """What a requirement was held against, as `gate.Check.as_json` has it."""
+    if check["figure"] is None:
+        return "not measured"
+    figure, compared = Metric.model_validate(check["figure"]), check["compared"]
+    if compared == "ratio":
+        return f"{with_interval('', figure)} times the parent's"
+    written = with_interval(check["metric"], figure, signed=bool(compared))
+    return f"{written} against the parent" if compared else written
 
 
 def remarks(card: DataCard) -> list[str]:

@@ -68,9 +68,35 @@ class Answers:
         return self.gold or self.rewards
 
     @property
+    def scores(self) -> dict[str, list[float]]:
+        """The gold rewards and the rewards, as far as there are any, by the names of their metrics."""
+        return {name: values for name, values in (("gold", self.gold), ("reward", self.rewards)) if values}
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt's responses, end of turn included."""
+        return [tree.reads for tree in self.trees]
+
+    def accuracies(self, prompts: Sequence[Prompt]) -> dict[str, list[float]]:
+        """Whether each response is correct, 1 or 0: of all prompts and of each task, where the prompts name one.
+
+        Args:
+            prompts: What was answered, once each.
+        """
+        if not self.correct:
+            return {}
+        right = [float(each == 1.0) for each in self.correct]
+        tasks = [str(prompt.facts.get("task", "")) for prompt in prompts]
+        by_task = {
+            f"accuracy.{task}": [each for each, own in zip(right, tasks, strict=True) if own == task]
+            for task in sorted(set(tasks) - {""})
+        }
+        return {"accuracy": right, **by_task}
+
+    @property
     def tokens(self) -> int:
         """Sampled in all."""
-        return sum(tree.reads for tree in self.trees)
+        return sum(self.lengths)
 
     def frontier(self) -> Frontier:
         """What choosing the best of a prompt's responses by reward brings."""

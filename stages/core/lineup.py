@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 from data.template import tokenizer_record
 from pipeline.contract import Artifact
 from pipeline.errors import ConfigError
+from pipeline.references import model_name
 from stages.core import handover, probes
 from stages.core.device import Compute
 from stages.core.models import LanguageModel
@@ -50,7 +50,7 @@ class Lineup:
     def __init__(
         self, models: Mapping[str, Artifact], compute: Compute, *, named: Callable[[str], str] | None = None
     ) -> None:
-        self._compute, self._named = compute, named or _name
+        self._compute, self._named = compute, named or model_name
         self._bases: dict[tuple[str, str, str], Roles] = {}
         self.contestants: dict[str, Contestant] = {}
         for artifact in _parents_first(list(models.values())):
@@ -104,9 +104,3 @@ def _parents_first(artifacts: list[Artifact]) -> list[Artifact]:
         ordered += ready or waiting
         waiting = [each for each in waiting if ready and each not in ready]
     return ordered
-
-
-def _name(source: str) -> str:
-    """`sft` of `sft`, `runs/a/stages/sft`; `model` of `hub:owner/model@main`."""
-    path = source.partition("@")[0] if source.startswith("hub:") else source
-    return PurePosixPath(path).name

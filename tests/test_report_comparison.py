@@ -1,0 +1,155 @@
+"""The report on comparisons: counts and tests beside figures, prompts needed, judges of pairs, the gate."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reports
+import yaml
+from conftest import REPOSITORY
+
+from pipeline import gate, loader
+from pipeline.config import EvaluateSettings
+from pipeline.manifest import Metric
+from pipeline.report.inputs import ModelEvaluation
+from pipeline.report.verdict import judge
+
+GUIDE = (REPOSITORY / "docs" / "comparison.md").read_text(encoding="utf-8")
+COUNTS = {"won": 60, "tied": 25, "lost": 10, "unread": 5, "changed": 3, "needed": {}}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished six-stage run."""
+    return reports.write_run(tmp_path / "first")
+
+
+def evaluate(run: Path, **changes: Any) -> None:
+    """Another evaluation of the run's last policy."""
+    evaluation = reports.evaluation()
+    model = evaluation["models"]["ppo"]
+    model["metrics"] |= changes.pop("metrics", {})
+    model |= changes
+    (run / "stages" / "check" / "evaluation.json").write_text(json.dumps(evaluation))
+
+
+def require(run: Path, required: Any, metrics: dict[str, Any]) -> None:
+    """A gate in the configuration, and the figures that it is held against."""
+    inputs = reports.manifest("check")["inputs"]
+    reports.write_stage(run, "check", metrics=metrics, inputs=inputs)
+    stages = {"check": {"kind": "evaluate", "require": required}}
+    (run / "config.yaml").write_text(yaml.safe_dump({"output": "runs/first", "stages": stages}))
+
+
+def text_of(run: Path) -> str:
+    """What can be read on the page."""
+    page = reports.page(run)
+    reports.assert_inert(page)
+    return reports.Elements(page).text
+
+
+def test_win_rates_stand_beside_their_counts(run: Path) -> None:
+    rates = {"win_rate": reports.metric(0.7), "win_rate_length_controlled": reports.metric(0.6)}
+    evaluate(run, metrics=rates, comparison=COUNTS)
+    text = text_of(run)
+    assert "60 won, 25 tied, 10 lost, 5 without a verdict" in text
+    assert "win rate at equal lengths" in text
+    assert "60.0%[58.0%, 62.0%]" in text
+
+
+@pytest.mark.parametrize(("adjusted", "coloured"), [(0.01, True), (0.2, False)])
+def test_an_accuracy_is_coloured_only_when_it_stays_significant(run: Path, adjusted: float, coloured: bool) -> None:
+    metrics = {"accuracy.sums": reports.metric(0.6), "accuracy.sums_gain": reports.metric(0.1)}
+    evaluate(run, metrics=metrics, comparison={**COUNTS, "tests": {"accuracy.sums": {"p": 0.01, "adjusted": adjusted}}})
+    page = reports.page(run)
+    found = re.search(r'<small class="gain (\w+)"><b>\+10\.0%', page)
+    assert found is not None
+    assert found[1] == ("up" if coloured else "level")
+    text = reports.Elements(page).text
+    assert f"p 0.01, corrected {adjusted}" in text
+    assert "sums_gain" not in text
+
+
+def test_an_unclear_verdict_says_how_many_prompts_would_tell() -> None:
+    gain = Metric(value=0.01, low=-0.02, high=0.04, n=150)
+    metrics = {"gold": Metric(value=0.6), "gold_gain": gain}
+    comparison = {**COUNTS, "needed": {"gold": 12_345}}
+    child = ModelEvaluation.model_validate({"parent": "sft", "metrics": metrics, "comparison": comparison})
+    verdict = judge({"dpo": child})
+    assert verdict.state == "unclear"
+    assert verdict.sentence.endswith("12,345 prompts would show it in four of five evaluations.")
+
+
+@pytest.mark.parametrize(
+    ("rate", "state", "words"),
+    [
+        (
+            Metric(value=0.7, low=0.6, high=0.8),
+            "better",
+            "By the judge, dpo is better than its parent sft: it wins 70.0%",
+        ),
+        (Metric(value=0.3, low=0.2, high=0.4), "worse", "dpo is worse than its parent sft"),
+        (Metric(value=0.55, low=0.45, high=0.65), "unclear", "dpo is not clearly different from its parent sft"),
+    ],
+)
+def test_where_only_a_judge_of_pairs_was_asked_its_win_rate_is_the_verdict(
+    rate: Metric, state: str, words: str
+) -> None:
+    sft = ModelEvaluation(parent="base", metrics={"win_rate": Metric(value=0.99, low=0.98, high=1.0)})
+    verdict = judge(
+        {"base": ModelEvaluation(), "sft": sft, "dpo": ModelEvaluation(parent="sft", metrics={"win_rate": rate})}
+    )
+    assert (verdict.state, verdict.stage) == (state, "dpo")
+    assert words in verdict.sentence
+
+
+def test_every_requirement_stands_beside_what_was_found(run: Path) -> None:
+    metrics = {"ppo.gold_gain": reports.metric(0.2), "ppo.perplexity_ratio": reports.metric(1.2)}
+    require(run, {"ppo": {"gold": "> parent", "perplexity": "< 1.1 x parent", "kl": "< 9"}}, metrics)
+    text = text_of(run)
+    assert "1 of 3 requirements hold" in text
+    assert "+0.200 [+0.180, +0.220] against the parent" in text
+    assert "1.200 [1.180, 1.220] times the parent's" in text
+    assert "not measured" in text
+    assert text.index("1 of 3 requirements") < text.index("Lineage")
+    found = reports.report(run)["requirements"]["check"]
+    assert [(each["metric"], each["holds"]) for each in found] == [("gold", True), ("kl", False), ("perplexity", False)]
+
+
+def test_a_run_without_a_gate_shows_none(run: Path) -> None:
+    assert "requirement" not in text_of(run)
+    assert reports.report(run)["requirements"] == {}
+
+
+@pytest.mark.parametrize("text", reports.HOSTILE[:-1])
+def test_hostile_names_in_a_gate_are_shown_and_do_nothing(run: Path, text: str) -> None:
+    require(run, {text: {text: "> parent"}}, {f"{text}.{text}_gain": reports.metric(0.2)})
+    evaluate(run, comparison={**COUNTS, "tests": {text: {"p": 0.01, "adjusted": 0.1}}})
+    assert "1 of 1 requirement holds" in text_of(run)
+
+
+@pytest.mark.parametrize("required", [3, ["gold"], {"ppo": 3}, {"ppo": {"gold": 3}}, {"ppo": {"gold": "> parnet"}}])
+def test_a_gate_that_somebody_spoiled_in_the_run_is_left_out(run: Path, required: object) -> None:
+    require(run, required, {})
+    assert "requirement" not in text_of(run)
+
+
+def test_the_settings_of_the_guide_are_valid() -> None:
+    judges = [found for found in re.findall(r"```yaml\n    judge:\n(.*?)```", GUIDE, re.DOTALL)]
+    gates = [yaml.safe_load(found) for found in re.findall(r"```yaml\n(    require:.*?)```", GUIDE, re.DOTALL)]
+    settings = {"models": ["dpo"], "prompts": "prompts", "judge": yaml.safe_load(judges[0]), **gates[0]}
+    made = EvaluateSettings.model_validate(settings)
+    assert made.judge is not None
+    assert made.require.keys() == {"dpo", "reward"}
+    for required in re.findall(r"\"([<>].*?)\"", GUIDE):
+        gate.parse(required)
+
+
+def test_the_quickstart_has_a_gate_for_what_it_trains() -> None:
+    settings = loader.load(REPOSITORY / "configs" / "quickstart.yaml").stages["evaluate"]
+    assert isinstance(settings, EvaluateSettings)
+    assert {model for model, wanted in settings.require.items() if wanted.get("gold") == "> parent"} == {"dpo", "ppo"}

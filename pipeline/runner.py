@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline import checkpoints, durable, fingerprint, inputs, loader, store, terminal
+from pipeline import checkpoints, durable, fingerprint, inputs, loader, store, terminal, tracking
 from pipeline import manifest as manifests
 from pipeline.config import PRODUCES, RunSettings, evaluated, trained
 from pipeline.contract import Artifact, Context, Result
@@ -70,6 +70,7 @@ def run(
         Interrupted: A signal came.
     """
     _refuse_several_processes()
+    tracking.require(settings.track)
     directory = RunDirectory.of(settings)
     runner = _Runner(settings, directory, command, console or terminal.console())
     with store.lock(directory), runner.interruption.watch(), store.storage_errors(directory.root):
@@ -135,7 +136,10 @@ class _Runner:
         stage = self.settings.stages[name]
         module = importlib.import_module(f"stages.{stage.kind}")
         meter = Meter()
-        with StageProgress(name, work, self.console) as progress:
+        with (
+            tracking.mirrored(self.settings.track, self._tracked(decision), self.console.print) as mirror,
+            StageProgress(name, work, self.console, mirror=mirror) as progress,
+        ):
             context = Context(
                 name=name,
                 settings=stage,
@@ -155,6 +159,10 @@ class _Runner:
             result: Result = module.run(context)
         _refuse_not_finite(name, result)
         return result, meter.read(result.tokens, progress.earlier)
+
+    def _tracked(self, decision: Decision) -> tracking.Tracked:
+        root, wanted = self.directory.root, decision.wanted
+        return tracking.Tracked(root.resolve().name, root, decision.stage, decision.kind, wanted.key, wanted.settings)
 
     def _checkpoints(self, decision: Decision, progress: StageProgress) -> StageCheckpoints:
         place, minutes = self.directory.checkpoints(decision.stage), self.settings.checkpoint_minutes

@@ -28,6 +28,10 @@ DRIVER = {
     "doctor",
     "tokens",
     "origins",
+    "export",
+    "card",
+    "tracking",
+    "difference",
 }
 HEAVY = {"torch", "transformers", "datasets", "peft", "trl", "accelerate", "matplotlib", "huggingface_hub"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve"}

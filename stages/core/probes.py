@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from data.tree import Branch, Tree
 from pipeline.errors import ArtifactError
@@ -38,6 +39,18 @@ def record(directory: Path, trees: Sequence[Tree], score: Scorer, compute: Compu
     (directory / FILE_NAME).write_text(json.dumps(content))
 
 
+def trees(directory: Path) -> list[Tree]:
+    """The inputs that a stage recorded.
+
+    Raises:
+        ArtifactError: It recorded none.
+    """
+    path = directory / FILE_NAME
+    if not path.is_file():
+        raise ArtifactError("the stage has no probes", where=path, hint="run the stage again")
+    return _trees(json.loads(path.read_text()))
+
+
 def replay(directory: Path, score: Scorer, compute: Compute) -> None:
     """Compute the probes again and compare.
 
@@ -50,17 +63,20 @@ def replay(directory: Path, score: Scorer, compute: Compute) -> None:
     if not path.is_file():
         return
     content = json.loads(path.read_text())
-    trees = [
-        Tree(tuple(each["prompt"]), (Branch.of(each["response"]),), number)
-        for number, each in enumerate(content["inputs"])
-    ]
     same = {name: content[name] for name in compute.record} == compute.record
     rounding = SAME_FLOAT32 if content["dtype"] == "float32" else SAME_HALF
     tolerance = rounding if same else OTHER_COMPUTE
-    for number, (expected, found) in enumerate(zip(content["outputs"], score(trees), strict=True)):
+    for number, (expected, found) in enumerate(zip(content["outputs"], score(_trees(content)), strict=True)):
         if not abs(expected - found) <= tolerance:
             raise ArtifactError(
                 f"probe {number}: recorded {expected:.6f}, found {found:.6f} (tolerance {tolerance:g})",
                 where=path,
                 hint="the base, the adapter, the head or the tokenizer is not the one that was trained",
             )
+
+
+def _trees(content: dict[str, Any]) -> list[Tree]:
+    return [
+        Tree(tuple(each["prompt"]), (Branch.of(each["response"]),), number)
+        for number, each in enumerate(content["inputs"])
+    ]

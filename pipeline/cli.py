@@ -286,6 +286,29 @@ def export(
     _print(exporting.described(exporting.export(directory, to), to))
 
 
+@app.command(name="eval")
+def evaluate(
+    directory: Annotated[Path, typer.Argument(metavar="STAGE_DIR", help="Directory of a stage.")],
+    tasks: Annotated[list[str], typer.Option(metavar="TASK", help="Task of the folder; may be repeated.")],
+    include: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Task files of lm-eval; Baton's own without it.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that go through the model at once.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a stage with lm-eval-harness on local task files; the results are kept in RUN/evals."""
+    from pipeline import harness
+
+    found = harness.evaluate(directory, tasks, include or _configs() / "tasks", limit, batch_size)
+    if as_json:
+        _print_json([each.content for each in found])
+        return
+    for each in found:
+        figures = "\n".join(f"  {name}: {value:.4g}" for name, value in each.content["figures"].items())
+        _print(f"{each.content['task']}, {each.content['rows']} rows:\n{figures}\n  {each.path}")
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON schema of the configuration: every setting with its meaning and default."""
@@ -361,9 +384,12 @@ def _fail(error: BatonError) -> int:
 
 def _recipes() -> dict[str, Path]:
     """Recipe name -> file; packaged, or beside the packages in a checkout."""
+    return {path.stem: path for path in sorted(_configs().glob("*.yaml"))}
+
+
+def _configs() -> Path:
     here = Path(__file__).resolve().parent
-    folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return here / "recipes" if (here / "recipes").is_dir() else here.parent / "configs"
 
 
 def _print(text: str) -> None:

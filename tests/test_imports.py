@@ -32,6 +32,7 @@ DRIVER = {
     "card",
     "tracking",
     "difference",
+    "harness",
 }
 HEAVY = {"torch", "transformers", "datasets", "peft", "trl", "accelerate", "matplotlib", "huggingface_hub"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve"}

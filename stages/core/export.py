@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -120,7 +119,7 @@ def _merged(roles: Roles, role: str, artifact: Artifact) -> LanguageModel:
 def _write_language_model(
     roles: Roles, role: str, merged: LanguageModel, trees: Sequence[Tree], directory: Path
 ) -> Parity:
-    _set_ends(merged)
+    merged.end_turns()
     merged.save(directory)
     written = _read(AutoModelForCausalLM, directory)
     with torch.no_grad(), roles.use(role):
@@ -169,19 +168,6 @@ def _classified(classifier: Any, trees: Sequence[Tree], tokenizer: PreTrainedTok
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     found: Tensor = classifier(input_ids=padded, attention_mask=mask).logits[:, 0].float()
     return found
-
-
-def _set_ends(merged: LanguageModel) -> None:
-    """Have generation end where the chat template ends a turn, and where the base ended its texts."""
-    before: Any = merged.model.generation_config
-    known = before.eos_token_id if isinstance(before.eos_token_id, list) else [before.eos_token_id]
-    ends = [merged.template.stop_id, *known, merged.tokenizer.eos_token_id]
-    own = {
-        "eos_token_id": list(dict.fromkeys(each for each in ends if each is not None)),
-        "pad_token_id": merged.tokenizer.pad_token_id,
-        "_from_model_config": False,  # or `generate` would take the ids of the model's configuration again
-    }
-    merged.model.generation_config = GenerationConfig.from_dict({**before.to_dict(), **own})
 
 
 def _read(kind: Any, directory: Path) -> Any:

@@ -30,7 +30,7 @@ def run(artifact: Artifact, tasks: Sequence[str], include: Path, limit: int | No
         batch_size: Rows that go through the model at once.
 
     Returns:
-        Task -> its figures, `rows`, `version` and `samples`, as JSON.
+        Task -> `figures` by `metric,filter`, `rows`, `version` and `samples`, as JSON.
 
     Raises:
         ArtifactError: The model is damaged or not what its manifest says.
@@ -71,7 +71,8 @@ def _as_theirs(language_model: LanguageModel, batch_size: int) -> Any:
 
 
 def _of_task(task: str, found: Any) -> dict[str, Any]:
-    figures = {name: value for name, value in found["results"][task].items() if isinstance(value, int | float)}
+    results = found["results"][task]
+    figures = {name: value for name, value in results.items() if "," in name and isinstance(value, int | float)}
     samples = found["samples"].get(task, [])
     metrics = {name.partition(",")[0] for name in figures}
     return {

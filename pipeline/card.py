@@ -110,7 +110,7 @@ def write(artifact: Artifact, *, name: str, parity: Parity) -> str:
             chain=[_link(each) for each in chain],
             data=[_data(each.manifest, card) for each in chain if each.manifest for card in each.manifest.data],
             warnings=[f"{code(each.name)}: {code(text, None)}" for each in chain for text in _warnings(each)],
-            settings=_block(manifest.settings),
+            settings=json.dumps(manifest.settings, indent=2, sort_keys=True),
             environment=_environment(manifest),
             cost=f"{manifest.cost.seconds:,.1f} s, {manifest.cost.tokens:,} tokens",
             commands=_commands(chain),
@@ -158,11 +158,6 @@ def code(text: str, limit: int | None = 120) -> str:
     """Text as a code span that it cannot leave, also within a table."""
     shown = printable(text, limit).replace("`", "\\x60").replace("|", "\\x7c").strip()
     return f"`{shown}`" if shown else "(empty)"
-
-
-def _block(value: Any) -> str:
-    """JSON that cannot end the block that it stands in."""
-    return json.dumps(value, indent=2, sort_keys=True).replace("`", "\\u0060")
 
 
 def _made(directory: Path, record: InputRecord) -> Manifest | None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,9 @@ from pipeline.plan import Decision
 from pipeline.store import RunDirectory
 from pipeline.suggestion import suggest
 from pipeline.terminal import printable
+
+if TYPE_CHECKING:
+    from pipeline.difference import Change
 
 app = typer.Typer(
     name="baton",
@@ -201,13 +204,24 @@ def gc(
 def diff(
     first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Run directory or configuration file.")],
     second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Run directory or configuration file.")],
+    as_json: AsJson = False,
 ) -> None:
-    """Show what two runs differ in: settings, data, inputs, environment and metrics."""
-    found = list(inspection.differences(inspection.run_of(first), inspection.run_of(second)))
-    if not found:
+    """Show what two runs differ in (settings, data, inputs, environment) and what that did to each figure."""
+    from pipeline import difference
+
+    runs = inspection.run_of(first), inspection.run_of(second)
+    found, changes = list(inspection.differences(*runs)), difference.changes(*runs)
+    if as_json:
+        named = [dict(zip(("stage", "name", "old", "new"), each, strict=True)) for each in found]
+        _print_json({"differences": named, "changes": [change.record() for change in changes]})
+        return
+    if not found and not changes:
         _print("no difference")
     for stage, name, old, new in found:
         _print_line(f"{stage}: {name}: {planning.short(old)} -> {planning.short(new)}")
+    if changes:
+        headings = ("", "stage", "figure", "old", "new", "change", "95% interval", "by")
+        _print(terminal.table(headings, map(_change_row, changes)))
 
 
 @app.command()
@@ -314,6 +328,40 @@ def chat(
 
     options = {name: value for name, value in locals().items() if name != "talking"}
     talking.chat(loader.options(talking.ChatSettings, options))
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="STAGE_DIR", help="Directory of a stage.")],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="New directory for the model.")],
+) -> None:
+    """Write a stage's model for transformers and other software, compared before it is published, with a model card."""
+    from pipeline import export as exporting
+
+    _print(exporting.described(exporting.export(directory, to), to))
+
+
+@app.command(name="eval")
+def evaluate(
+    directory: Annotated[Path, typer.Argument(metavar="STAGE_DIR", help="Directory of a stage.")],
+    tasks: Annotated[list[str], typer.Option(metavar="TASK", help="Task of the folder; may be repeated.")],
+    include: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Task files of lm-eval; Baton's own without it.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that go through the model at once.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a stage with lm-eval-harness on local task files; the results are kept in RUN/evals."""
+    from pipeline import harness
+
+    found = harness.evaluate(directory, tasks, include or loader.recipes() / "tasks", limit, batch_size)
+    if as_json:
+        _print_json([each.content for each in found])
+        return
+    for each in found:
+        figures = "\n".join(f"  {name}: {value:.4g}" for name, value in each.content["figures"].items())
+        _print(f"{each.content['task']}, {each.content['rows']} rows:\n{figures}\n  {each.path}")
 
 
 @app.command()
@@ -437,6 +485,13 @@ def _figure(metric: Metric) -> str:
     if metric.low is None or metric.high is None:
         return f"{metric.value:.4g}"
     return f"{metric.value:.4g} [{metric.low:.4g}, {metric.high:.4g}]"
+
+
+def _change_row(change: Change) -> tuple[str, ...]:
+    values = f"{change.old.value:.4g}", f"{change.new.value:.4g}", f"{change.change.value:+.4g}"
+    low, high = change.change.low, change.change.high
+    interval = "" if low is None or high is None else f"[{low:+.4g}, {high:+.4g}]"
+    return "*" if change.is_clear else "", change.stage, change.metric, *values, interval, change.by
 
 
 def _status_row(state: dict[str, Any]) -> tuple[str, ...]:

@@ -942,6 +942,8 @@ class RunSettings(Settings):
     checkpoint_minutes: NonNegative = 10.0
     """At least so long between two checkpoints of a stage in training, from which it goes on exactly when it was
     stopped; 0 makes one after every step. A signal makes one after the step in progress."""
+    track: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    """Trackers that get a copy of every record of `metrics.jsonl`; their packages are installed by the user."""
     data: dict[Name, DataSource] = {}
     """Data sources by name."""
     stages: Annotated[dict[Name, Stage], Field(min_length=1)]

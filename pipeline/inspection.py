@@ -106,7 +106,7 @@ def history(run: RunDirectory, stage: str) -> dict[str, Any] | None:
 
 
 def differences(first: RunDirectory, second: RunDirectory) -> Iterator[tuple[str, str, str, str]]:
-    """Stage, dotted name, old and new of everything that two runs differ in."""
+    """Stage, dotted name, old and new of everything that two runs differ in but their figures."""
     for name in sorted({*first.published(), *second.published()}):
         sides = [run.stage(name) if name in run.published() else None for run in (first, second)]
         old, new = (_comparable(manifests.load(side)) if side else None for side in sides)
@@ -210,6 +210,5 @@ def _comparable(manifest: Manifest) -> dict[str, Any]:
         "data": manifest.data_settings,
         "inputs": {role: record.digest for role, record in manifest.inputs.items()},
         "environment": manifest.environment,
-        "metrics": {name: metric.value for name, metric in manifest.metrics.items()},
         "digest": manifest.digest,
     }

@@ -35,13 +35,20 @@ class StageProgress:
         directory: The stage's work directory.
         console: Where to show; a bar when it is a terminal.
         clock: Seconds; for tests.
+        mirror: Is handed every record of the log in order, those of an earlier attempt that this one goes on from too.
     """
 
     def __init__(
-        self, name: str, directory: Path, console: Console, clock: Callable[[], float] = time.monotonic
+        self,
+        name: str,
+        directory: Path,
+        console: Console,
+        clock: Callable[[], float] = time.monotonic,
+        mirror: Callable[[Mapping[str, Any]], None] = lambda record: None,
     ) -> None:
         self._name = name
         self._console = console
+        self._mirror = mirror
         self._clock = clock
         self._started = self._line_at = clock()
         self.earlier = 0.0
@@ -72,6 +79,7 @@ class StageProgress:
         fields = {name: _plain(value) for name, value in line.items()}
         self._log.write(redacted(json.dumps(fields, allow_nan=False)) + "\n")
         self._log.flush()
+        self._mirror(fields)
         self._show(fields, done, total)
 
     def copy_to(self, path: Path) -> None:
@@ -84,8 +92,10 @@ class StageProgress:
         self._log.truncate(0)
         self._log.write(text)
         self._log.flush()
-        last = text.splitlines()[-1:]
-        self.earlier = float(json.loads(last[0])["seconds"]) if last else 0.0
+        records = [json.loads(line) for line in text.splitlines()]
+        for record in records:
+            self._mirror(record)
+        self.earlier = float(records[-1]["seconds"]) if records else 0.0
         self._started = self._clock() - self.earlier
 
     def say(self, text: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline import checkpoints, durable, fingerprint, gate, handover, inputs, loader, lock, store, terminal
+from pipeline import checkpoints, durable, fingerprint, gate, handover, inputs, loader, lock, store, terminal, tracking
 from pipeline import manifest as manifests
 from pipeline.config import PRODUCES, RunSettings, evaluated, trained
 from pipeline.contract import Artifact, Context, Result
@@ -72,6 +72,7 @@ def run(
         Interrupted: A signal came.
     """
     _refuse_several_processes()
+    tracking.require(settings.track)
     directory = RunDirectory.of(settings)
     _refuse_foreign_directory(directory)
     runner = _Runner(settings, directory, command, console or terminal.console())
@@ -145,7 +146,10 @@ class _Runner:
         stage = self.settings.stages[name]
         module = importlib.import_module(f"stages.{stage.kind}")
         meter = Meter()
-        with StageProgress(name, work, self.console) as progress:
+        with (
+            tracking.mirrored(self.settings.track, self._tracked(decision), self.console.print) as mirror,
+            StageProgress(name, work, self.console, mirror=mirror) as progress,
+        ):
             context = Context(
                 name=name,
                 settings=stage,
@@ -166,6 +170,10 @@ class _Runner:
             result: Result = module.run(context)
         _refuse_not_finite(name, result)
         return result, meter.read(result.tokens, progress.earlier)
+
+    def _tracked(self, decision: Decision) -> tracking.Tracked:
+        root, wanted = self.directory.root, decision.wanted
+        return tracking.Tracked(root.resolve().name, root, decision.stage, decision.kind, wanted.key, wanted.settings)
 
     def _checkpoints(self, decision: Decision, progress: StageProgress) -> StageCheckpoints:
         place, minutes = self.directory.checkpoints(decision.stage), self.settings.checkpoint_minutes

@@ -12,9 +12,10 @@ from typing import Any
 
 import fakes
 import pytest
+import tiny
 from pydantic import BaseModel
 
-from pipeline import report, seal
+from pipeline import cli, report, seal
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 Baton = Callable[..., subprocess.CompletedProcess[str]]
@@ -43,6 +44,14 @@ def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def config(tmp_path: Path) -> Path:
     """The configuration of a five-stage run, with its data."""
     return fakes.write_world(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished run of the whole chain, really trained; not to be changed."""
+    root = tmp_path_factory.mktemp("finished")
+    assert cli.execute(cli.app, ["run", str(tiny.write_chain(root))]) == 0
+    return root / "run"
 
 
 @pytest.fixture

@@ -31,6 +31,11 @@ DRIVER = {
     "origins",
     "chat",
     "screens",
+    "export",
+    "card",
+    "tracking",
+    "difference",
+    "harness",
 }
 HEAVY = {"torch", "transformers", "datasets", "peft", "trl", "accelerate", "matplotlib", "huggingface_hub"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve"}

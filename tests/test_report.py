@@ -315,3 +315,27 @@ def test_writing_a_report_imports_neither_torch_nor_pyplot(run: Path) -> None:
         "sys.exit(bool({'torch', 'transformers', 'datasets', 'matplotlib.pyplot'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-W", "error", "-c", check, str(run)], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("text", reports.HOSTILE)
+def test_answers_are_marked_against_the_parent_s_and_stay_inert(tmp_path: Path, text: str) -> None:
+    run = reports.write_run(tmp_path)
+    answer = f"Happy to help, the answer is {text} and no more."
+    samples = [
+        reports.sample(0, answer) | {"responses": {"sft": answer.replace("no more", "that is all"), "ppo": answer}}
+    ]
+    reports.write_lines(run / "stages" / "check" / "samples.jsonl", samples)
+    found = reports.page(run)
+    reports.assert_inert(found)
+    assert "<ins> no more</ins>" in found
+    assert "<del> that is all</del>" in found
+    assert "ppo <small" in found
+    assert "against sft" in reports.Elements(found).text
+
+
+def test_alarms_of_training_stand_before_everything_but_the_verdict(tmp_path: Path) -> None:
+    run = reports.write_run(tmp_path)
+    alarm = "kl_runaway: divergence 21.7 after round 40"
+    reports.write_stage(run, "ppo", warnings=[alarm])
+    found = reports.page(run)
+    assert found.index("verdict") < found.index(alarm) < found.index("<h2>Lineage</h2>")

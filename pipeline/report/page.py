@@ -24,6 +24,7 @@ from pipeline.report.curves import Curve, draw_curves
 from pipeline.report.forest import compare, direction
 from pipeline.report.frontier import draw_frontiers
 from pipeline.report.inputs import Evaluation, ModelEvaluation, RunRecord, Sample, StageRecord
+from pipeline.report.marks import Piece, marked
 from pipeline.report.suites import of_suites, suites
 from pipeline.report.summary import evaluated
 from pipeline.terminal import printable_lines
@@ -53,8 +54,10 @@ class Answer:
     """One model's response to a prompt and its scores, already worded."""
 
     model: str
-    text: str
+    pieces: tuple[Piece, ...]
     scores: tuple[str, ...]
+    parent: str = ""
+    """The model whose answer this one is marked against; empty where there is none."""
 
 
 def render(run: RunRecord, summary: Mapping[str, Any]) -> str:
@@ -213,10 +216,19 @@ def _expected(sample: Sample) -> str:
 
 
 def _answers(sample: Sample, evaluation: Evaluation | None) -> list[Answer]:
-    order = list(evaluation.models) if evaluation else []
-    names = [name for name in order if name in sample.responses]
+    models = evaluation.models if evaluation else {}
+    names = [name for name in models if name in sample.responses]
     others = sorted(sample.responses.keys() - names)
-    return [Answer(name, sample.responses[name], tuple(_scores(sample, name))) for name in (*names, *others)]
+    return [_answer(sample, name, models) for name in (*names, *others)]
+
+
+def _answer(sample: Sample, name: str, models: Mapping[str, ModelEvaluation]) -> Answer:
+    """An answer, marked where it differs from the parent's."""
+    text, scores = wording.excerpt(sample.responses[name]), tuple(_scores(sample, name))
+    parent = models[name].parent if name in models else None
+    if parent not in sample.responses:
+        return Answer(name, (Piece("same", text),), scores)
+    return Answer(name, tuple(marked(wording.excerpt(sample.responses[parent]), text)), scores, parent)
 
 
 def _scores(sample: Sample, name: str) -> Iterable[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -62,6 +63,18 @@ class LanguageModel:
     def hidden_size(self) -> int:
         """Width of the final hidden states."""
         return int(self.model.config.hidden_size)
+
+    def end_turns(self) -> None:
+        """Have `generate` end where the chat template ends a turn, and where the model ended its texts before."""
+        before: Any = self.model.generation_config
+        known = before.eos_token_id if isinstance(before.eos_token_id, list) else [before.eos_token_id]
+        ends = [self.template.stop_id, *known, self.tokenizer.eos_token_id]
+        own = {
+            "eos_token_id": list(dict.fromkeys(each for each in ends if each is not None)),
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "_from_model_config": False,  # or `generate` would take the ids of the model's configuration again
+        }
+        self.model.generation_config = GenerationConfig.from_dict({**before.to_dict(), **own})
 
     def save(self, directory: Path) -> None:
         """Write weights, configuration, tokenizer and template; refuses weights that are not finite."""

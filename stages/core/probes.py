@@ -42,6 +42,15 @@ def record(directory: Path, trees: Sequence[Tree], score: Scorer, compute: Compu
     (directory / FILE_NAME).write_text(json.dumps(content))
 
 
+def trees(directory: Path) -> list[Tree]:
+    """The inputs that a stage recorded.
+
+    Raises:
+        ArtifactError: It recorded none, or none that can be read.
+    """
+    return _trees(_read(directory / FILE_NAME))
+
+
 def replay(directory: Path, score: Scorer, compute: Compute) -> None:
     """Compute the probes again and compare.
 
@@ -54,12 +63,9 @@ def replay(directory: Path, score: Scorer, compute: Compute) -> None:
     if not path.is_file() and not (directory / MANIFEST).is_file():
         return
     content = _read(path)
-    trees = [
-        Tree(tuple(each["prompt"]), (Branch.of(each["response"]),), number)
-        for number, each in enumerate(content["inputs"])
-    ]
     same = {name: content[name] for name in compute.record} == compute.record
-    require_same(content["outputs"], score(trees), tolerance_of(content["dtype"]) if same else OTHER_COMPUTE, path)
+    tolerance = tolerance_of(content["dtype"]) if same else OTHER_COMPUTE
+    require_same(content["outputs"], score(_trees(content)), tolerance, path)
 
 
 def tolerance_of(dtype: str) -> float:
@@ -91,3 +97,10 @@ def _read(path: Path) -> dict[str, Any]:
         what = f"{len(inputs)} inputs with {len(outputs)} outputs: probes are one output for each of some inputs"
         raise ArtifactError(what, where=path, hint=_AGAIN)
     return content
+
+
+def _trees(content: dict[str, Any]) -> list[Tree]:
+    return [
+        Tree(tuple(each["prompt"]), (Branch.of(each["response"]),), number)
+        for number, each in enumerate(content["inputs"])
+    ]

@@ -1,0 +1,203 @@
+"""A stage's model as plain files that `transformers` loads, and the proof that they hold the same model.
+
+An adapter is merged into its base as that is stored, never into a quantized copy. What was written is then read again
+the way a receiver reads it and computes the stage's probes beside the base with its adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from data.tokenizer import load_tokenizer
+from data.tree import Tree
+from pipeline.contract import Artifact
+from pipeline.errors import ArtifactError, ConfigError
+from reward.head import ScalarHead
+from stages.core import guards, probes
+from stages.core.device import Compute
+from stages.core.likelihood import logits_of
+from stages.core.models import LanguageModel, load_model
+from stages.core.roles import REFERENCE, REWARD, Roles, base_of
+from stages.core.scoring import replay_probes, reward_scores
+
+ADAPTED = "exported"
+SAME_FLOAT32, SAME_HALF = 1e-4, 0.03
+"""Largest accepted difference, as a share of the largest value, of weights stored in float32 and in lower precisions:
+there, merged weights are rounded once more than the base and its adapter are."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How an exported model compares with the stage's on the stage's probes, both computed in float32.
+
+    Attributes:
+        difference: Largest difference of two logits, or of two scores.
+        largest: Largest absolute value that was compared.
+        values: How many were compared.
+        dtype: Precision of the exported weights.
+        offset: Of a reward model: what has to be added to the exported model's scores to have the stage's.
+    """
+
+    difference: float
+    largest: float
+    values: int
+    dtype: str
+    offset: float | None = None
+
+
+def write(artifact: Artifact, directory: Path) -> Parity:
+    """Fill a directory with weights, configuration, tokenizer, chat template and generation settings.
+
+    Args:
+        artifact: A verified model, adapter or reward model.
+        directory: Empty.
+
+    Raises:
+        ArtifactError: The stage's model is damaged, or the written one computes something else.
+        ConfigError: `transformers` has no classifier on the reward model's architecture.
+    """
+    roles, role = _open(artifact)
+    trees = probes.trees(artifact.directory)
+    merged = _merged(roles, role, artifact)
+    if artifact.kind == "reward":
+        parity = _write_reward(roles, merged, trees, directory)
+    else:
+        parity = _write_language_model(roles, role, merged, trees, directory)
+    tolerance = SAME_FLOAT32 if parity.dtype == "float32" else SAME_HALF
+    if not parity.difference <= tolerance * parity.largest:
+        raise ArtifactError(
+            f"the exported model differs from the stage's by up to {parity.difference:.3g}, at values of up to "
+            f"{parity.largest:.3g} ({tolerance:.0e} of that is accepted)",
+            where=artifact.directory,
+            hint=_remedy(artifact, merged),
+        )
+    return parity
+
+
+def _open(artifact: Artifact) -> tuple[Roles, str]:
+    """The stage's model in float32 on the processor, as a role on its base; what was recorded of it must hold."""
+    compute = Compute(torch.device("cpu"), torch.float32)
+    stored, quantization = base_of(artifact)
+    base = load_model(stored, compute)
+    roles = Roles(replace(base, tokenizer=load_tokenizer(artifact.directory)))
+    role = {"model": REFERENCE, "adapter": ADAPTED, "reward": REWARD}[artifact.kind]
+    if artifact.kind != "model":
+        roles.load(role, artifact.directory)
+    if quantization == "none":  # otherwise probes were recorded on a base that computes something else
+        with roles.use(role):
+            _replay(artifact, roles, role)
+    return roles, role
+
+
+def _replay(artifact: Artifact, roles: Roles, role: str) -> None:
+    if artifact.kind == "reward":
+        probes.replay(artifact.directory, lambda trees: reward_scores(roles, role, trees), roles.base.compute)
+    else:
+        replay_probes(artifact, roles.base)
+
+
+def _merged(roles: Roles, role: str, artifact: Artifact) -> LanguageModel:
+    """A model of its own in the precision that the base is stored in."""
+    stored, _ = base_of(artifact)
+    if artifact.kind != "model":
+        return roles.merged(role, stored)
+    return replace(load_model(stored, roles.base.compute, dtype="auto"), tokenizer=roles.base.tokenizer)
+
+
+def _write_language_model(
+    roles: Roles, role: str, merged: LanguageModel, trees: Sequence[Tree], directory: Path
+) -> Parity:
+    merged.end_turns()
+    merged.save(directory)
+    written = _read(AutoModelForCausalLM, directory)
+    with torch.no_grad(), roles.use(role):
+        pairs = [(written(tokens).logits.float(), _logits(roles.base.model, tokens)) for tokens in map(_tokens, trees)]
+    return _parity([found for found, _ in pairs], [expected for _, expected in pairs], merged)
+
+
+def _write_reward(roles: Roles, merged: LanguageModel, trees: Sequence[Tree], directory: Path) -> Parity:
+    """The classifier that `transformers` makes of the architecture reads a score without a bias off the last token."""
+    head = roles.heads[REWARD]
+    classifier = _classifier(merged, head)
+    guards.require_finite_weights(classifier.named_parameters())
+    classifier.save_pretrained(directory)
+    merged.tokenizer.save_pretrained(directory)
+    written = _read(AutoModelForSequenceClassification, directory)
+    with torch.no_grad():
+        found = _classified(written, trees, merged.tokenizer)
+    expected = torch.tensor(reward_scores(roles, REWARD, trees))
+    offset = float(head.linear.bias.mean() - head.mean)
+    return replace(_parity([found + offset], [expected], merged), offset=offset)
+
+
+def _classifier(merged: LanguageModel, head: ScalarHead) -> PreTrainedModel:
+    model = merged.model
+    config = model.config.__class__.from_dict({**model.config.to_dict(), "num_labels": 1, "architectures": None})
+    try:
+        classifier: Any = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
+        weight = classifier.score.weight
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"transformers has no classifier with a score on {type(model).__name__}",
+            where="architecture",
+            hint="use the reward stage's adapter and head.safetensors as they are",
+        ) from error
+    classifier.base_model.load_state_dict(model.base_model.state_dict())
+    with torch.no_grad():
+        weight.copy_(head.linear.weight.mean(0, keepdim=True))
+    return classifier.eval()
+
+
+def _classified(classifier: Any, trees: Sequence[Tree], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Scores of all probes in one batch, padded on the right as `transformers` pads them for a classifier."""
+    rows = [_tokens(tree)[0] for tree in trees]
+    pad: Any = tokenizer.pad_token_id or 0
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    found: Tensor = classifier(input_ids=padded, attention_mask=mask).logits[:, 0].float()
+    return found
+
+
+def _read(kind: Any, directory: Path) -> Any:
+    """The written model as a receiver reads it, in float32."""
+    model = kind.from_pretrained(
+        directory, use_safetensors=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+    )
+    return model.eval()
+
+
+def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    return logits_of(model, model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
+
+
+def _tokens(tree: Tree) -> Tensor:
+    """[1, tokens]"""
+    return torch.tensor([[*tree.prompt, *tree.branches[0].tokens]])
+
+
+def _parity(found: Sequence[Tensor], expected: Sequence[Tensor], merged: LanguageModel) -> Parity:
+    difference = max(float((one - other).abs().max()) for one, other in zip(found, expected, strict=True))
+    return Parity(
+        difference=difference,
+        largest=max(float(each.abs().max()) for each in expected),
+        values=sum(each.numel() for each in expected),
+        dtype=str(merged.model.dtype).removeprefix("torch."),
+    )
+
+
+def _remedy(artifact: Artifact, merged: LanguageModel) -> str:
+    if artifact.kind == "reward" and merged.tokenizer.pad_token_id == merged.template.stop_id:
+        return "responses end with the padding token, which transformers' classifiers skip: use the stage as it is"
+    return "use the stage's own files: its base and the adapter beside it"

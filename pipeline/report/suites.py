@@ -50,8 +50,8 @@ def of_suites(metrics: Iterable[str]) -> set[str]:
 
 def _table(name: str, suite: SuiteRecord, models: Mapping[str, ModelEvaluation]) -> SuiteTable:
     whole = f"{PREFIX}{name}"
-    present = {each for model in models.values() for each in model.metrics}
-    parts = sorted(each for each in present if each.startswith((f"{whole}.", f"{whole}_")) and not each.endswith(_GAIN))
+    present = dict.fromkeys(each for model in models.values() for each in model.metrics)
+    parts = [each for each in present if each.startswith((f"{whole}.", f"{whole}_")) and not each.endswith(_GAIN)]
     measured = {label: model for label, model in models.items() if whole in model.metrics}
     lines = tuple(
         SuiteLine(

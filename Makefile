@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test mutations lint install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/baton run configs/quickstart.yaml
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# Takes each guard out of a copy of the source; some test has to fail.
+mutations: $(VENV)/.installed
+	$(BIN)/python -m tests.mutations
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline import fingerprint
 from pipeline.errors import ArtifactError
 from pipeline.manifest import Manifest
 from pipeline.terminal import printable
 
 CONFIGURATIONS = ("config.json", "generation_config.json", "adapter_config.json")
 ADAPTER_CONFIGURATION = "adapter_config.json"
+Description = dict[str, dict[str, str]]
+"""What files say of a model, by file."""
+
 LARGEST_HEADER = 100 * 2**20
 """Bytes that the list of a file's tensors takes at most, as in safetensors itself."""
 _AGAIN = "run the stage again with `--force`, or bring back the files that it published"
 
 
-def describe(directory: Path) -> dict[str, dict[str, Any]]:
+def describe(directory: Path) -> Description:
     """File name -> its settings, or its tensors' precisions and shapes, by name; files of other kinds are left out.
 
     Raises:
@@ -77,34 +79,31 @@ def _require_ancestry(directory: Path, manifest: Manifest) -> None:
             )
 
 
-def _differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """`file: setting`, old and new value of all that differs; nothing where nothing was recorded."""
-    for file in sorted(recorded.keys() | found.keys()) if recorded else ():
+def _differences(recorded: Description, found: Description) -> Iterator[tuple[str, str, str]]:
+    """`file: setting`, old and new value of all that differs."""
+    for file in sorted(recorded.keys() | found.keys()):
         old, new = recorded.get(file), found.get(file)
         if old is None or new is None:
             yield file, "absent" if old is None else "a file", "absent" if new is None else "a file"
             continue
         for name in sorted(old.keys() | new.keys()):
-            was, is_ = (_shown(each[name]) if name in each else "absent" for each in (old, new))
+            was, is_ = old.get(name, "absent"), new.get(name, "absent")
             if was != is_:
                 yield f"{file}: {name}", was, is_
 
 
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else fingerprint.canonical(value)
-
-
-def _settings(path: Path) -> dict[str, Any]:
+def _settings(path: Path) -> dict[str, str]:
+    """Setting -> its value as JSON text, in which infinity has a name as it has in the file."""
     try:
         settings = json.loads(path.read_bytes())
     except ValueError as error:
         raise ArtifactError(f"not JSON: {error}", where=path, hint=_AGAIN) from None
     if not isinstance(settings, dict):
         raise ArtifactError("not a JSON object", where=path, hint=_AGAIN)
-    return settings
+    return {name: json.dumps(value, sort_keys=True, ensure_ascii=False) for name, value in settings.items()}
 
 
-def _contents(path: Path) -> dict[str, Any]:
+def _contents(path: Path) -> dict[str, str]:
     """Tensor -> precision and shape."""
     try:
         header = {name: each for name, each in _header(path).items() if name != "__metadata__"}

@@ -158,7 +158,7 @@ class Manifest(SealedRecord):
     outputs: list[OutputRecord]
     adaptation: Adaptation | None
     tokenizer: dict[str, Any]
-    model: dict[str, dict[str, Any]] = {}
+    model: dict[str, dict[str, str]] = {}
     """What each file says of a model (`pipeline/handover.py`): settings, or tensors with precision and shape."""
     metrics: dict[str, Metric]
     cost: Cost

@@ -52,7 +52,7 @@ def run(context: Context) -> Result:
     classes = arguments.classes(settings.trainer, settings.method)
     arguments.check(context, classes)
     material, template = _read(context, policy, compute)
-    follower = Follower(context)
+    follower = Follower(context, material.origins)
     with tempfile.TemporaryDirectory(dir=context.directory) as scratch:
         chosen = arguments.build(context, classes, compute, material.steps, Path(scratch))
         job = _Job(context, policy, compute, material, template, Path(scratch))

@@ -215,6 +215,21 @@ def test_documents_keep_their_boundaries(tmp_path: Path) -> None:
         assert len(store[number]) == store.lengths[number]
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_block_knows_where_its_documents_are_from(tmp_path: Path, apart: bool) -> None:
+    origins = [f"naïve {number}.txt:{number}" for number in range(40)]
+    with DocumentWriter(tmp_path / "documents", 1) as writer:
+        for number, origin in enumerate(origins):
+            writer.append([number + 10] * (number % 5), origin)
+    blocks = DocumentMixture({"part": DocumentStore(tmp_path / "documents")}, None, 3).pass_(0, 7, apart)
+    laid = [number for number in blocks._order for _ in range(number % 5 + 1)]
+    for place, block in enumerate(blocks):
+        within = list(dict.fromkeys(laid[7 * place : 7 * (place + 1)]))
+        more = [f"{len(within) - 4} more"] if len(within) > 4 else []
+        assert block.origin == " + ".join([*(origins[number] for number in within[:4]), *more])
+        assert all(each.origin == block.origin for each in block.documents())
+
+
 def test_control_tokens_in_a_document_stay_text(tmp_path: Path) -> None:
     control = {models.tokenizer().convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     for ids in encoded(models.tokenizer(), ["".join(SPECIAL_TOKENS), "a<|end|>b"]):

@@ -18,6 +18,7 @@ WELL = {
     "reward": 0.5, "reward_deviation": 0.3, "kl": 1.0, "entropy": 1.0, "rollout_gap": 1e-6, "length": 10.0,
     "length_p95": 20.0,
     "length_reward_correlation": 0.1, "ended": 0.95, "distinct_2": 0.7, "explained_variance": 0.4, "ratio_max": 1.5,
+    "gradient_norm": 1.0,
 }  # fmt: skip
 
 
@@ -48,6 +49,7 @@ def test_nothing_is_raised_where_all_is_well() -> None:
     ("ratio_explosion", {"ratio_max": [2.0, 12.0]}),
     ("value_useless", {"explained_variance": [0.4, -0.1]}),
     ("constant_reward", {"reward_deviation": [0.3, 0.0]}),
+    ("gradient_spike", {"gradient_norm": [1.0, 30.0]}),
 ])  # fmt: skip
 def test_each_alarm_goes_off_once_for_what_it_watches_and_no_other_does(
     name: str, changes: dict[str, list[float]]

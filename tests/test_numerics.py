@@ -189,8 +189,13 @@ def test_half_precision_is_refused(root: Path, capsys: pytest.CaptureFixture[str
 def test_a_step_in_which_nothing_is_predicted_is_refused_with_its_rows(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    texts = tmp_path / "texts.jsonl"  # a token and the end each, and one that shifts all after it by one
-    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["q#", *"abcdefghijklmnopqrstuvwxyz"]))
+    texts = tmp_path / "texts.jsonl"  # a token and the end, or two: blocks of an end and a token alone
+    texts.write_text(
+        "".join(
+            json.dumps({"text": text}) + "\n"
+            for text in [*(f"{each}#" for each in "0123456789"), *"abcdefghijklmnopqrstuvwxyz"]
+        )
+    )
     config = configured(root, "pretrain", "nothing")
     blocks = ["stages.stage.max_length=2", "stages.stage.document_masks=true", "stages.stage.examples_per_step=1"]
     assert baton(config, f"data.corpus={{source: {texts}, held_out: 0.2}}", *blocks, "stages.stage.steps=30") == 3

@@ -11,6 +11,7 @@ import torch
 
 from data.packing import rounded_up
 from data.tree import Branch, Tree
+from pipeline.errors import DataError
 from stages.core.device import Compute
 from stages.core.layout import LAYOUTS
 from stages.core.roles import REWARD, Roles
@@ -104,3 +105,14 @@ def test_rows_are_rounded_up_where_products_of_a_new_shape_are_slow(compute: Com
     assert batch.packing.rounded == (compute is models.HALF)
     tokens = sum(tree.length for tree in batch.trees)
     assert batch.token_count == (rounded_up(tokens) if compute is models.HALF else tokens)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sequence_beyond_the_models_positions_is_refused_with_its_row(layout: str) -> None:
+    language_model = models.language_model()
+    longest = language_model.model.config.max_position_embeddings
+    tree = Tree((7,) * 6, (Branch.of((8,)), Branch.of((9,) * (longest - 6))), 0, origin="chats.jsonl:7")
+    assert len(logprobs(language_model, [tree], layout=layout)[0]) == 2
+    longer = Tree((7,) * 7, tree.branches, 0, origin="chats.jsonl:7")
+    with pytest.raises(DataError, match=f"chats.jsonl:7: a sequence of {longest + 1} tokens, the model has {longest}"):
+        logprobs(language_model, [longer], layout=layout)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data.mixture import Mixture, stream
 from pipeline.config import Lora, Optimizer, Share, Training
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, NumericalError
 from stages.core import checkpoint, loop
 from stages.core.checkpoint import State, joined
 from stages.core.loop import Part, Updater
@@ -198,3 +198,11 @@ def test_the_last_step_of_whole_epochs_is_as_short_after_a_stop() -> None:
     whole = list(loop._steps(trees, settings, total, 0))
     assert [len(step) for step in whole] == [4, 4, 2]
     assert list(loop._steps(trees, settings, total, 0, 2)) == whole[2:]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_state_that_is_not_finite_is_not_written(tmp_path: Path, bad: float) -> None:
+    state = State({"weights": torch.ones(3), "moments": torch.tensor([1.0, bad])})
+    with pytest.raises(NumericalError, match="`moments` is not finite: 1 of its 2 numbers"):
+        checkpoint.save(tmp_path, state)
+    assert not list(tmp_path.iterdir())

@@ -428,7 +428,7 @@ def test_a_loss_that_is_not_finite_stops_the_stage(
     change = ["stages.t_dpo.optimizer.learning_rate=1e30", f"output={copy}"]
     assert baton("run", config, *change, "--only", "t_dpo") == 4
     said = capsys.readouterr().err
-    assert "step 2: the gradient norm is nan" in said
+    assert re.search(r"step 2 \(rows world:preferences:\d+, .*\): the gradient norm is nan", said)
     assert manifest_of(copy, "t_dpo").digest == manifest_of(run, "t_dpo").digest
     assert len(records(copy, "t_dpo")) == 2
 
@@ -489,7 +489,7 @@ def test_a_reward_model_with_other_tokens_is_refused(
     foreign = tiny.save_model(tmp_path / "foreign", "qwen2", ["Where does Ada live?"])
     change = [f"stages.t_rloo.policy={foreign}", f"output={copy}"]
     assert baton("run", config, *change, "--only", "t_rloo") == 5
-    assert "the reward model's tokenizer is another" in capsys.readouterr().err
+    assert "the reward model reads the tokenizer " in capsys.readouterr().err
 
 
 STAGE = """\

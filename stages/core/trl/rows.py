@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset, disable_progress_bars
@@ -32,6 +32,8 @@ disable_progress_bars()
 Row = dict[str, Any]
 ECHO = 16
 """Tokens at the end of a prompt that are read where there is no response."""
+ORIGIN = "origin"
+"""The column that says where an example is from; trainers get it with prompts, whose rewards need it."""
 IGNORED = -100
 """Label of tokens that are not trained on, as in `transformers`."""
 
@@ -55,6 +57,8 @@ class Material:
     """The training rows; of prompts only the first, whose end stands for the response."""
     held_out: Sequence[Tree]
     cards: list[DataCard]
+    origins: Sequence[str]
+    """Where each example of the dataset is from."""
 
     @property
     def probed(self) -> Sequence[Tree]:
@@ -75,7 +79,8 @@ def read(context: Context, language_model: LanguageModel) -> Material:
     examples = rows.examples(context, "data", TREE_OF[layout], language_model)
     passes = _Laid(examples.passes, ROWS_OF[layout])
     steps, taken = _taken(passes, context.settings, context.seed)
-    return Material(Dataset.from_list(taken), steps, examples.train, examples.held_out, examples.cards)
+    dataset = Dataset.from_list([{name: row[name] for name in row if name != ORIGIN} for row in taken])
+    return Material(dataset, steps, examples.train, examples.held_out, examples.cards, _origins(taken))
 
 
 def _prompts(context: Context, language_model: LanguageModel) -> Material:
@@ -98,11 +103,16 @@ def _prompts(context: Context, language_model: LanguageModel) -> Material:
     passes = rows.mixed(context, "data", found)
     steps, taken = _taken(passes, settings, context.seed)
     echoes = [_echo(as_tokens(row["prompt"]), number) for number, row in enumerate(passes.pass_(0)[: probes.COUNT])]
-    return Material(Dataset.from_list(taken), steps, echoes, [], rows.with_epochs(cards, passes.epochs))
+    cards = rows.with_epochs(cards, passes.epochs)
+    return Material(Dataset.from_list(taken), steps, echoes, [], cards, _origins(taken))
+
+
+def _origins(taken: Iterable[Row]) -> list[str]:
+    return [row[ORIGIN] for row in taken]
 
 
 def _prompt(tokens: Sequence[int], row: Prompt) -> Row:
-    return {"prompt": as_text(tokens), "facts": json.dumps(dict(row.facts)), "origin": row.origin}
+    return {"prompt": as_text(tokens), "facts": json.dumps(dict(row.facts)), ORIGIN: row.origin}
 
 
 def _echo(prompt: tuple[int, ...], number: int) -> Tree:
@@ -143,7 +153,7 @@ ROWS_OF: dict[Layout, Callable[[Tree], Iterable[Row]]] = {
 
 
 class _Laid:
-    """Passes over trees as passes over the examples that they make."""
+    """Passes over trees as passes over the examples that they make, which know where they are from."""
 
     def __init__(self, passes: Passes[Tree], rows_of: Callable[[Tree], Iterable[Row]]) -> None:
         self._passes, self._rows_of = passes, rows_of
@@ -152,7 +162,7 @@ class _Laid:
         return len(self.pass_(0))
 
     def pass_(self, number: int) -> Sequence[Row]:
-        return list(chain.from_iterable(map(self._rows_of, self._passes.pass_(number))))
+        return [{**row, ORIGIN: tree.origin} for tree in self._passes.pass_(number) for row in self._rows_of(tree)]
 
 
 def _taken(passes: Passes[Row], settings: TrlSettings, seed: int) -> tuple[int, list[Row]]:

@@ -45,6 +45,22 @@ HOSTILE = [
     "bell \x07 null \x00 escape \x1b[31m",
     "zero\u200bwidth \ufeff soft\u00adhyphen line\u2028separator",
     "lone \ud800 surrogate",
+    "<ScRiPt>alert(1)</sCrIpT>",
+    "<script\x0c>alert(1)</script\t>",
+    "<<script>alert(1)//<</script>",
+    "</script><script>alert(1)</script>",
+    "</textarea></title></svg><script>alert(1)</script>",
+    "<body onload=alert(1)><details open ontoggle=alert(1)>",
+    "<math><mi xlink:href='javascript:alert(1)'>x</mi></math>",
+    "<object data='data:text/html;base64,PHNjcmlwdD4='></object><embed src=x>",
+    "<form action='javascript:alert(1)'><button formaction=javascript:alert(1)>",
+    "<base href='javascript:/a/'><link rel=stylesheet href=//evil.example/x.css>",
+    "javascript:alert(1) JaVaScRiPt&colon;alert(1)",
+    "--><script>alert(1)</script><!--",
+    "<![CDATA[<script>alert(1)</script>]]>",
+    "&#60;script&#62;alert(1)&#60;/script&#62; &lt",
+    "\uff1cscript\uff1ealert(1)\uff1c/script\uff1e",
+    "$\\frac{$ \\input{/etc/passwd} ${7*7} #{7*7} <%= 7*7 %>",
 ]
 
 

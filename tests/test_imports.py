@@ -44,8 +44,17 @@ BANNED_CALLS = {
     "eval",
     "exec",
     "os.system",
+    "compile",
+    "marshal.loads",
+    "np.load",
+    "numpy.load",
+    "os.popen",
+    "pandas.read_pickle",
+    "pd.read_pickle",
+    "torch.hub.load",
     "torch.load",
     "torch.save",
+    "yaml.load_all",
     "yaml.full_load",
     "yaml.unsafe_load",
 }
@@ -110,6 +119,33 @@ def test_nothing_runs_code_that_it_read(path: Path) -> None:
         given = {word.arg: ast.unparse(word.value) for word in call.keywords}
         assert "shell" not in given
         assert given.get("trust_remote_code", "False") == "False"
+        assert given.get("allow_pickle", "False") == "False"
+        assert "weights_only" not in given
+
+
+READS_MODELS = {
+    "data.tokenizer",
+    "pipeline.origins",
+    "stages.core.models",
+    "stages.core.roles",
+    "stages.core.trl.models",
+}
+"""Modules that let a library read a directory of a model's, all of which `pipeline.inputs` has checked before."""
+NAMED_BY_TABLES = {"pipeline.runner", "stages.core.trl.arguments"}
+"""Modules that import a module of a name which comes from a table of Baton's own, never from a file."""
+
+
+def test_models_are_read_and_modules_imported_by_name_in_few_places() -> None:
+    reading, importing = set(), set()
+    for path in MODULES:
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func).rpartition(".")[2]
+            if name == "from_pretrained":
+                reading.add(dotted(path))
+            if name in ("import_module", "__import__"):
+                importing.add(dotted(path))
+    assert reading == READS_MODELS
+    assert importing == NAMED_BY_TABLES | {"data.adapters"}
 
 
 PROBE = """

@@ -72,6 +72,15 @@ def test_scalars_mean_what_yaml_1_2_says(text: str, value: object) -> None:
         ("a: &a [1]\nb: [" + "*a, " * 101 + "]", "more than 100 aliases"),
         ("a: &a [*a]", "too many or too deeply nested values"),
         ("a: &a {b: *missing}", "not YAML"),
+        ("!!python/object/apply:os.system [touch canary]", "the tag `tag:yaml.org,2002:python/object/apply:os.system`"),
+        ("a: !!python/object/new:os.system [touch canary]", "the tag"),
+        ("a: !<tag:yaml.org,2002:python/module:os> ''", "the tag"),
+        ("a: !include /etc/passwd", "test:1: the tag `!include`"),
+        ("a: !!set {b}", "the tag"),
+        ("a: !!int x", "the tag"),
+        ("a: " + "9" * 5_000, "test:1: a number of too many digits"),
+        ("a: 0x" + "f" * 9_000, "test:1: a number of too many digits"),
+        ("a: \0", "not YAML"),
     ],
 )
 def test_hostile_yaml_is_refused_with_its_line(text: str, message: str) -> None:

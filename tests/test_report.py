@@ -93,6 +93,17 @@ def test_hostile_text_is_shown_and_does_nothing(run: Path, text: str) -> None:
     assert visible in reports.Elements(page).text
 
 
+@pytest.mark.parametrize("text", reports.HOSTILE)
+def test_hostile_names_of_figures_are_drawn_and_do_nothing(run: Path, text: str) -> None:
+    lines = [{"step": step, "total": 3, "seconds": 1.0, text: 1.0 / step, "loss": step} for step in (1, 2, 3)]
+    reports.write_lines(run / "stages" / "sft" / "metrics.jsonl", lines)
+    reports.assert_inert(reports.page(run))
+
+
+def test_thirty_texts_and_more_are_tried() -> None:
+    assert len(set(reports.HOSTILE)) >= 30
+
+
 def test_only_the_first_six_prompts_are_shown_with_their_scores(run: Path) -> None:
     text = reports.Elements(reports.page(run)).text
     assert [number for number in range(8) if f"Question {number}:" in text] == [0, 1, 2, 3, 4, 5]

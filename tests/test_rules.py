@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -212,6 +213,74 @@ def test_every_rule_stays_between_0_and_1_whatever_the_response() -> None:
         for _ in range(50):
             response = "".join(chance.choices('a1, .-<>{}[]"\n\u00e9\u0301\ud800', k=chance.randrange(30)))
             assert 0.0 <= score(response, {"rule": name, **given.get(name, {})}, answer="1") <= 1.0
+
+
+PIECES = [
+    *(
+        "__import__('os').system('touch CANARY')",
+        "9**9**9",
+        "10**10**10",
+        "1e999",
+        "-1e-999",
+        "NaN",
+        "Infinity",
+        "0x1F",
+    ),
+    *(
+        "\\frac{1}{0}",
+        "\\boxed{open('CANARY','w')}",
+        "lambda: 0",
+        "{{7*7}}",
+        "${7*7}",
+        "`touch CANARY`",
+        "(1).__class__",
+    ),
+    *(
+        "1,",
+        "1.",
+        "-",
+        "\u2212",
+        "$",
+        "1e",
+        "e5",
+        ".",
+        "#### ",
+        "<think>",
+        "</think>",
+        "<answer>",
+        "</answer>",
+        "<",
+        ">",
+    ),
+    *("[", "{", '"', "\\", "\\u", "[[", '{"a":', "\0", "\ud800", "\u202e", "\u0301\u0316", "\u0661", "\u00bd"),
+    *(" ", "\n", "\x85", "a", "A\u0130", "\uff9e\u0301", "\u2167"),
+]
+
+
+def hostile_texts(count: int) -> list[str]:
+    """Texts of hostile pieces, some of them long repetitions."""
+    chance = random.Random(0)
+    return [
+        "".join(chance.choice(PIECES) * chance.choice((1, 1, 1, 2, 30, 5_000)) for _ in range(chance.randint(1, 6)))
+        for _ in range(count)
+    ]
+
+
+def test_no_rule_runs_or_hangs_on_what_a_response_or_an_answer_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    began = time.process_time()
+    for text in hostile_texts(200):
+        judged = [rules.is_json(text), rules.tagged(text, ["think", "answer"]), rules.length(text, 5)]
+        judged += [rules.repetition(text, 3), rules.pattern(text, r"\d+ apples")]
+        if text.strip():
+            judged.append(rules.JUDGES["exact"]({"answer": text}, text).reward)
+        if rules.last_number(text) is not None:
+            judged.append(rules.JUDGES["numeric"]({"answer": text}, text).reward)
+        assert all(0.0 <= each <= 1.0 for each in judged)
+    assert time.process_time() - began < 60
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mixture_is_the_weighted_sum_of_its_rules() -> None:

@@ -63,6 +63,11 @@ def told(content: bytes) -> list[str]:
     return found
 
 
+def with_server(config: Path, url: str) -> str:
+    """The configuration with PPO's reward from a server that is given a key."""
+    return config.read_text().replace("reward: reward, data: prompts", "data: prompts, " + RULES.format(url=url))
+
+
 def files(directory: Path) -> list[Path]:
     return [path for path in directory.rglob("*") if path.is_file()]
 
@@ -77,9 +82,7 @@ def test_no_byte_of_a_run_holds_a_secret(tmp_path: Path) -> None:
     """The whole chain with a reward server that is given its key, the report, and a trainer of TRL."""
     with serving(lengths) as server:
         config = tiny.write_chain(tmp_path)
-        text = config.read_text().replace(
-            "reward: reward, data: prompts", "data: prompts, " + RULES.format(url=server.url)
-        )
+        text = with_server(config, server.url)
         size = "steps: 1, examples_per_step: 4, examples_per_batch: 4, max_length: 256, lora: {rank: 2}"
         config.write_text(text + f"  t_dpo: {{kind: trl, trainer: DPO, policy: sft, data: preferences, {size}}}\n")
         code, printed = baton(tmp_path, "run", config)
@@ -134,10 +137,7 @@ def test_neither_does_the_trace_of_an_error_that_nobody_expected(config: Path, b
 def test_an_answer_that_repeats_the_key_is_told_to_nobody(tmp_path: Path) -> None:
     with serving(says(SECRETS["REWARD_SERVER_KEY"], 400)) as server:
         config = tiny.write_chain(tmp_path)
-        text = config.read_text().replace(
-            "reward: reward, data: prompts", "data: prompts, " + RULES.format(url=server.url)
-        )
-        config.write_text(text)
+        config.write_text(with_server(config, server.url))
         code, printed = baton(tmp_path, "run", config, "--until", "ppo")
     assert code == 69, printed.decode()
     assert_nothing_told(tmp_path / "run", printed)

@@ -554,6 +554,51 @@ def test_hub_data_sets_come_through_datasets_at_the_revision_asked_for(tmp_path:
     assert found[4][0] == "hub:someone/else@main"
 
 
+READ_AS = """
+import os, sys
+from pathlib import Path
+import datasets
+from data.sources import hub
+from pipeline.config import DataSource
+from pipeline.errors import DataError
+
+names = []
+known = datasets.load_dataset_builder
+datasets.load_dataset_builder = lambda name, config, revision: known(str(Path("elsewhere", name.partition("/")[2])))
+for kind, name, content in (
+    ("rows", "rows.jsonl", b'{"text": "a"}'), ("script", "script.py", b"open('canary', 'w')"),
+    ("pickle", "train.pkl", b"cos\\nsystem\\n(S'touch canary'\\ntR."), ("archive", "train.tar", b"")):
+    folder = Path("elsewhere", kind)
+    folder.mkdir(parents=True)
+    folder.joinpath(name).write_bytes(content)
+    try:
+        print(kind, len(list(hub.read(DataSource(source=f"hub:owner/{kind}@main")))))
+    except DataError as error:
+        print(kind, "refused")
+Path("owner/rows").mkdir(parents=True)
+try:
+    list(hub.read(DataSource(source="hub:owner/rows@main")))
+except DataError as error:
+    print(error.what)
+print(os.path.exists("canary"))
+"""
+
+
+def test_data_of_the_hub_is_rows_and_nothing_else_is_read(tmp_path: Path) -> None:
+    """Scripts, pickles and archives of pickles, in the place of a data set of the hub's."""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", READ_AS]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "rows 1",
+        "script refused",
+        "pickle refused",
+        "archive refused",
+        "`owner/rows` is also a path here, which would be read in its place",
+        "False",
+    ]
+
+
 def test_reading_files_imports_no_heavy_library(tmp_path: Path) -> None:
     script = (
         "import sys\n"

@@ -119,9 +119,7 @@ def test_the_stages_of_somebody_else(text: str, config: Path, fake_stages: None)
     assert_harmless(baton("diff", config, other), text)
     with (run / "history.jsonl").open("a") as stream:
         line = {"stage": "sft", "started": text, "reasons": [text], "outcome": text}
-        stream.write(
-            "".join(json.dumps(each) + "\n" for each in (5, [], {"stage": "sft"}, {**line, "stage": "rm"}, line))
-        )
+        stream.write(json.dumps(line) + "\n")
     assert_harmless(baton("why", run, "sft"), text)
     if "/" not in text:
         (sft / text).write_text("")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 REFERENCE = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)(:(?P<config>[\w.-]+))?")
+READERS = frozenset({"arrow", "cache", "csv", "json", "parquet", "text"})
+"""Readers of `datasets` that take rows of plain values; `cache` reads what another has prepared before."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -60,8 +62,14 @@ def _load(source: DataSource) -> Any:
     import datasets
 
     name, revision, config = reference(source)
+    if Path(name).exists():
+        what = f"`{name}` is also a path here, which would be read in its place"
+        raise DataError(what, where=source.name, hint="work in another directory, or name the files themselves")
     try:
-        table = datasets.load_dataset(name, config, revision=revision, split=source.split)
+        builder = datasets.load_dataset_builder(name, config, revision=revision)
+        _refuse_other_reader(builder, source.name)
+        builder.download_and_prepare()
+        table = builder.as_dataset(split=source.split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         hint = "check owner, name, revision, configuration and split, and whether the network may be used"
         raise DataError(f"cannot be loaded: {cut(str(error))}", where=source.name, hint=hint) from error
@@ -72,6 +80,14 @@ def _load(source: DataSource) -> Any:
 def _batches(table: Any) -> Iterator[pyarrow.RecordBatch]:
     for part in table.with_format("arrow").iter(BATCH_ROWS):
         yield from part.to_batches()
+
+
+def _refuse_other_reader(builder: Any, where: str) -> None:
+    """`datasets` chooses a reader by the files that it finds, and some of its readers do more than read rows."""
+    reader = type(builder).__module__.removeprefix("datasets.packaged_modules.").partition(".")[0]
+    if reader not in READERS:
+        what = f"its files are read by `{cut(reader)}` of datasets, not as {', '.join(sorted(READERS - {'cache'}))}"
+        raise DataError(what, where=where, hint="download it and convert it to one of these")
 
 
 def _refuse_other_commit(table: Any, revision: str, where: str) -> None:

@@ -139,7 +139,7 @@ def test_a_gate_that_somebody_spoiled_in_the_run_is_left_out(run: Path, required
 
 
 def test_the_settings_of_the_guide_are_valid() -> None:
-    judges = [found for found in re.findall(r"```yaml\n    judge:\n(.*?)```", GUIDE, re.DOTALL)]
+    judges = list(re.findall(r"```yaml\n    judge:\n(.*?)```", GUIDE, re.DOTALL))
     gates = [yaml.safe_load(found) for found in re.findall(r"```yaml\n(    require:.*?)```", GUIDE, re.DOTALL)]
     settings = {"models": ["dpo"], "prompts": "prompts", "judge": yaml.safe_load(judges[0]), **gates[0]}
     made = EvaluateSettings.model_validate(settings)

@@ -28,7 +28,8 @@ def marked(old: str, new: str) -> list[Piece]:
     The pieces that are not `gone` are the new answer; those that are not `new` the old one, but for white space.
     """
     before, after = _WORDS.findall(old), _WORDS.findall(new)
-    matcher = SequenceMatcher(None, *([word.strip() for word in words] for words in (before, after)), autojunk=False)
+    plain = [[word.strip() for word in words] for words in (before, after)]
+    matcher = SequenceMatcher(None, plain[0], plain[1], autojunk=False)
     if old == new or matcher.ratio() < ALIKE:
         return [Piece("same", new)]
     pieces: list[Piece] = []
@@ -37,5 +38,5 @@ def marked(old: str, new: str) -> list[Piece]:
         if what == "equal":
             pieces.append(Piece("same", found))
             continue
-        pieces += [Piece(kind, text) for kind, text in (("gone", lost), ("new", found)) if text]
+        pieces += [each for each in (Piece("gone", lost), Piece("new", found)) if each.text]
     return pieces

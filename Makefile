@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test faults lint install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/baton run configs/quickstart.yaml
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# The long form of tests/faults, which takes about an hour and writes docs/reliability.md. It needs Linux and strace
+# (apt-get install strace), without which `make test` skips most of those tests.
+faults: $(VENV)/.installed
+	$(BIN)/python -m tests.faults
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

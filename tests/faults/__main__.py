@@ -73,7 +73,7 @@ def cuts(options: argparse.Namespace, root: Path) -> Iterator[Figure]:
         with _place(root) as place:
             disk, made = power.record(case, place)
             damaged = power.damaged_without(case, place, disk, made, frozenset(power.syncs(made)))
-        yield Figure(f"{case.name}, did it not sync: states that the replay finds damaged", damaged, damaged)
+        yield Figure(f"{case.name}, if it did not sync: damage that the replay finds", damaged, 0, "states")
 
 
 def disk(options: argparse.Namespace, root: Path) -> Iterator[Figure]:

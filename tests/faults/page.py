@@ -46,7 +46,8 @@ class Figure:
     @property
     def found(self) -> str:
         """As the page says it."""
-        return f"{self.good:.3g} {self.unit}" if self.unit else f"{self.good:,} of {self.of:,}"
+        good = f"{self.good:,}" if isinstance(self.good, int) else f"{self.good:.3g}"
+        return f"{good} {self.unit}" if self.unit else f"{good} of {self.of:,}"
 
 
 def keep(part: str, title: str, command: str, seconds: float, figures: Sequence[Figure]) -> None:

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test mutations lint install clean
+.PHONY: quickstart test faults mutations lint install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/baton run configs/quickstart.yaml
@@ -14,6 +14,11 @@ test: $(VENV)/.installed
 # Takes each guard out of a copy of the source; some test has to fail.
 mutations: $(VENV)/.installed
 	$(BIN)/python -m tests.mutations
+
+# The long form of tests/faults, which takes about an hour and writes docs/reliability.md. It needs Linux and strace
+# (apt-get install strace), without which `make test` skips most of those tests.
+faults: $(VENV)/.installed
+	$(BIN)/python -m tests.faults
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import fcntl
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,9 @@ LOCAL = frozenset(
     {"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
 )
 """File systems of one machine."""
+
+WAIT = 1.0
+"""Seconds in which who has just got the lock may say so."""
 
 _MOUNTS = Path("/proc/self/mountinfo")
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -102,7 +106,7 @@ def _acquire(descriptor: int, directory: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = _holder(descriptor)
+        holder = _holder_soon(descriptor)
         by = f" by {holder}" if holder else ""
         raise BusyError(f"in use{by}", where=directory, hint="wait for it or stop it") from None
     except OSError as error:
@@ -117,6 +121,14 @@ def _acquire(descriptor: int, directory: Path) -> None:
     own = Holder(host=socket.gethostname(), boot=_boot(), pid=os.getpid(), started=started)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, own.model_dump_json().encode("utf-8"), 0)
+
+
+def _holder_soon(descriptor: int) -> Holder | None:
+    """Who wrote the lock file, or is about to."""
+    until = time.monotonic() + WAIT
+    while (holder := _holder(descriptor)) is None and time.monotonic() < until:
+        time.sleep(0.01)
+    return holder
 
 
 def _holder(descriptor: int) -> Holder | None:

@@ -31,7 +31,7 @@ def write_run(root: Path, seed: int, gain: float = 0.0, **judge: str) -> RunDire
     metrics["ppo.accuracy"] = proportion_interval(seed, PROMPTS)
     dumped = {name: metric.model_dump() for name, metric in metrics.items()} | {"ppo.rounds": {"value": float(seed)}}
     inputs = {"reward": {"source": "judge", "kind": "reward", "digest": reports.digest(judge.get("judge", "judge"))}}
-    directory = reports.write_stage(root, "check", schema_version=1, metrics=dumped, inputs=inputs)
+    directory = reports.write_stage(root, "check", metrics=dumped, inputs=inputs)
     models = {"sft": {"parent": None}, "ppo": {"parent": "sft"}}
     (directory / "evaluation.json").write_text(json.dumps({"models": models, "judge": "gold"}))
     samples = [

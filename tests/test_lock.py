@@ -55,6 +55,20 @@ def test_a_second_process_is_told_who_holds_the_directory(tmp_path: Path) -> Non
         assert record(tmp_path)["pid"] == os.getpid()
 
 
+def test_who_has_not_said_who_they_are_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "WAIT", 0.05)
+    with holder(tmp_path) as process:
+        named = (tmp_path / lock.FILE_NAME).read_text()
+        (tmp_path / lock.FILE_NAME).write_text("")
+        with pytest.raises(BusyError) as caught, lock.hold(tmp_path):
+            pass
+        assert caught.value.what == "in use"
+        monkeypatch.setattr("time.sleep", lambda seconds: (tmp_path / lock.FILE_NAME).write_text(named))
+        with pytest.raises(BusyError, match=f"in use by process {process.pid} "), lock.hold(tmp_path):
+            pass
+        process.kill()
+
+
 def test_the_record_names_host_boot_process_and_start_and_goes_with_the_process(tmp_path: Path) -> None:
     with lock.hold(tmp_path):
         found = record(tmp_path)

@@ -1,4 +1,4 @@
-"""What Baton promises of its files, tried by breaking things: kills, power cuts, full disks, failing devices, flipped bits.
+"""What Baton promises of its files, tried by breaking things: kills, power cuts, full disks, flipped bits.
 
 `pytest` runs a small part of each; `make faults`, which is `python -m tests.faults`, runs all of it and writes
 docs/reliability.md. The processes that are killed or traced are real ones that run the real functions. They are forked

@@ -57,6 +57,17 @@ class Point:
         return f"{self.name} {self.number}"
 
 
+@dataclass(frozen=True)
+class Blow:
+    """What became of a process that was broken at a point."""
+
+    point: Point
+    code: int
+    """How it ended."""
+    problem: str = ""
+    """What was wrong with what it left; empty if nothing was."""
+
+
 def start(action: Action, output: Path, wait: int | None = None) -> int:
     """Fork a process that runs an action and ends; what it prints goes to a file. Returns its id.
 

@@ -1,4 +1,4 @@
-"""Where things are broken: in memory, where syncing takes no time; what it is good for, the power cuts' replay shows."""
+"""Where things are broken: in memory, where syncing takes no time; the replay of power cuts shows what it is for."""
 
 from __future__ import annotations
 

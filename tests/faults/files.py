@@ -97,7 +97,7 @@ HARMS = (truncate_half, truncate, lengthen, remove, swap, link, fifo, folder, un
 
 
 def faults(directories: list[Path], root: Path) -> Iterator[tuple[str, str, bool]]:
-    """Harm every file of stage directories in every way; yields the harm, the file, and whether it was refused by name."""
+    """Harm every file of stage directories in every way; yields harm, file, and whether it was refused by name."""
     for directory in directories:
         names = [path.relative_to(directory) for path in manifests.walk(directory)]
         for number, name in enumerate(names):

@@ -17,8 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft  # noqa: F401  what a process that is forked later needs, it has
 import torch
-from transformers.models.gpt2 import modeling_gpt2  # noqa: F401  a process that is forked later has it
+from transformers.models.gpt2 import modeling_gpt2  # noqa: F401
 
 import stages.dpo
 import stages.ppo
@@ -27,6 +28,7 @@ import stages.reward
 import stages.sft
 import stages.tokenizer  # noqa: F401
 from pipeline import cli, report
+from pipeline.errors import BatonError
 
 from . import children, runs
 
@@ -118,7 +120,7 @@ def _killed_after(seconds: float, place: Path, output: Path) -> int:
 def _is_whole(place: Path) -> bool:
     try:
         runs.require_whole(place)
-    except Exception:
+    except (AssertionError, BatonError):
         return False
     return True
 

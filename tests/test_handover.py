@@ -35,9 +35,9 @@ COMMIT = "c" * 40
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configuration of a run whose stages are finished, but for the evaluation."""
+    """The configuration of a run that is finished up to the reward model and the policy of DPO."""
     path = tiny.write_chain(tmp_path_factory.mktemp("handover"))
-    assert baton(path, "--until", "ppo") == 0
+    assert baton(path, "--until", "reward") == 0
     assert baton(path, "--only", "dpo") == 0
     return path
 
@@ -360,7 +360,7 @@ def known_of(directory: Path, before: Manifest) -> dict[str, Any]:
 def rebase(run: Path, *, also_policy: bool = False) -> None:
     """Make the stages on `sft` say that they were trained on what it is now."""
     digest = manifests.load(run / "stages" / "sft").digest
-    for name in ("reward", "dpo", "ppo"):
+    for name in ("reward", "dpo"):
         manifest = manifests.load(run / "stages" / name)
         assert manifest.adaptation is not None
         reference = digest if manifest.adaptation.reference else None
@@ -511,11 +511,11 @@ def other_base(run: Path) -> dict[str, Any]:
 def test_an_adapter_on_another_base_is_refused(config: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = other_base(run)
     reseal(run / "stages" / "dpo", adaptation=changes["adaptation"])
-    said = refused(config, run, capsys, "--only", "evaluate")
+    said = refused(config, run, capsys, *RECEIVERS["dpo"].arguments)
     sft, base = (manifests.load(run / "stages" / name).digest for name in ("sft", "base"))
     assert f"dpo/manifest.json: its reference has digest {base}, the policy it was trained from {sft}" in said
     reseal(run / "stages" / "dpo", **changes)
-    said = refused(config, run, capsys, "--only", "evaluate")
+    said = refused(config, run, capsys, *RECEIVERS["dpo"].arguments)
     assert "dpo/probes.json: probe 0: recorded -" in said
 
 

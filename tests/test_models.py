@@ -9,6 +9,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from data.batch import batches
 from data.template import tokenizer_record
@@ -111,6 +112,22 @@ def test_logits_that_are_changed_after_the_head_are_refused(monkeypatch: pytest.
     monkeypatch.setattr(model, "forward", scaled)
     with pytest.raises(ConfigError, match="changes its logits"):
         require_plain_head(model)
+
+
+def test_a_stored_model_whose_logits_are_changed_after_the_head_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = models.save_base(tmp_path / "base")
+    forward = LlamaForCausalLM.forward
+
+    def scaled(self: LlamaForCausalLM, **inputs: Any) -> Any:
+        output = forward(self, **inputs)
+        output.logits = output.logits * 8
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
+    with pytest.raises(ConfigError, match="changes its logits"):
+        load_model(base, models.CPU)
 
 
 def test_examples_are_no_longer_than_the_models_positions() -> None:

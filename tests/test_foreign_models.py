@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import shutil
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -158,6 +160,30 @@ def test_an_adapter_that_is_but_a_pickle_is_refused(run: Path, tmp_path: Path) -
     hostile.reseal(directory)
     assert tuned(directory, kind="dpo") == 5
     assert not (tmp_path / "canary").exists()
+
+
+AUDITED = """
+import sys
+
+found = []
+
+def note(event, arguments):
+    if event == "pickle.find_class" or event in ("socket.connect", "socket.getaddrinfo", "os.system", "os.exec"):
+        found.append((event, str(arguments)))
+
+sys.addaudithook(note)
+from pipeline import cli
+code = cli.execute(cli.app, ["run", sys.argv[1]])
+print(code, found)
+"""
+
+
+@pytest.mark.chain
+def test_a_chain_unpickles_nothing_starts_no_program_and_connects_to_nobody(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", AUDITED, str(tiny.write_chain(tmp_path))]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []"
 
 
 CODE: dict[str, dict[str, Any]] = {

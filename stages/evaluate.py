@@ -36,7 +36,7 @@ from reward.intervals import mean_interval, proportion_interval, ratio_interval
 from reward.pair_judge import PairJudge
 from stages.core import device, loop, rows
 from stages.core.answers import PLAIN, Answers, answer
-from stages.core.comparison import Comparison, compare, tested
+from stages.core.comparison import Comparison, compare, corrected_tests
 from stages.core.lineup import Contestant, Lineup, parent_digest
 from stages.core.models import LanguageModel
 from stages.core.roles import REWARD, Roles
@@ -316,7 +316,7 @@ def text_trees(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_le
 def _write(context: Context, lineup: Lineup, prompts: Sequence[Prompt], found: Findings) -> None:
     """`evaluation.json` for the report, `samples.jsonl` with one prompt a line and every model's answer."""
     parents = {name: contestant.parent for name, contestant in lineup.contestants.items()}
-    tests = tested(found.comparisons)
+    tests = corrected_tests(found.comparisons)
     compared: dict[str, dict[str, Any]] = {
         name: {"comparison": each.as_json(tests[name])} for name, each in found.comparisons.items()
     }

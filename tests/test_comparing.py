@@ -14,7 +14,7 @@ from reward.intervals import paired_difference
 from reward.length_control import length_controlled
 from reward.pair_judge import Judgement, PairJudge
 from stages.core.answers import Answers
-from stages.core.comparison import compare, tested
+from stages.core.comparison import compare, corrected_tests
 from stages.evaluate import Likelihood, _of_text_against
 
 TASKS = ["sums"] * 6 + ["facts"] * 5 + ["rare"]
@@ -105,7 +105,7 @@ def test_where_no_verdict_could_be_read_there_is_no_win_rate(both: tuple[Answers
 
 def test_accuracies_of_all_models_are_corrected_together(both: tuple[Answers, Answers]) -> None:
     comparison = compare(*both, PROMPTS, None)
-    alone, together = tested({"dpo": comparison}), tested({"dpo": comparison, "ppo": comparison})
+    alone, together = corrected_tests({"dpo": comparison}), corrected_tests({"dpo": comparison, "ppo": comparison})
     assert alone["dpo"]["accuracy.sums"].p == together["ppo"]["accuracy.sums"].p == mcnemar(5, 0)
     assert alone["dpo"]["accuracy.sums"].adjusted == pytest.approx(4 * mcnemar(5, 0))
     assert together["dpo"]["accuracy.sums"].adjusted == pytest.approx(8 * mcnemar(5, 0))

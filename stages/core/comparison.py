@@ -87,7 +87,7 @@ def compare(own: Answers, parent: Answers, prompts: Sequence[Prompt], judge: Pai
     )
 
 
-def tested(comparisons: Mapping[str, Comparison]) -> dict[str, dict[str, AccuracyTest]]:
+def corrected_tests(comparisons: Mapping[str, Comparison]) -> dict[str, dict[str, AccuracyTest]]:
     """McNemar's test of every accuracy of every model against its parent's, corrected for all of them together."""
     pairs = {(model, name): pair for model, each in comparisons.items() for name, pair in each.correct.items()}
     found: dict[str, dict[str, AccuracyTest]] = {model: {} for model in comparisons}

@@ -33,7 +33,7 @@ from reward.intervals import mean_interval, proportion_interval, ratio_interval
 from reward.pair_judge import PairJudge
 from stages.core import device, loop, rows
 from stages.core.answers import PLAIN, Answers, answer
-from stages.core.comparison import Comparison, compare, tests
+from stages.core.comparison import Comparison, compare, corrected_tests
 from stages.core.documents import Likelihood, text_likelihoods
 from stages.core.lineup import Contestant, Lineup, parent_digest
 from stages.core.roles import REWARD, Roles
@@ -289,9 +289,9 @@ def _write(context: Context, lineup: Lineup, prompts: Sequence[Prompt], found: F
     """`evaluation.json` for the report, `samples.jsonl` with one prompt a line and every model's answer, and what the
     suites write."""
     parents = {name: contestant.parent for name, contestant in lineup.contestants.items()}
-    tested = tests(found.comparisons)
+    tests = corrected_tests(found.comparisons)
     compared: dict[str, dict[str, Any]] = {
-        name: {"comparison": each.as_json(tested[name])} for name, each in found.comparisons.items()
+        name: {"comparison": each.as_json(tests[name])} for name, each in found.comparisons.items()
     }
     content = {
         "gold": context.settings.gold,

@@ -144,7 +144,8 @@ def test_a_disk_that_fills_up_while_a_stage_writes_ends_6_and_publishes_nothing(
     (tmp_path / "small.py").write_text(ON_A_SMALL_DISK)
     command = (
         'mount -t tmpfs -o size=256k none "$1/run" && '
-        '{ "$2" "$1/small.py" run "$1/chain.yaml" --until tokenizer; code=$?; find "$1/run/stages" -mindepth 1; exit $code; }'
+        '{ "$2" "$1/small.py" run "$1/chain.yaml" --until tokenizer; code=$?; '
+        'find "$1/run/stages" -mindepth 1; exit $code; }'
     )
     done = subprocess.run(
         ["unshare", "--mount", "--map-root-user", "sh", "-c", command, "sh", str(tmp_path), sys.executable],

@@ -66,7 +66,7 @@ def run(tmp_path: Path) -> Path:
             for model, (gold, gain) in measured.items():
                 metrics |= {f"{model}.gold": reports.metric(gold), f"{model}.gold_gain": reports.metric(gain)}
             metrics |= {"ppo.win_rate": reports.metric(0.8), "sft.win_rate": reports.metric(0.6)}
-        reports.write_stage(tmp_path, name, inputs=inputs, metrics=metrics)
+        reports.write_stage(tmp_path, name, schema_version=manifests.SCHEMA_VERSION, inputs=inputs, metrics=metrics)
     return tmp_path
 
 

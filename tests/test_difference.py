@@ -13,6 +13,7 @@ import reports
 from pipeline import cli, difference
 from pipeline.difference import INDEPENDENT, NO_INTERVAL, OTHER_JUDGE, PAIRED, Change
 from pipeline.errors import ArtifactError
+from pipeline.manifest import SCHEMA_VERSION
 from pipeline.store import RunDirectory
 from reward.intervals import mean_interval, proportion_interval
 
@@ -31,7 +32,7 @@ def write_run(root: Path, seed: int, gain: float = 0.0, **judge: str) -> RunDire
     metrics["ppo.accuracy"] = proportion_interval(seed, PROMPTS)
     dumped = {name: metric.model_dump() for name, metric in metrics.items()} | {"ppo.rounds": {"value": float(seed)}}
     inputs = {"reward": {"source": "judge", "kind": "reward", "digest": reports.digest(judge.get("judge", "judge"))}}
-    directory = reports.write_stage(root, "check", metrics=dumped, inputs=inputs)
+    directory = reports.write_stage(root, "check", schema_version=SCHEMA_VERSION, metrics=dumped, inputs=inputs)
     models = {"sft": {"parent": None}, "ppo": {"parent": "sft"}}
     (directory / "evaluation.json").write_text(json.dumps({"models": models, "judge": "gold"}))
     samples = [

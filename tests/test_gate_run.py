@@ -108,6 +108,11 @@ def evaluation(run: Path) -> Any:
     return json.loads((run / "stages" / "evaluate" / "evaluation.json").read_text())
 
 
+def samples(run: Path) -> list[Any]:
+    lines = (run / "stages" / "evaluate" / "samples.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def test_what_was_trained_for_passes_the_gate(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert baton("run", config) == 0
     assert "evaluate: 4 of 4 requirements hold" in capsys.readouterr().out
@@ -177,8 +182,7 @@ def test_a_figure_that_is_missing_fails_and_says_so(
 
 
 def test_comparisons_count_wins_and_test_accuracies_as_samples_say(config: Path) -> None:
-    lines = (config.parent / "run" / "stages" / "evaluate" / "samples.jsonl").read_text().splitlines()
-    gold = [json.loads(line)["gold"] for line in lines]
+    gold = [each["gold"] for each in samples(config.parent / "run")]
     for model in ("dpo", "ppo"):
         found = evaluation(config.parent / "run")["models"][model]
         won = sum(each[model] > each["sft"] for each in gold)
@@ -199,15 +203,20 @@ def test_a_judge_s_verdicts_are_the_win_rate(config: Path, copy: Path) -> None:
     with reward_servers.serving(prefers("Nay.", otherwise="who knows")) as server:
         judge = f"{{url: '{server.url}', hosts: ['127.0.0.1:{server.server_port}'], model: judge-1}}"
         assert baton("run", config, f"output={copy}", f"stages.evaluate.judge={judge}", f"{GATE}={{}}") == 0
-    asked = len(server.bodies)
     found = evaluation(copy)
-    gold = evaluation(config.parent / "run")
     assert found["judge"] == "judge-1"
+    asked = 0
     for model in ("dpo", "ppo"):
-        ours, theirs = (each["models"][model]["comparison"] for each in (found, gold))
-        assert (ours["won"], ours["lost"]) == (theirs["lost"], theirs["won"])
-        assert found["models"][model]["metrics"]["win_rate"]["value"] < 0.5
-    assert asked >= 2 * sum(found["models"][model]["comparison"]["lost"] for model in ("dpo", "ppo"))
+        pairs = [(each["responses"][model], each["responses"]["sft"]) for each in samples(copy)]
+        preferred = ["same" if a == b else ("Nay." in a) - ("Nay." in b) for a, b in pairs]
+        comparison, rate = found["models"][model]["comparison"], found["models"][model]["metrics"]["win_rate"]
+        assert comparison["won"] == preferred.count(1)
+        assert comparison["lost"] == preferred.count(-1) > 0
+        assert comparison["tied"] == preferred.count("same")
+        assert comparison["unread"] == preferred.count(0)
+        assert rate["high"] < 0.5
+        asked += 2 * (len(pairs) - preferred.count("same"))
+    assert len(server.bodies) == asked
     text = reports.Elements((copy / "report.html").read_text()).text
     assert "judged by judge-1" in text
 

@@ -70,7 +70,7 @@ def test_an_accuracy_is_coloured_only_when_it_stays_significant(run: Path, adjus
     assert found is not None
     assert found[1] == ("up" if coloured else "level")
     text = reports.Elements(page).text
-    assert f"p 0.01, corrected {adjusted}" in text
+    assert f"p 0.010, corrected {adjusted:.3f}" in text
     assert "sums_gain" not in text
 
 
@@ -139,7 +139,7 @@ def test_a_gate_that_somebody_spoiled_in_the_run_is_left_out(run: Path, required
 
 
 def test_the_settings_of_the_guide_are_valid() -> None:
-    judges = list(re.findall(r"```yaml\n    judge:\n(.*?)```", GUIDE, re.DOTALL))
+    judges = re.findall(r"```yaml\n    judge:\n(.*?)```", GUIDE, re.DOTALL)
     gates = [yaml.safe_load(found) for found in re.findall(r"```yaml\n(    require:.*?)```", GUIDE, re.DOTALL)]
     settings = {"models": ["dpo"], "prompts": "prompts", "judge": yaml.safe_load(judges[0]), **gates[0]}
     made = EvaluateSettings.model_validate(settings)

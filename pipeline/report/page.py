@@ -161,7 +161,7 @@ def _cell(column: str, model: ModelEvaluation) -> Cell:
             gain=wording.number(column, gain.value, signed=True),
             gain_interval=wording.interval(column, gain, signed=True),
             direction=direction(gain.low, gain.high) if clear else "level",
-            remark=f"p {wording.brief(test.p)}, corrected {wording.brief(test.adjusted)}" if test else "",
+            remark=f"p {wording.chance(test.p)}, corrected {wording.chance(test.adjusted)}" if test else "",
         )
     if column in ("win_rate", "win_rate_length_controlled"):
         remark = wording.tally(model.comparison) if model.comparison and column == "win_rate" else ""

@@ -46,6 +46,11 @@ def brief(value: float, *, decimals: int | None = None) -> str:
     return _with_minus(f"{value:.3g}" if decimals is None else f"{value:.{decimals}f}")
 
 
+def chance(p: float) -> str:
+    """A p-value, as far as it matters."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def interval(metric: str, measured: Metric, *, signed: bool = False) -> str:
     """`[low, high]`, or nothing when there is no interval."""
     if measured.low is None or measured.high is None:

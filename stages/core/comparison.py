@@ -67,7 +67,9 @@ def compare(own: Answers, parent: Answers, prompts: Sequence[Prompt], judge: Pai
         ServerError: The judge is out of reach or breaks the protocol.
     """
     correct = _paired(own.accuracies(prompts), parent.accuracies(prompts))
-    pairs = _paired(own.scores, parent.scores) | correct
+    # One prompt of a task has a test, of which nothing comes, and no interval.
+    several = {name: pair for name, pair in correct.items() if len(pair[0]) > 1}
+    pairs = _paired(own.scores, parent.scores) | several
     metrics = {f"{name}{GAIN}": paired_difference(*pair) for name, pair in pairs.items()}
     needed = {name: _needed(*pair, metrics[f"{name}{GAIN}"]) for name, pair in pairs.items()}
     metrics[f"length{RATIO}"] = ratio_interval(own.lengths, parent.lengths)
@@ -85,7 +87,7 @@ def compare(own: Answers, parent: Answers, prompts: Sequence[Prompt], judge: Pai
     )
 
 
-def tests(comparisons: Mapping[str, Comparison]) -> dict[str, dict[str, AccuracyTest]]:
+def corrected_tests(comparisons: Mapping[str, Comparison]) -> dict[str, dict[str, AccuracyTest]]:
     """McNemar's test of every accuracy of every model against its parent's, corrected for all of them together."""
     pairs = {(model, name): pair for model, each in comparisons.items() for name, pair in each.correct.items()}
     found: dict[str, dict[str, AccuracyTest]] = {model: {} for model in comparisons}

@@ -1,0 +1,131 @@
+"""A model against its parent: what `evaluate` says of their answers and of the text that both read."""
+
+from __future__ import annotations
+
+from math import exp
+
+import numpy as np
+import pytest
+
+from data.schema import Message, Prompt
+from data.tree import Branch, Tree
+from reward.comparison import mcnemar, prompts_needed
+from reward.intervals import paired_difference
+from reward.length_control import length_controlled
+from reward.pair_judge import Judgement, PairJudge
+from stages.core.answers import Answers
+from stages.core.comparison import compare, corrected_tests
+from stages.evaluate import Likelihood, _of_text_against
+
+TASKS = ["sums"] * 6 + ["facts"] * 5 + ["rare"]
+PROMPTS = [Prompt((Message("user", str(number)),), {"task": task}) for number, task in enumerate(TASKS)]
+
+
+class Judge(PairJudge):
+    """Says what it is told to."""
+
+    def __init__(self, found: list[float | None], changed: int) -> None:
+        self.found, self.changed = found, changed
+
+    def compare(self, *_: object) -> Judgement:
+        return Judgement(self.found, self.changed)
+
+
+def answers(gold: list[float], correct: list[float], texts: list[str], rewards: list[float] | None = None) -> Answers:
+    trees = [Tree((1,), (Branch.of((2,) * (len(text) + 1)),), number) for number, text in enumerate(texts)]
+    return Answers(texts, trees, gold, correct, rewards or [])
+
+
+@pytest.fixture
+def both() -> tuple[Answers, Answers]:
+    """A model and its parent, which is as good at facts and worse at sums."""
+    own = answers([0.9] * 4 + [0.5] * 8, [1.0] * 8 + [0.5] * 4, ["long answer"] * 6 + ["ab"] * 6)
+    parent = answers([0.1] * 3 + [0.9] + [0.5] * 8, [0.0] * 5 + [1.0] * 3 + [0.0] * 4, ["abc"] * 12)
+    return own, parent
+
+
+def test_gains_are_paired_and_wins_are_counted_by_gold(both: tuple[Answers, Answers]) -> None:
+    own, parent = both
+    found = compare(own, parent, PROMPTS, None)
+    assert (found.won, found.tied, found.lost, found.unread) == (3, 9, 0, 0)
+    assert found.metrics["gold_gain"] == paired_difference(own.gold, parent.gold)
+    assert found.metrics["accuracy_gain"].value == pytest.approx(5 / 12)
+    assert found.metrics["accuracy.sums_gain"].value == pytest.approx(5 / 6)
+    assert found.metrics["accuracy.facts_gain"].value == 0
+    assert found.metrics["win_rate"].value == pytest.approx((3 + 4.5) / 12)
+    longer = [len(a) - len(b) for a, b in zip(own.texts, parent.texts, strict=True)]
+    won = [1.0] * 3 + [0.5] * 9
+    assert found.metrics["win_rate_length_controlled"] == length_controlled(won, longer)
+    assert found.metrics["length_ratio"].value == pytest.approx((6 * 12 + 6 * 3) / (12 * 4))
+
+
+def test_a_task_of_one_prompt_has_a_test_and_no_gain(both: tuple[Answers, Answers]) -> None:
+    found = compare(*both, PROMPTS, None)
+    assert "accuracy.rare_gain" not in found.metrics
+    assert found.correct["accuracy.rare"] == ([0.0], [0.0])
+
+
+def test_the_prompts_needed_are_named_only_where_nothing_is_clear(both: tuple[Answers, Answers]) -> None:
+    own, parent = both
+    unclear = answers([0.4, 0.6] * 6, [0.0] * 12, own.texts)
+    other = answers([0.5, 0.4] * 6, [0.0] * 12, own.texts)
+    differences = np.array(unclear.gold) - np.array(other.gold)
+    assert compare(unclear, other, PROMPTS, None).needed == {"gold": prompts_needed(differences, differences.mean())}
+    assert "accuracy" not in compare(own, parent, PROMPTS, None).needed
+
+
+def test_without_a_gold_reward_the_reward_decides(both: tuple[Answers, Answers]) -> None:
+    own = answers([], [], both[0].texts, [1.0] * 12)
+    parent = answers([], [], both[1].texts, [0.0] * 11 + [2.0])
+    found = compare(own, parent, PROMPTS, None)
+    assert (found.won, found.lost) == (11, 1)
+    assert found.correct == {}
+
+
+def test_without_any_judge_nothing_is_won(both: tuple[Answers, Answers]) -> None:
+    found = compare(answers([], [], both[0].texts), answers([], [], both[1].texts), PROMPTS, None)
+    assert found.metrics.keys() == {"length_ratio"}
+    assert found.asked == 0
+
+
+def test_a_judge_of_pairs_decides_before_all_and_pairs_it_did_not_decide_are_in_no_win_rate(
+    both: tuple[Answers, Answers],
+) -> None:
+    found = compare(*both, PROMPTS, Judge([1.0] * 2 + [0.0] * 5 + [0.5] * 2 + [None] * 3, changed=1))
+    assert (found.won, found.tied, found.lost, found.unread, found.changed) == (2, 2, 5, 3, 1)
+    assert found.metrics["win_rate"].n == found.metrics["win_rate_length_controlled"].n == 9
+    assert found.metrics["win_rate"].value == pytest.approx(3 / 9)
+
+
+def test_where_no_verdict_could_be_read_there_is_no_win_rate(both: tuple[Answers, Answers]) -> None:
+    found = compare(*both, PROMPTS, Judge([None] * 12, changed=0))
+    assert "win_rate" not in found.metrics
+    assert found.unread == 12
+
+
+def test_accuracies_of_all_models_are_corrected_together(both: tuple[Answers, Answers]) -> None:
+    comparison = compare(*both, PROMPTS, None)
+    alone, together = corrected_tests({"dpo": comparison}), corrected_tests({"dpo": comparison, "ppo": comparison})
+    assert alone["dpo"]["accuracy.sums"].p == together["ppo"]["accuracy.sums"].p == mcnemar(5, 0)
+    assert alone["dpo"]["accuracy.sums"].adjusted == pytest.approx(4 * mcnemar(5, 0))
+    assert together["dpo"]["accuracy.sums"].adjusted == pytest.approx(8 * mcnemar(5, 0))
+    assert comparison.as_json(alone["dpo"])["tests"]["accuracy.sums"]["gained"] == 5
+
+
+def test_text_is_compared_on_the_documents_that_both_read() -> None:
+    parent = Likelihood({0: 10.0, 1: 20.0, 2: 30.0}, {0: 10, 1: 10, 2: 10})
+    own = Likelihood({1: 22.0, 2: 33.0, 3: 99.0}, {1: 10, 2: 10, 3: 10})
+    found = _of_text_against(own, parent)
+    assert found["bits_per_byte_ratio"].value == pytest.approx(55 / 50)
+    assert found["perplexity_ratio"].value == pytest.approx(exp(55 / 20) / exp(50 / 20))
+    low, high = found["perplexity_ratio"].low, found["perplexity_ratio"].high
+    assert low is not None
+    assert high is not None
+    assert exp(0.2) == pytest.approx(low)
+    assert exp(0.3) == pytest.approx(high)
+
+
+def test_perplexities_of_other_tokens_are_not_compared() -> None:
+    found = _of_text_against(Likelihood({0: 10.0, 1: 9.0}, {0: 5, 1: 5}), Likelihood({0: 10.0, 1: 9.0}, {0: 10, 1: 10}))
+    assert found.keys() == {"bits_per_byte_ratio"}
+    assert _of_text_against(Likelihood({}, {}), Likelihood({0: 1.0}, {0: 1})) == {}

@@ -34,6 +34,7 @@ from pipeline.chat import labels
 from pipeline.config import Decoding
 from pipeline.contract import Artifact
 from pipeline.screens import Terminal
+from pipeline.terminal import printable
 from stages.core import conversation, lineup
 from stages.core.conversation import TOKENS_PER_BATCH, Conversation, Manner, pieces
 from stages.core.decoding import decode
@@ -113,13 +114,14 @@ def test_an_answer_is_the_models_and_follows_from_all_that_was_said(chat: Chat, 
     questions = ["What is 2 plus 3?", "And where does Ada live?"]
     first = slow_answer(run, name, [("user", questions[0])])
     turns = [("user", questions[0]), ("assistant", first), ("user", questions[1])]
-    assert chat(questions, stage(name), *GREEDY) == [first, slow_answer(run, name, turns)]
+    expected = [first, slow_answer(run, name, turns)]
+    assert chat(questions, stage(name), *GREEDY) == [printable(text, None) for text in expected]
     assert first
 
 
 def test_the_system_text_goes_before_every_conversation(chat: Chat, run: Path) -> None:
     opening = ("system", "Answer in capital letters.")
-    expected = slow_answer(run, "sft", [opening, ("user", "Hello?")])
+    expected = printable(slow_answer(run, "sft", [opening, ("user", "Hello?")]), None)
     options = ("--system", opening[1], *GREEDY)
     assert chat(["Hello?", "/reset", "Hello?"], stage("sft"), *options) == [expected, expected]
 
@@ -272,11 +274,15 @@ def test_the_best_of_several_answers_is_the_one_that_the_reward_model_likes_best
     (found,) = chat(["What is 2 plus 3?"], stage("sft"), *options, "--seed", "3")
     judge, template, samples = judged(run, "What is 2 plus 3?")
     prompt = tuple(template.prompt([Message("user", "What is 2 plus 3?")]))
-    trees = [Tree(prompt, (Branch.of(each.tokens),), number) for number, each in enumerate(samples)]
+    texts = [template.decode(each.tokens) for each in samples]
+    responses = [
+        template.response(text)[: None if each.ended else -1] for text, each in zip(texts, samples, strict=True)
+    ]
+    trees = [Tree(prompt, (Branch.of(tokens),), number) for number, tokens in enumerate(responses)]
     values = scores(judge, REWARD, trees, layout="plain")
     best = max(range(6), key=lambda number: values[number][0])
-    assert found == template.decode(samples[best].tokens)
-    assert len({template.decode(each.tokens) for each in samples}) > 1
+    assert found == printable(texts[best], None)
+    assert len(set(texts)) > 1
 
 
 def judged(run: Path, question: str) -> tuple[Roles, Any, list[Any]]:

@@ -28,25 +28,13 @@ def marked(old: str, new: str) -> list[Piece]:
     The pieces that are not `gone` are the new answer; those that are not `new` the old one, but for white space.
     """
     before, after = _WORDS.findall(old), _WORDS.findall(new)
-<<<<<<< HEAD
-    plain = [[word.strip() for word in words] for words in (before, after)]
-    matcher = SequenceMatcher(None, plain[0], plain[1], autojunk=False)
-=======
     bare = [[word.strip() for word in words] for words in (before, after)]
     matcher = SequenceMatcher(None, bare[0], bare[1], autojunk=False)
->>>>>>> cards
     if old == new or matcher.ratio() < ALIKE:
         return [Piece("same", new)]
     pieces: list[Piece] = []
     for what, start, end, from_, to in matcher.get_opcodes():
         lost, found = "".join(before[start:end]), "".join(after[from_:to])
-<<<<<<< HEAD
-        if what == "equal":
-            pieces.append(Piece("same", found))
-            continue
-        pieces += [each for each in (Piece("gone", lost), Piece("new", found)) if each.text]
-=======
         parts = [Piece("same", found)] if what == "equal" else [Piece("gone", lost), Piece("new", found)]
         pieces += [part for part in parts if part.text]
->>>>>>> cards
     return pieces

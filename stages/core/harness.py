@@ -68,7 +68,7 @@ def _as_theirs(language_model: LanguageModel, batch_size: int) -> Any:
     library: Any = huggingface  # checked the same with and without it
     language_model.end_turns()
     model, tokenizer = language_model.model, language_model.tokenizer
-    return HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
+    return library.HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
 
 
 def _of_task(task: str, found: Any) -> dict[str, Any]:

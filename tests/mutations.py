@@ -20,6 +20,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "shared", "runs", "bench", "__pycache__", ".*_cache")
+FINISHED = "FINISHED_CHAIN"
+"""The variable by which `tests/tiny.py` finds a finished chain."""
 PASSED, FAILED = 0, 1
 """Exit codes of pytest; others mean that no test ran."""
 
@@ -495,6 +497,7 @@ def main(names: Sequence[str]) -> int:
     chosen = [each for each in MUTATIONS if not names or each.name in names]
     with tempfile.TemporaryDirectory() as place:
         copy = Path(shutil.copytree(REPOSITORY, Path(place) / "copy", ignore=LEFT_OUT))
+        os.environ[FINISHED] = str(_chain(copy, Path(place)))
         code, said = _pytest(copy, sorted({each.test for each in chosen}))
         if code != PASSED:
             _tell(f"the tests fail without any mutation:\n{said}")
@@ -504,6 +507,15 @@ def main(names: Sequence[str]) -> int:
         f"{len(chosen) - len(unnoticed)} of {len(chosen)} noticed" + "".join(f"\n  not: {name}" for name in unnoticed)
     )
     return 1 if unnoticed or not chosen else 0
+
+
+def _chain(copy: Path, place: Path) -> Path:
+    """A chain that is finished once for all tests; returns its configuration."""
+    program = "import sys, pathlib, tiny; print(tiny.finished_chain(pathlib.Path(sys.argv[1])), file=sys.stderr)"
+    environment = {**os.environ, "PYTHONPATH": f"{copy}{os.pathsep}{copy / 'tests'}"}
+    command = [sys.executable, "-B", "-c", program, place]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return Path(done.stderr.splitlines()[-1])
 
 
 def _is_noticed(mutation: Mutation, copy: Path) -> bool:

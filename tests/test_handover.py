@@ -36,10 +36,7 @@ COMMIT = "c" * 40
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The configuration of a run that is finished up to the reward model and the policy of DPO."""
-    path = tiny.write_chain(tmp_path_factory.mktemp("handover"))
-    assert baton(path, "--until", "reward") == 0
-    assert baton(path, "--only", "dpo") == 0
-    return path
+    return tiny.finished_chain(tmp_path_factory.mktemp("handover"))
 
 
 @pytest.fixture
@@ -515,7 +512,7 @@ def test_an_adapter_on_another_base_is_refused(config: Path, run: Path, capsys: 
     sft, base = (manifests.load(run / "stages" / name).digest for name in ("sft", "base"))
     assert f"dpo/manifest.json: its reference has digest {base}, the policy it was trained from {sft}" in said
     reseal(run / "stages" / "dpo", **changes)
-    said = refused(config, run, capsys, *RECEIVERS["dpo"].arguments)
+    said = refused(config, run, capsys, "--only", "evaluate", "stages.evaluate.models=[dpo]")
     assert "dpo/probes.json: probe 0: recorded -" in said
 
 
@@ -572,7 +569,7 @@ def test_a_reward_model_on_another_base_than_the_policys_is_refused(
 def test_blocks_longer_than_the_models_positions_are_refused(
     config: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    renamed = config.with_name("longer.yaml")
+    renamed = run.with_name("longer.yaml")
     text = config.read_text().partition("stages:")[0]
     renamed.write_text(
         f"{text}stages:\n  longer: {{kind: pretrain, policy: {run}/stages/sft, data: corpus, max_length: 600}}\n"

@@ -34,7 +34,7 @@ data:
 stages:
   stage: {{kind: {stage}}}
 """
-MADE = "{root}/run/stages"
+MADE = "{made}/stages"
 LEARNS = "steps: 4, examples_per_step: 6, optimizer: {{learning_rate: 0.01}}"
 STAGES = {
     "pretrain": f"pretrain, policy: {MADE}/base, data: corpus, max_length: 32, {LEARNS}",
@@ -59,11 +59,17 @@ def report_of_one_line() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, a policy and a reward model."""
-    made = tmp_path_factory.mktemp("numerics")
-    assert baton(tiny.write_chain(made), "--until", "reward") == 0
-    return made
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a base, a policy and a reward model."""
+    return tiny.finished_chain(tmp_path_factory.mktemp("made")).parent / "run"
+
+
+@pytest.fixture(scope="module")
+def root(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where runs go; the stages that they begin with are in `made`."""
+    root = tmp_path_factory.mktemp("numerics")
+    (root / "made").symlink_to(made)
+    return root
 
 
 def baton(config: Path, *arguments: str) -> int:
@@ -72,7 +78,7 @@ def baton(config: Path, *arguments: str) -> int:
 
 def configured(root: Path, kind: str, name: str) -> Path:
     config = root / f"{name}.yaml"
-    config.write_text(RUN.format(root=root, name=name, stage=STAGES[kind].format(root=root)))
+    config.write_text(RUN.format(root=root, name=name, stage=STAGES[kind].format(made=root / "made")))
     return config
 
 
@@ -182,7 +188,7 @@ def test_half_precision_is_refused(root: Path, capsys: pytest.CaptureFixture[str
     assert baton(config, "dtype=float16") == 2
     assert "dtype" in capsys.readouterr().err
     trl = "stages.stage={kind: trl, trainer: SFT, policy: %s, data: demonstrations, arguments: {fp16: true}}"
-    assert baton(config, trl % (root / "run" / "stages" / "sft")) == 2
+    assert baton(config, trl % (root / "made" / "stages" / "sft")) == 2
     assert "fp16" in capsys.readouterr().err
 
 

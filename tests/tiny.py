@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+from pipeline import cli
 
 CHAIN = """\
 output: {root}/run
@@ -44,6 +47,8 @@ stages:
     text: corpus, gold: world, best_of: 3, rows: 12, max_new_tokens: 8}}
 """
 
+FINISHED = "FINISHED_CHAIN"
+
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -77,6 +82,19 @@ def write_chain(root: Path) -> Path:
     """The configuration of all seven stages on the embedded world; returns its path."""
     path = root / "chain.yaml"
     path.write_text(CHAIN.format(root=root))
+    return path
+
+
+def finished_chain(root: Path) -> Path:
+    """The configuration of a chain that is finished up to the reward model and DPO's policy, to be read only.
+
+    It is made in `root`, or is the one that `$FINISHED_CHAIN` names: the mutation run makes one for all its tests.
+    """
+    if FINISHED in os.environ:
+        return Path(os.environ[FINISHED])
+    path = write_chain(root)
+    for selection in (("--until", "reward"), ("--only", "dpo")):
+        assert cli.execute(cli.app, ["run", str(path), *selection]) == 0
     return path
 
 

@@ -150,9 +150,8 @@ def _blocks(job: Job, model: LanguageModel, held_out: int) -> tuple[list[Tree], 
 
 
 def _with_tokens(records: Sequence[dict[str, Any]], tree: Tree) -> dict[str, Any]:
-    """A tree with the row that it was made of; a block of text has none."""
-    line = tree.origin.rpartition(":")[2]
-    row = records[int(line) - 1] if line else {}
+    """A tree with the row that it was made of; a block of text, of which there are no records, has none."""
+    row = records[int(tree.origin.rpartition(":")[2]) - 1] if records else {}
     responses = [{"tokens": branch.tokens, "read": branch.read} for branch in tree.branches]
     return {**row, "prompt_tokens": tree.prompt, "responses": responses}
 

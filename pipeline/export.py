@@ -14,7 +14,7 @@ from pipeline import card, durable, inputs, store
 from pipeline import manifest as manifests
 from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError, ConfigError
-from pipeline.manifest import OutputRecord, Record
+from pipeline.manifest import OutputRecord, SealedRecord
 from pipeline.store import RunDirectory
 from pipeline.terminal import printable
 
@@ -22,7 +22,7 @@ FILE_NAME = "baton.json"
 EXPORTED = ("model", "adapter", "reward")
 
 
-class ExportRecord(Record):
+class ExportRecord(SealedRecord):
     """Where an exported model came from, how it compares with the stage's, and its files."""
 
     stage: str

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import manifest as manifests
+from pipeline import seal
 from pipeline.fingerprint import file_sha256
 from pipeline.manifest import Manifest, OutputRecord
 
@@ -81,7 +82,7 @@ def reseal(directory: Path, base: Path | None = None) -> None:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Replace a stage's manifest."""
-    (directory / manifests.FILE_NAME).write_text(manifest.model_dump_json())
+    (directory / manifests.FILE_NAME).write_text(seal.sealed(manifest))
 
 
 def _as_it_is(path: Path, directory: Path, known: dict[str, Any]) -> OutputRecord:

@@ -15,7 +15,8 @@ from reward.length_control import length_controlled
 from reward.pair_judge import Judgement, PairJudge
 from stages.core.answers import Answers
 from stages.core.comparison import compare, corrected_tests
-from stages.evaluate import Likelihood, _of_text_against
+from stages.core.documents import Likelihood
+from stages.evaluate import _of_text_against
 
 TASKS = ["sums"] * 6 + ["facts"] * 5 + ["rare"]
 PROMPTS = [Prompt((Message("user", str(number)),), {"task": task}) for number, task in enumerate(TASKS)]
@@ -112,9 +113,14 @@ def test_accuracies_of_all_models_are_corrected_together(both: tuple[Answers, An
     assert comparison.as_json(alone["dpo"])["tests"]["accuracy.sums"]["gained"] == 5
 
 
+def documents(losses: dict[int, float], tokens: int) -> dict[int, Likelihood]:
+    """Documents of so many tokens each, by their losses."""
+    return {number: Likelihood(loss, tokens, bytes=3 * tokens) for number, loss in losses.items()}
+
+
 def test_text_is_compared_on_the_documents_that_both_read() -> None:
-    parent = Likelihood({0: 10.0, 1: 20.0, 2: 30.0}, {0: 10, 1: 10, 2: 10})
-    own = Likelihood({1: 22.0, 2: 33.0, 3: 99.0}, {1: 10, 2: 10, 3: 10})
+    parent = documents({0: 10.0, 1: 20.0, 2: 30.0}, tokens=10)
+    own = documents({1: 22.0, 2: 33.0, 3: 99.0}, tokens=10)
     found = _of_text_against(own, parent)
     assert found["bits_per_byte_ratio"].value == pytest.approx(55 / 50)
     assert found["perplexity_ratio"].value == pytest.approx(exp(55 / 20) / exp(50 / 20))
@@ -126,6 +132,6 @@ def test_text_is_compared_on_the_documents_that_both_read() -> None:
 
 
 def test_perplexities_of_other_tokens_are_not_compared() -> None:
-    found = _of_text_against(Likelihood({0: 10.0, 1: 9.0}, {0: 5, 1: 5}), Likelihood({0: 10.0, 1: 9.0}, {0: 10, 1: 10}))
-    assert found.keys() == {"bits_per_byte_ratio"}
-    assert _of_text_against(Likelihood({}, {}), Likelihood({0: 1.0}, {0: 1})) == {}
+    losses = {0: 10.0, 1: 9.0}
+    assert _of_text_against(documents(losses, 5), documents(losses, 10)).keys() == {"bits_per_byte_ratio"}
+    assert _of_text_against({}, documents(losses, 10)) == {}

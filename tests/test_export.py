@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 from data.template import ChatTemplate
-from pipeline import cli, durable
+from pipeline import cli, durable, handover
 from pipeline import export as exporting
 from pipeline import manifest as manifests
 from stages.core import export
@@ -66,7 +66,8 @@ def test_the_largest_difference_is_printed(chain: Path, tmp_path: Path, capsys: 
 
 def test_generation_ends_where_the_template_ends_a_turn_and_where_the_base_ended(chain: Path, tmp_path: Path) -> None:
     stage = copy(chain, tmp_path, "base")
-    GenerationConfig(eos_token_id=7, temperature=0.5, do_sample=True).save_pretrained(stage)
+    own = AutoTokenizer.from_pretrained(stage).eos_token_id
+    GenerationConfig(eos_token_id=[own, 7], temperature=0.5, do_sample=True).save_pretrained(stage)
     reseal(stage)
     baton("export", stage, "--to", tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -170,5 +171,5 @@ def reseal(stage: Path) -> None:
     manifest = manifests.load(stage)
     (stage / manifests.FILE_NAME).unlink()
     outputs = durable.inventory(stage)
-    digest = manifests.content_digest(outputs)
-    durable.seal(stage, manifests.FILE_NAME, manifest.model_copy(update={"outputs": outputs, "digest": digest}))
+    found = {"outputs": outputs, "digest": manifests.content_digest(outputs), "model": handover.describe(stage)}
+    durable.seal(stage, manifests.FILE_NAME, manifest.model_copy(update=found))

@@ -83,7 +83,7 @@ def six_steps(context: Context, stop_after: int | None) -> Result:
         if step == stop_after:
             raise Stop
         context.checkpoints.after(step, lambda directory, step=step: (directory / "step.json").write_text(str(step)))
-    (context.directory / "weights.safetensors").write_text("weights")
+    (context.directory / "weights.bin").write_text("weights")
     return Result(kind="tokenizer")
 
 

@@ -69,7 +69,7 @@ IN_MANIFESTS = (
     Mutation(
         "an edited manifest",
         "pipeline/manifest.py",
-        "if not seal.is_intact((directory / FILE_NAME).read_bytes()):",
+        "if not seal.is_intact(read_record(directory / FILE_NAME)):",
         "if False:",
         f"{HANDOVER}test_a_manifest_that_was_edited_is_refused",
     ),
@@ -124,7 +124,7 @@ IN_MANIFESTS = (
     ),
     Mutation(
         "an adapter beside foreign weights",
-        "pipeline/inputs.py",
+        "pipeline/model_files.py",
         "handover.refuse_adapter_beside_weights(directory)",
         "pass",
         f"{FOREIGN}[an adapter beside merged weights-directory]",
@@ -376,8 +376,8 @@ IN_TRAINING = (
     Mutation(
         "half precision",
         "pipeline/config.py",
-        'dtype: Literal["auto", "float32", "bfloat16"] = "auto"',
-        'dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"',
+        'Precision = Literal["auto", "float32", "bfloat16"]',
+        'Precision = Literal["auto", "float32", "bfloat16", "float16"]',
         "test_numerics.py::test_half_precision_is_refused",
     ),
     Mutation(
@@ -390,14 +390,14 @@ IN_TRAINING = (
     Mutation(
         "a gradient that stands out",
         "stages/core/alarms.py",
-        '"gradient_spike": gradient_spike(norms, self._norms[-1]),',
+        '"gradient_spike": gradient_spike(norms[:-SPIKE_STEPS], norms[-SPIKE_STEPS:]),',
         "",
         "test_alarms.py",
     ),
     Mutation(
         "a loss that stands out",
         "stages/core/alarms.py",
-        '"loss_spike": _loss_spike(losses, list(self._losses)[-SPIKE_STEPS:]),',
+        '"loss_spike": _loss_spike(losses[:-SPIKE_STEPS], losses[-SPIKE_STEPS:]),',
         "",
         "test_alarms.py",
     ),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from stages.core.alarms import COIN_STEPS, FEWEST, LAST, Alarms
+from stages.core.alarms import COIN_STEPS, LAST, SPIKE_STEPS, Alarms
 from stages.core.checkpoint import State
 
 Step = tuple[float, float]
@@ -33,25 +33,34 @@ def test_a_training_that_goes_well_sets_off_nothing(seed: int) -> None:
 
 
 def test_large_gradients_at_the_beginning_set_off_nothing() -> None:
-    assert not any(seen([(5.0, 300.0 / step) for step in range(1, FEWEST + 1)]))
+    assert not any(seen([(5.0, 300.0 / step) for step in range(1, LAST + SPIKE_STEPS)]))
 
 
-@pytest.mark.parametrize("at", [FEWEST, FEWEST + 1, 70, 199])
-def test_a_gradient_far_above_the_last_ones_is_told_of_with_its_step_and_rows(at: int) -> None:
+@pytest.mark.parametrize("at", [LAST, LAST + 1, 70, 197])
+def test_gradients_far_above_those_before_are_told_of_with_step_and_rows(at: int) -> None:
     steps = calm(200)
-    steps[at] = steps[at][0], 40.0
-    watching = Alarms()
-    assert [number for number, names in enumerate(seen(steps, watching)) if names] == [at]
+    for each in range(at, at + SPIKE_STEPS):
+        steps[each] = steps[each][0], 40.0
+    watching, last = Alarms(), at + SPIKE_STEPS - 1
+    assert [number for number, names in enumerate(seen(steps, watching)) if names] == [last]
     (line,) = watching.warnings
     assert line.startswith(
-        f"alarm at step {at + 1} (rows chats:{at + 1}): gradient spike: the norm is 40, the median of"
+        f"alarm at step {last + 1} (rows chats:{last + 1}): gradient spike: the norm is at least 40 in 3 steps running"
     )
 
 
+@pytest.mark.parametrize("running", range(1, SPIKE_STEPS))
+def test_single_large_gradients_set_off_nothing(running: int) -> None:
+    steps = calm(200)
+    for each in range(100, 100 + running):
+        steps[each] = steps[each][0], 40.0
+    assert not any(seen(steps))
+
+
 def test_the_median_is_that_of_the_last_steps() -> None:
-    early = [(1.0, 100.0)] * LAST
-    assert seen([*early, *[(1.0, 1.0)] * LAST, (1.0, 50.0)])[-1] == {"gradient_spike"}
-    assert seen([*early, (1.0, 50.0)])[-1] == set()
+    early, late = [(1.0, 100.0)] * LAST, [(1.0, 50.0)] * SPIKE_STEPS
+    assert seen([*early, *[(1.0, 1.0)] * LAST, *late])[-1] == {"gradient_spike"}
+    assert seen([*early, *late])[-1] == set()
 
 
 def test_a_loss_that_stays_high_is_told_of_and_a_single_high_one_is_not() -> None:
@@ -84,18 +93,18 @@ def test_each_kind_is_told_of_once_and_every_step_says_which() -> None:
     watching = Alarms()
     steps = calm(100)
     for at in (50, 60, 70):
-        steps[at] = steps[at][0], 40.0
+        steps[at : at + 3] = [(loss, 40.0) for loss, _ in steps[at : at + 3]]
     steps[80:] = [(math.log(2), 0.0)] * 20
     found = seen(steps, watching)
-    assert [found[at] for at in (50, 60, 70, 99)] == [{"gradient_spike"}] * 3 + [{"zero_signal"}]
+    assert [found[at] for at in (52, 62, 72, 99)] == [{"gradient_spike"}] * 3 + [{"zero_signal"}]
     assert len(watching.warnings) == 2
 
 
 @pytest.mark.parametrize("stop", [1, 30, 55, 99])
 def test_what_goes_on_from_a_state_tells_what_it_would_have_told(stop: int) -> None:
     steps = calm(100)
-    for at in (20, 55, 98):
-        steps[at] = steps[at][0], 50.0
+    for at in (20, 54, 95):
+        steps[at : at + 3] = [(loss, 50.0) for loss, _ in steps[at : at + 3]]
     whole, first, second = Alarms(), Alarms(), Alarms()
     expected = seen(steps, whole)
     before = seen(steps[:stop], first)

@@ -17,14 +17,15 @@ from stages.core.checkpoint import State
 from stages.core.guards import place
 
 LAST = 50
-"""Steps that a step is compared with."""
-FEWEST = 20
-"""Steps that must lie behind before one stands out: the first gradients of a training are large."""
+"""Steps that others are compared with; so many must lie behind before some stand out: gradients are large at first,
+or, where a head begins at nothing, small."""
+SPIKE_STEPS = 3
+"""Steps running that must stand out: single batches do in good trainings, and clipping takes care of them."""
 GRADIENT_SPIKE = 10.0
 """Times the median."""
-LOSS_SPIKE, SPIKE_STEPS = 6.0, 3
-"""Median absolute deviations above the median, in so many steps running."""
-SMALLEST_DEVIATION = 0.01
+LOSS_SPIKE = 6.0
+"""Median absolute deviations above the median."""
+SMALLEST_DEVIATION = 0.02
 """Of the median: a loss that hardly moves does not spike by rounding."""
 NO_GRADIENT, SILENT_STEPS = 1e-6, 3
 """A norm below which nothing is learnt, in so many steps running."""
@@ -40,8 +41,8 @@ class Alarms:
     """
 
     def __init__(self) -> None:
-        self._losses: deque[float] = deque(maxlen=LAST)
-        self._norms: deque[float] = deque(maxlen=LAST)
+        self._losses: deque[float] = deque(maxlen=LAST + SPIKE_STEPS)
+        self._norms: deque[float] = deque(maxlen=LAST + SPIKE_STEPS)
         self._told: list[str] = []
         self.warnings: list[str] = []
 
@@ -56,10 +57,9 @@ class Alarms:
         Returns:
             Alarm -> what is wrong; `warnings` has a line more for each that has not gone off before.
         """
-        before = list(self._losses), list(self._norms)
         self._losses.append(figures["loss"])
         self._norms.append(figures["gradient_norm"])
-        seen = {name: text for name, text in self._seen(*before).items() if text}
+        seen = {name: text for name, text in self._seen().items() if text}
         new = [name for name in seen if name not in self._told]
         self._told += new
         self.warnings += [f"alarm at {place(step, origins)}: {seen[name]}" for name in new]
@@ -76,32 +76,31 @@ class Alarms:
         self._norms.extend(state.values["norms"])
         self._told, self.warnings = list(state.values["told"]), list(state.values["warnings"])
 
-    def _seen(self, losses: Sequence[float], norms: Sequence[float]) -> Mapping[str, str]:
-        """By alarm, what is wrong with the newest step, given those before it."""
+    def _seen(self) -> Mapping[str, str]:
+        """By alarm, what is wrong with the newest steps, given those before them."""
+        losses, norms = list(self._losses), list(self._norms)
         return {
-            "gradient_spike": gradient_spike(norms, self._norms[-1]),
-            "loss_spike": _loss_spike(losses, list(self._losses)[-SPIKE_STEPS:]),
-            "zero_signal": _zero_signal(list(self._losses), list(self._norms)),
+            "gradient_spike": gradient_spike(norms[:-SPIKE_STEPS], norms[-SPIKE_STEPS:]),
+            "loss_spike": _loss_spike(losses[:-SPIKE_STEPS], losses[-SPIKE_STEPS:]),
+            "zero_signal": _zero_signal(losses, norms),
         }
 
 
-def gradient_spike(before: Sequence[float], norm: float) -> str:
-    """What is wrong with a gradient, given the norms of earlier ones; empty where nothing is."""
-    if len(before) < FEWEST or norm <= GRADIENT_SPIKE * median(before):
+def gradient_spike(before: Sequence[float], last: Sequence[float]) -> str:
+    """What is wrong with the last gradients' norms, given those of earlier ones; empty where nothing is."""
+    if len(before) < LAST or min(last) <= GRADIENT_SPIKE * median(before):
         return ""
     return (
-        f"gradient spike: the norm is {norm:.3g}, the median of the last {len(before)} steps {median(before):.3g}; "
-        "look at the rows, lower the learning rate or clip_norm"
+        f"gradient spike: the norm is at least {min(last):.3g} in {len(last)} steps running, the median of the "
+        f"{len(before)} before was {median(before):.3g}; look at the rows, lower the learning rate or clip_norm"
     )
 
 
 def _loss_spike(before: Sequence[float], last: Sequence[float]) -> str:
-    """The steps that are compared with are those before all of the last ones."""
-    quiet = before[: len(before) - SPIKE_STEPS + 1]
-    if len(quiet) < FEWEST:
+    if len(before) < LAST:
         return ""
-    middle = median(quiet)
-    deviation = max(median(abs(each - middle) for each in quiet), SMALLEST_DEVIATION * abs(middle))
+    middle = median(before)
+    deviation = max(median(abs(each - middle) for each in before), SMALLEST_DEVIATION * abs(middle))
     limit = middle + LOSS_SPIKE * deviation
     if min(last) <= limit:
         return ""

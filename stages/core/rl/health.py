@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.config import Alarm
 from reward import shaping
-from stages.core.alarms import LAST, gradient_spike
+from stages.core.alarms import LAST, SPIKE_STEPS, gradient_spike
 from stages.core.checkpoint import State
 from stages.core.rl.experience import Experience
 
@@ -175,8 +175,8 @@ def _recent(name: str, wrong: Callable[[float], bool], said: str, rounds: int = 
 
 def _spike(history: Sequence[Figures]) -> str:
     """Watches the policy's gradient beside that of the rounds before."""
-    *before, last = [each["gradient_norm"] for each in history if "gradient_norm" in each][-LAST - 1 :] or [0.0]
-    return gradient_spike(before, last)
+    norms = [each["gradient_norm"] for each in history if "gradient_norm" in each]
+    return gradient_spike(norms[-LAST - SPIKE_STEPS : -SPIKE_STEPS], norms[-SPIKE_STEPS:])
 
 
 _ALARMS: dict[Alarm, Watcher] = {

@@ -1,0 +1,17 @@
+"""The mutation run (`make mutations`) takes out guards that are there, and names tests that are there."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from conftest import REPOSITORY
+from mutations import MUTATIONS, Mutation
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_a_guard_stands_where_it_is_taken_out_and_its_test_exists(mutation: Mutation) -> None:
+    assert (REPOSITORY / mutation.file).read_text(encoding="utf-8").count(mutation.text) == 1
+    file, _, name = mutation.test.partition("::")
+    source = (REPOSITORY / "tests" / file).read_text(encoding="utf-8")
+    assert not name or re.search(rf"^def {re.escape(name.partition('[')[0])}\(", source, re.MULTILINE)

@@ -32,10 +32,10 @@ def settings_of(place: Path) -> RunSettings:
     """
     if not place.is_dir():
         return loader.load(place)
-    path = RunDirectory(place).config
-    if not path.is_file() or not (place / ".lock").is_file():
-        raise ConfigError("not a run directory: no config.yaml or no .lock", where=place)
-    return loader.load(path, [f"output={json.dumps(str(place))}"])
+    run = RunDirectory(place)
+    if not run.config.is_file() or not run.is_begun:
+        raise ConfigError("not a run directory: no config.yaml, or no run has begun in it", where=place)
+    return loader.load(run.config, [f"output={json.dumps(str(place))}"])
 
 
 def run_of(place: Path) -> RunDirectory:

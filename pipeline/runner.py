@@ -297,7 +297,7 @@ def _refuse_several_processes() -> None:
 
 def _refuse_foreign_directory(directory: RunDirectory) -> None:
     """A run writes its `config.yaml`, and must not write over one that is somebody else's."""
-    if directory.config.exists() and not (directory.root / ".lock").exists():
+    if directory.config.exists() and not directory.is_begun:
         what = "holds a config.yaml and is no run directory"
         raise ConfigError(what, where=directory.root, hint="choose another `output`")
 

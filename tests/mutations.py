@@ -177,9 +177,9 @@ IN_MODELS = (
     Mutation(
         "a generation configuration of its own",
         "stages/core/handover.py",
-        'for file in ("config.json", "generation_config.json"):',
-        'for file in ("config.json",):',
-        f"{FOREIGN}[another padding-directory]",
+        '"generation_config.json": ("eos",)}',
+        "}",
+        f"{FOREIGN}[another end in generation-directory]",
     ),
     Mutation(
         "logits that are not the head's",

@@ -117,16 +117,16 @@ IN_MANIFESTS = (
     ),
     Mutation(
         "an adapter beside a stage's weights",
-        "pipeline/handover.py",
+        "pipeline/model_files.py",
         "        refuse_adapter_beside_weights(directory)\n    for",
         "        pass\n    for",
         f"{RESEALED}[an adapter beside merged weights]",
     ),
     Mutation(
         "an adapter beside foreign weights",
-        "pipeline/inputs.py",
-        "handover.refuse_adapter_beside_weights(directory)",
-        "pass",
+        "pipeline/model_files.py",
+        "            refuse_adapter_beside_weights(directory)\n        hint",
+        "            pass\n        hint",
         f"{FOREIGN}[an adapter beside merged weights-directory]",
     ),
     Mutation(

@@ -74,7 +74,7 @@ def test_a_run_goes_on_after_its_lock_was_removed_by_hand(run: Run, directory: R
 def test_a_config_of_somebody_elses_is_not_written_over(run: Run, directory: RunDirectory) -> None:
     directory.root.mkdir()
     directory.config.write_text("theirs: true\n")
-    with pytest.raises(ConfigError, match="holds a config.yaml and is no run directory"):
+    with pytest.raises(ConfigError, match=r"holds a config\.yaml and is no run directory"):
         run()
     assert directory.config.read_text() == "theirs: true\n"
     assert [path.name for path in directory.root.iterdir()] == ["config.yaml"]

@@ -57,8 +57,8 @@ def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 def require_special_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ArtifactError when a configuration means another token than the tokenizer by a name that Baton relies on.
 
-    That is the end of a text, and in `config.json` the padding, whose embedding is never trained. What is left out is not
-    compared; of several end tokens one must be the tokenizer's. Where texts begin, only the tokenizer says.
+    That is the end of a text, and in `config.json` the padding, whose embedding is never trained. What is left out is
+    not compared; of several end tokens one must be the tokenizer's. Where texts begin, only the tokenizer says.
     """
     for file, names in RELIED_ON.items():
         for name, found in _ids(directory / file, names):
@@ -67,7 +67,7 @@ def require_special_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> 
                 raise ArtifactError(
                     f"{name}_token_id is {found}, the tokenizer's {name} token is {own}",
                     where=directory / file,
-                    hint=f"give both the same token: they decide where texts end and what is padding; the tokenizer's is "
+                    hint=f"give both the same token: they decide what is learnt and where it ends; the tokenizer's is "
                     f"`{printable(str(tokenizer.convert_ids_to_tokens(own)))}`",
                 )
 

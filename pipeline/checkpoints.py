@@ -9,6 +9,7 @@ The newest is that of the highest step; times say nothing.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import uuid
@@ -23,6 +24,7 @@ from pipeline.errors import ArtifactError
 from pipeline.manifest import OutputRecord, SealedRecord
 
 FILE_NAME = "checkpoint.json"
+OTHER_VERSION = "made by another version of Baton"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -133,7 +135,8 @@ def garbage(directory: Path, published: str | None) -> Iterator[tuple[Path, str]
     for path in sorted(directory.iterdir()):
         record = _record(path) if _NAME.fullmatch(path.name) else None
         if record is None:
-            yield path, f"no readable {FILE_NAME}"
+            if (why := _unreadable(path)) != OTHER_VERSION:
+                yield path, why
         elif record.key == published:
             yield path, "its stage is published"
 
@@ -148,7 +151,7 @@ def _misfit(path: Path, maker: Maker) -> str | None:
     """Why a checkpoint is not the maker's, by its record."""
     record = _record(path)
     if record is None:
-        return f"no readable {FILE_NAME}"
+        return _unreadable(path)
     if record.step != step_of(path):
         return f"its record is of step {record.step}"
     if record.key != maker.key:
@@ -168,8 +171,16 @@ def _record(path: Path) -> CheckpointRecord | None:
     try:
         text = manifests.read_record(path / FILE_NAME)
         return CheckpointRecord.model_validate_json(text) if seal.is_intact(text) else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, ArtifactError):
         return None
+
+
+def _unreadable(path: Path) -> str:
+    """Why a checkpoint has no record that can be used."""
+    with contextlib.suppress(OSError, ArtifactError):
+        if manifests.is_of_another_version(manifests.read_record(path / FILE_NAME)):
+            return OTHER_VERSION
+    return f"no readable {FILE_NAME}"
 
 
 def _require_intact(work: Path, written: CheckpointRecord) -> None:
@@ -183,4 +194,7 @@ def _remove(path: Path) -> None:
     gone = path.with_name(f".gone-{uuid.uuid4().hex[:12]}")
     path.rename(gone)
     durable.sync(path.parent)  # its files may not go before its name
-    shutil.rmtree(gone, ignore_errors=True)
+    if gone.is_dir() and not gone.is_symlink():
+        shutil.rmtree(gone, ignore_errors=True)
+    else:
+        gone.unlink()

@@ -18,7 +18,7 @@ from pipeline import garbage, inspection, loader, origins, runner, store, termin
 from pipeline import manifest as manifests
 from pipeline import plan as planning
 from pipeline.config import RunSettings
-from pipeline.errors import ArtifactError, BatonError, ConfigError, DataError, Interrupted
+from pipeline.errors import ArtifactError, BatonError, ConfigError, DataError, Interrupted, OtherVersionError
 from pipeline.manifest import Metric
 from pipeline.plan import Decision
 from pipeline.store import RunDirectory
@@ -152,11 +152,16 @@ def verify(
     else:
         sound = "of the right names and sizes, not re-hashed" if fast else "intact"
         for stage, found in problems.items():
-            _print("\n  ".join([f"{stage}: {'damaged' if found else sound}", *found]))
-    damaged = [stage for stage, found in problems.items() if found]
+            head = [] if _is_of_another_version(found) else ["damaged" if found else sound]
+            _print(f"{stage}: " + "\n  ".join([*head, *found]))
+    old = [stage for stage, found in problems.items() if _is_of_another_version(found)]
+    damaged = [stage for stage, found in problems.items() if found and stage not in old]
     if damaged:
         hint = "`baton run` makes damaged stages again"
         raise ArtifactError(f"damaged: {', '.join(damaged)}", where=run, hint=hint)
+    if old:
+        hint = "check them with that version; `baton run` makes them again and keeps the old ones in the archive"
+        raise OtherVersionError(f"{manifests.OTHER_VERSION}: {', '.join(old)}", where=run, hint=hint)
 
 
 @app.command()
@@ -492,6 +497,10 @@ def _change_row(change: Change) -> tuple[str, ...]:
     low, high = change.change.low, change.change.high
     interval = "" if low is None or high is None else f"[{low:+.4g}, {high:+.4g}]"
     return "*" if change.is_clear else "", change.stage, change.metric, *values, interval, change.by
+
+
+def _is_of_another_version(problems: Sequence[str]) -> bool:
+    return any(each.startswith(manifests.OTHER_VERSION) for each in problems)
 
 
 def _status_row(state: dict[str, Any]) -> tuple[str, ...]:

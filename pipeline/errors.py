@@ -65,6 +65,10 @@ class ArtifactError(BatonError):
     exit_code = 5
 
 
+class OtherVersionError(ArtifactError):
+    """A record is whole, and of a schema that this version of Baton does not read."""
+
+
 class StorageError(BatonError):
     """No space, or no permission to write."""
 

@@ -2,19 +2,20 @@
 
 The roots are the manifests of the published stages. A replaced stage is kept as long as the chain of a published one
 goes through it; a checkpoint as long as its stage has not been published from the same settings, inputs and data.
+What another version of Baton wrote is kept, and all replaced stages as long as a published one is of another version.
 """
 
 from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import checkpoints, durable, store
 from pipeline import manifest as manifests
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, OtherVersionError
 from pipeline.manifest import Manifest
 from pipeline.store import RunDirectory
 
@@ -39,7 +40,7 @@ def find(run: RunDirectory) -> list[Garbage]:
     roots = {name: _root(run.stage(name)) for name in run.published()}
     found = [
         *_because("replaced, and no published stage was made from it", _unreferenced(run, roots.values())),
-        *_because("damaged", _entries(run.quarantine)),
+        *_because("damaged", (path for path in _entries(run.quarantine) if not _is_of_another_version(path))),
         *_because("records of an attempt that did not finish", _entries(run.failed(""))),
         *(each for name in _names(run) for each in checkpoints.garbage(run.checkpoints(name), _key(roots.get(name)))),
         *_because("not removed to the end", run.root.glob(f"{_NAME}*")),
@@ -59,25 +60,41 @@ def delete(run: RunDirectory, found: Sequence[Garbage]) -> None:
             gone.unlink()
 
 
-def _root(stage: Path) -> Manifest:
-    found = [str(damage) for damage in manifests.damages(stage, fast=True)]
+def _root(stage: Path) -> Manifest | None:
+    """A published stage's manifest; None where only another version can read it."""
+    try:
+        found = [str(damage) for damage in manifests.damages(stage, fast=True)]
+    except OtherVersionError:
+        return None
     if found:
         hint = "`baton run` on its run makes it again"
         raise ArtifactError(f"what it was made from cannot be told: {'; '.join(found)}", where=stage, hint=hint)
     return manifests.load(stage)
 
 
-def _unreferenced(run: RunDirectory, roots: Iterable[Manifest]) -> Iterator[Path]:
+def _unreferenced(run: RunDirectory, roots: Collection[Manifest | None]) -> Iterator[Path]:
     """Replaced stages that no chain from a root goes through."""
+    if None in roots:
+        return iter(())
     shelf = store.archived(run)
-    waiting = [record for root in roots for record in root.inputs.values()]
+    waiting = [record for root in roots if root for record in root.inputs.values()]
     kept: set[Path] = set()
     while waiting:
         place = shelf.get(waiting.pop().manifest_sha256 or "")
         if place is not None and place not in kept:
             kept.add(place)
             waiting += manifests.load(place).inputs.values()
-    return (path for path in _entries(run.archive) if path not in kept)
+    return (path for path in _entries(run.archive) if path not in kept and not _is_of_another_version(path))
+
+
+def _is_of_another_version(stage: Path) -> bool:
+    try:
+        manifests.load(stage)
+    except OtherVersionError:
+        return True
+    except ArtifactError:
+        return False
+    return False
 
 
 def _names(run: RunDirectory) -> list[str]:

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline import model_files
 from pipeline.errors import ArtifactError
 from pipeline.manifest import Manifest
 from pipeline.terminal import printable
 
 CONFIGURATIONS = ("config.json", "generation_config.json", "adapter_config.json")
-ADAPTER_CONFIGURATION = "adapter_config.json"
 Description = dict[str, dict[str, str]]
 """What files say of a model, by file."""
 
@@ -44,22 +44,10 @@ def require(directory: Path, manifest: Manifest) -> None:
         directory: A directory whose files have the hashes of its manifest.
         manifest: Its manifest.
     """
-    if manifest.kind == "model":
-        refuse_adapter_beside_weights(directory)
     for name, recorded, found in _differences(manifest.model, describe(directory)):
         what = f"{printable(name, 200)}: recorded {printable(recorded)}, found {printable(found)}"
         raise ArtifactError(what, where=directory, hint=_AGAIN)
     _require_ancestry(directory, manifest)
-
-
-def refuse_adapter_beside_weights(directory: Path) -> None:
-    """Raise ArtifactError where an adapter lies beside whole weights, to which libraries would apply it."""
-    if (directory / ADAPTER_CONFIGURATION).exists():
-        raise ArtifactError(
-            "an adapter beside whole weights: it may have been merged into them, and would be applied again",
-            where=directory / ADAPTER_CONFIGURATION,
-            hint="keep the merged weights alone, or the adapter alone in a stage that names its base",
-        )
 
 
 def _require_ancestry(directory: Path, manifest: Manifest) -> None:
@@ -94,12 +82,7 @@ def _differences(recorded: Description, found: Description) -> Iterator[tuple[st
 
 def _settings(path: Path) -> dict[str, str]:
     """Setting -> its value as JSON text, in which infinity has a name as it has in the file."""
-    try:
-        settings = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ArtifactError(f"not JSON: {error}", where=path, hint=_AGAIN) from None
-    if not isinstance(settings, dict):
-        raise ArtifactError("not a JSON object", where=path, hint=_AGAIN)
+    settings = model_files.json_object(path)
     return {name: json.dumps(value, sort_keys=True, ensure_ascii=False) for name, value in settings.items()}
 
 
@@ -108,7 +91,7 @@ def _contents(path: Path) -> dict[str, str]:
     try:
         header = {name: each for name, each in _header(path).items() if name != "__metadata__"}
         return {name: f"{each['dtype']} {list(each['shape'])}" for name, each in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise ArtifactError(f"no readable list of tensors: {printable(str(error))}", where=path, hint=_AGAIN) from None
 
 

@@ -93,8 +93,8 @@ def _elsewhere(reference: str, download: bool, verify: Verify) -> Artifact:
 
 def _stage(directory: Path, source: str, download: bool, verify: Verify) -> Artifact:
     manifest = verify(directory)
-    handover.require(directory, manifest)
     model_files.require_harmless(directory, manifest.kind)
+    handover.require(directory, manifest)
     artifact = Artifact(directory, manifest.kind, manifest.digest, manifest, source)
     if manifest.kind not in ("adapter", "reward"):
         return artifact

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline import checkpoints, inputs, loader, store
 from pipeline import manifest as manifests
 from pipeline.config import RunSettings
-from pipeline.errors import ArtifactError, ConfigError
+from pipeline.errors import ArtifactError, ConfigError, OtherVersionError
 from pipeline.manifest import InputRecord, Manifest
 from pipeline.plan import changes
 from pipeline.references import in_order
@@ -32,10 +32,10 @@ def settings_of(place: Path) -> RunSettings:
     """
     if not place.is_dir():
         return loader.load(place)
-    path = RunDirectory(place).config
-    if not path.is_file() or not (place / ".lock").is_file():
-        raise ConfigError("not a run directory: no config.yaml or no .lock", where=place)
-    return loader.load(path, [f"output={json.dumps(str(place))}"])
+    run = RunDirectory(place)
+    if not run.config.is_file() or not run.is_begun:
+        raise ConfigError("not a run directory: no config.yaml, or no run has begun in it", where=place)
+    return loader.load(run.config, [f"output={json.dumps(str(place))}"])
 
 
 def run_of(place: Path) -> RunDirectory:
@@ -134,6 +134,8 @@ def _state(run: RunDirectory, name: str, kind: str) -> dict[str, Any]:
         return state
     try:
         manifest = manifests.load(run.stage(name))
+    except OtherVersionError as error:
+        return state | {"state": "other version", "problem": error.what}
     except ArtifactError as error:
         return state | {"state": "damaged", "problem": error.what}
     metrics = {metric: figure.model_dump() for metric, figure in manifest.metrics.items()}
@@ -153,6 +155,8 @@ def _problems(directory: Path, archived: Mapping[str, Path], fast: bool) -> list
     try:
         found = [str(damage) for damage in manifests.damages(directory, fast=fast)]
         manifest = manifests.load(directory)
+    except OtherVersionError as error:
+        return [error.what]
     except ArtifactError as error:
         return [f"{manifests.FILE_NAME}: {error.what}"]
     for role, record in manifest.inputs.items():

@@ -20,12 +20,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from pipeline import seal
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, OtherVersionError
 from pipeline.fingerprint import content, file_sha256
 from pipeline.terminal import printable
 
 SCHEMA_VERSION = 2
 FILE_NAME = "manifest.json"
+OTHER_VERSION = "written by another version of Baton"
 LARGEST = 100_000_000
 """Bytes of a manifest."""
 
@@ -196,11 +197,13 @@ def load(directory: Path) -> Manifest:
     """The manifest of a stage directory; says nothing about the files it lists.
 
     Raises:
-        ArtifactError: No manifest, not a file of its own, not JSON, another schema version, or malformed.
+        ArtifactError: No manifest, not a file of its own, not JSON, or malformed.
+        OtherVersionError: Of another schema version.
     """
     path = directory / FILE_NAME
     try:
-        fields = json.loads(read_record(path))
+        text = read_record(path)
+        fields = json.loads(text)
     except FileNotFoundError:
         raise ArtifactError(f"no {FILE_NAME}: not a finished stage", where=directory) from None
     except OSError as error:
@@ -210,6 +213,9 @@ def load(directory: Path) -> Manifest:
     version = fields.get("schema_version") if isinstance(fields, dict) else None
     if version != SCHEMA_VERSION:
         hint = "use the version of Baton that wrote it, or run the stage again"
+        if is_of_another_version(text):
+            what = f"{OTHER_VERSION} (schema {printable(str(version))}, this one writes {SCHEMA_VERSION})"
+            raise OtherVersionError(what, where=path, hint=hint)
         shown = printable(repr(version))
         raise ArtifactError(f"schema version {shown}, expected {SCHEMA_VERSION}", where=path, hint=hint)
     try:
@@ -218,6 +224,17 @@ def load(directory: Path) -> Manifest:
         first = error.errors()[0]
         field = printable(".".join(map(str, first["loc"])))
         raise ArtifactError(f"malformed manifest: {field}: {first['msg']}", where=path) from None
+
+
+def is_of_another_version(text: bytes) -> bool:
+    """Whether a record names another schema than this version's, and no seal says that it was changed since."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    version = fields.get("schema_version") if isinstance(fields, dict) else None
+    is_other = type(version) is int and version > 0 and version != SCHEMA_VERSION
+    return is_other and (seal.FIELD not in fields or seal.is_intact(text))
 
 
 def read_record(path: Path) -> bytes:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import handover
 from pipeline.errors import ArtifactError, BatonError
 from pipeline.terminal import printable
 
@@ -27,6 +26,7 @@ DESCRIPTIONS = ("config.json", "generation_config.json", "tokenizer_config.json"
 LARGEST = 50_000_000
 """Bytes of one of them: some tokenizers list all their tokens."""
 MOST_LAYERS = 1_000
+LARGEST_VOCABULARY = 10_000_000
 
 CODE = frozenset(
     {
@@ -44,7 +44,7 @@ CODE = frozenset(
         "use_kernels",
     }
 )
-"""Fields that name code, classes of other libraries or other files of weights; null asks for nothing."""
+"""Fields that name code, classes of other libraries or other files of weights; null, false or empty ask for nothing."""
 IMPLEMENTATIONS = frozenset(
     {"eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm", "dynamic", "static", "sliding_window", "hybrid"}
 )
@@ -87,7 +87,7 @@ def foreign(directory: Path) -> list[Path]:
     """
     if (directory / ADAPTER).exists():
         if any(directory.glob("model*.safetensors")):
-            handover.refuse_adapter_beside_weights(directory)
+            refuse_adapter_beside_weights(directory)
         hint = "merge it into its base and give the merged directory"
         raise ArtifactError("an adapter without a manifest: its base cannot be checked", where=directory, hint=hint)
     if not (directory / "config.json").is_file():
@@ -113,7 +113,7 @@ def shards(directory: Path) -> set[str]:
     if not index.is_file():
         return set()
     try:
-        return set(map(str, _object(index)["weight_map"].values()))
+        return set(map(str, json_object(index)["weight_map"].values()))
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"not an index of shards: {type(error).__name__}", where=index) from None
 
@@ -125,10 +125,12 @@ def require_harmless(directory: Path, kind: str) -> None:
         directory: The files' place.
         kind: `adapter` and `reward` have an adapter's configuration, which in others would be followed elsewhere.
     """
+    if kind == "model":
+        refuse_adapter_beside_weights(directory)
     for name in DESCRIPTIONS:
         path = directory / name
         if path.is_file():
-            for place, value in _fields(_object(path), ()):
+            for place, value in _fields(json_object(path), ()):
                 _require_plain(path, place, value)
     outside = sorted(name for name in shards(directory) if not (directory / name).is_file() or Path(name).name != name)
     if outside:
@@ -138,6 +140,33 @@ def require_harmless(directory: Path, kind: str) -> None:
         raise _refused(adapter, f"does not belong to a {kind}: loading it would load what it names, too")
     if adapter.is_file():
         _require_plain_adapter(adapter)
+
+
+def refuse_adapter_beside_weights(directory: Path) -> None:
+    """Raise ArtifactError where an adapter lies beside whole weights, to which libraries would apply it."""
+    if (directory / ADAPTER).exists():
+        raise ArtifactError(
+            "an adapter beside whole weights: it may have been merged into them, and would be applied again",
+            where=directory / ADAPTER,
+            hint="keep the merged weights alone, or the adapter alone in a stage that names its base",
+        )
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """A JSON object of bounded size.
+
+    Raises:
+        ArtifactError: It is larger than any of a model's, or no JSON object.
+    """
+    if path.stat().st_size > LARGEST:
+        raise ArtifactError(f"larger than {LARGEST:,} bytes", where=path, hint="is it a model's?")
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"not JSON: {printable(str(error))}", where=path, hint="fetch the model again") from None
+    if not isinstance(found, dict):
+        raise ArtifactError("not a JSON object", where=path, hint="fetch the model again")
+    return found
 
 
 @contextmanager
@@ -166,19 +195,6 @@ def _require_inside(directory: Path, files: list[Path]) -> None:
             raise _refused(path, "is a link that leads out of the directory", "put the file itself there")
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON object of bounded size."""
-    if path.stat().st_size > LARGEST:
-        raise ArtifactError(f"larger than {LARGEST:,} bytes", where=path, hint="is it a model's?")
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"not JSON: {printable(str(error))}", where=path, hint="fetch the model again") from None
-    if not isinstance(found, dict):
-        raise ArtifactError("not a JSON object", where=path, hint="fetch the model again")
-    return found
-
-
 def _fields(value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every field, also of objects within objects and lists, with the names that lead to it."""
     if isinstance(value, list):
@@ -192,7 +208,7 @@ def _fields(value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
 
 def _require_plain(path: Path, place: tuple[str, ...], value: Any) -> None:
     name, dotted = place[-1], printable(".".join(place))
-    if name in CODE and value is not None:
+    if name in CODE and value:
         raise _refused(path, f"`{dotted}` may name code or files that do not belong to the model", _ways_out(name))
     if name == "init_inputs" and value:
         raise _refused(path, f"`{dotted}` holds arguments for the tokenizer's class", "remove it")
@@ -206,11 +222,17 @@ def _require_plain(path: Path, place: tuple[str, ...], value: Any) -> None:
             raise _refused(path, f"`{dotted}` names `{printable(strange[0])}`, which is no type of weights")
     if name.endswith(("layer", "layers")) and isinstance(value, int | float) and value > MOST_LAYERS:
         raise _refused(path, f"`{dotted}` is {printable(str(value))}; no model has so many")
+    if name.endswith("_size") and isinstance(value, int | float) and (value < 0 or _is_absurd(name, value)):
+        raise _refused(path, f"`{dotted}` is {printable(str(value))}; no model has such a size")
+
+
+def _is_absurd(name: str, size: float) -> bool:
+    return name == "vocab_size" and size > LARGEST_VOCABULARY
 
 
 def _require_plain_adapter(path: Path) -> None:
     """Only what Baton's adapters can be: peft imports modules, reads files and sizes tensors by other fields."""
-    for name, value in _object(path).items():
+    for name, value in json_object(path).items():
         if name in ADAPTER_FIELDS:
             if not _is_plain(value):
                 raise _refused(path, f"`{name}` holds {printable(json.dumps(value))}")

@@ -20,8 +20,8 @@ from pipeline import manifest as manifests
 from pipeline.checkpoints import Maker
 from pipeline.config import DataSource, RunSettings, StageSettings
 from pipeline.contract import Artifact
-from pipeline.errors import ArtifactError, ConfigError
-from pipeline.manifest import Damage, Manifest
+from pipeline.errors import ArtifactError, ConfigError, OtherVersionError
+from pipeline.manifest import Manifest
 from pipeline.store import RunDirectory
 from pipeline.suggestion import suggest
 from pipeline.suites import Suite
@@ -43,6 +43,7 @@ class Cause(StrEnum):
     INPUT = "input"
     DATA = "data"
     DAMAGED = "output damaged"
+    OTHER_VERSION = manifests.OTHER_VERSION
     PARENT = "parent will run"
     FORCED = "forced"
     CODE = "code"
@@ -66,6 +67,8 @@ class Reason:
         subject = printable(self.subject)
         if self.cause in (Cause.NEVER_RAN, Cause.FORCED):
             return self.cause
+        if self.cause is Cause.OTHER_VERSION:
+            return printable(self.new, None)
         if self.cause is Cause.PARENT:
             return f"{self.cause}: {subject}"
         if self.cause is Cause.DAMAGED:
@@ -180,14 +183,14 @@ def decide(
     stage = settings.stages[name]
     find = partial(inputs.resolve, run=run, stages=settings.stages, download=download, verify=verify)
     wanted = _wanted(settings, stage, running, find)
-    old, damage = _published(run, name)
+    old, unfit = _published(run, name)
     hard = [Reason(Cause.FORCED)] if forced else []
-    hard += [Reason(Cause.DAMAGED, each.file, each.expected, each.found) for each in damage]
+    hard += unfit
     soft: list[Reason] = []
     if old is not None:
         hard += compare(old, wanted, type(stage))
         soft = list(_soft(old, _environment(stage.kind)))
-    elif not damage:
+    elif not unfit:
         hard.append(Reason(Cause.NEVER_RAN))
     running_now = bool(hard) or (strict and bool(soft))
     decision = Decision(name, stage.kind, running_now, (*hard, *soft), wanted)
@@ -323,15 +326,19 @@ def _check_data(settings: RunSettings, stage: StageSettings) -> None:
         read.check(source, source.KINDS if isinstance(source, Suite) else stage.kinds(role))
 
 
-def _published(run: RunDirectory, name: str) -> tuple[Manifest | None, list[Damage]]:
-    """The manifest of the published stage, if it can be read, and what is damaged."""
+def _published(run: RunDirectory, name: str) -> tuple[Manifest | None, list[Reason]]:
+    """The manifest of the published stage, if it can be read, and why it cannot be kept as it is."""
     directory = run.stage(name)
     if not directory.exists():
         return None, []
     try:
-        return manifests.load(directory), manifests.damages(directory)
+        damages = manifests.damages(directory)
+        unfit = [Reason(Cause.DAMAGED, each.file, each.expected, each.found) for each in damages]
+        return manifests.load(directory), unfit
+    except OtherVersionError as error:
+        return None, [Reason(Cause.OTHER_VERSION, new=error.what)]
     except ArtifactError as error:
-        return None, [Damage(manifests.FILE_NAME, error.what, "a manifest")]
+        return None, [Reason(Cause.DAMAGED, manifests.FILE_NAME, "a manifest", error.what)]
 
 
 def _soft(old: Manifest, now: Mapping[str, Any]) -> Iterator[Reason]:

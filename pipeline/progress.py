@@ -77,7 +77,7 @@ class StageProgress:
         seconds = self._clock() - self._started
         line = {"step": done, "total": total, "seconds": round(seconds, 3), **record}
         fields = {name: _plain(value) for name, value in line.items()}
-        self._log.write(redacted(json.dumps(fields, allow_nan=False)) + "\n")
+        self._log.write(json.dumps(fields, allow_nan=False) + "\n")
         self._log.flush()
         self._mirror(fields)
         self._show(fields, done, total)
@@ -134,8 +134,10 @@ def _bar(console: Console) -> Progress:
 
 
 def _plain(value: Any) -> Any:
-    """A number, text or truth value for JSON, which has no NaN: that is written as text."""
-    if value is None or isinstance(value, bool | int | str):
+    """A number, text without secrets or truth value for JSON, which has no NaN: that is written as text."""
+    if isinstance(value, str):
+        return redacted(value)
+    if value is None or isinstance(value, bool | int):
         return value
     number = float(value)
     return number if math.isfinite(number) else str(number)

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-VARIABLES = re.compile("TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL", re.IGNORECASE)
-"""In the name of an environment variable that holds a secret."""
+VARIABLES = re.compile(r"(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)(?:_|$)", re.IGNORECASE)
+"""In the name of an environment variable that holds a secret: a word of its own, which it is not in `TOKENIZER`."""
 SHORTEST = 8
 """Characters; a shorter value could not be told from ordinary words, and keeps no secret."""
 LONGEST_SECRET = 10_000
@@ -30,6 +30,8 @@ KNOWN = re.compile(
     re.VERBOSE,
 )
 """How tokens of well-known services look: model hubs, source hosts, clouds, JSON web tokens."""
+DIGEST = re.compile("[0-9a-f]{64}")
+"""How the contents of files and settings are known."""
 SETTINGS = re.compile(
     r"(?:.*[_-])?(?:password|passwd|passphrase|secret|credentials?|api[_-]?key|(?:access|private|secret)_key"
     r"|(?:access|auth|bearer|hub|api|hf)_token|use_auth_token|authorization)|token",
@@ -45,6 +47,15 @@ def redacted(text: str) -> str:
             if written in text:
                 text = text.replace(written, f"[value of {name}]")
     return KNOWN.sub("[a token]", text)
+
+
+def redacted_texts(value: Any) -> Any:
+    """A value of JSON in which every text is redacted; names of fields, numbers and digests stay what they are."""
+    if isinstance(value, str):
+        return value if DIGEST.fullmatch(value) else redacted(value)
+    if isinstance(value, dict):
+        return {name: redacted_texts(each) for name, each in value.items()}
+    return [redacted_texts(each) for each in value] if isinstance(value, list) else value
 
 
 def secret_in(value: str) -> str | None:

@@ -30,7 +30,7 @@ from pipeline.interruption import Interruption
 from pipeline.manifest import Cost, InputRecord, Manifest
 from pipeline.plan import Decision, decide, plan, sources
 from pipeline.progress import StageProgress
-from pipeline.redaction import redacted
+from pipeline.redaction import redacted, redacted_texts
 from pipeline.resumption import StageCheckpoints
 from pipeline.store import RunDirectory
 from pipeline.terminal import printable
@@ -183,7 +183,7 @@ class _Runner:
         outputs = durable.inventory(work)
         wanted = decision.wanted
         code = {"code": fingerprint.sources(decision.kind)}
-        manifest = Manifest(
+        return Manifest(
             stage=decision.stage,
             stage_kind=decision.kind,
             kind=result.kind,
@@ -192,20 +192,19 @@ class _Runner:
             inputs={role: self._input_record(artifact) for role, artifact in wanted.artifacts.items()},
             settings=wanted.settings,
             data_settings=wanted.data,
-            data=result.data,
+            data=[card.model_copy(update={"source": redacted(card.source)}) for card in result.data],
             outputs=outputs,
             adaptation=result.adaptation,
             tokenizer=result.tokenizer,
             model=handover.describe(work),
             metrics=result.metrics,
             cost=cost,
-            environment=fingerprint.environment() | code | result.compute,
+            environment=redacted_texts(fingerprint.environment() | code | result.compute),
             seed=self.settings.seed,
-            warnings=result.warnings,
-            command=f"{self.command} --only {shlex.quote(decision.stage)}".strip(),
+            warnings=redacted_texts(result.warnings),
+            command=redacted(f"{self.command} --only {shlex.quote(decision.stage)}".strip()),
             started=started,
         )
-        return Manifest.model_validate_json(redacted(manifest.model_dump_json()))
 
     def _input_record(self, artifact: Artifact) -> InputRecord:
         directory = artifact.directory.absolute()
@@ -237,11 +236,11 @@ class _Runner:
         line = {
             "stage": decision.stage,
             "started": started,
-            "reasons": [str(reason) for reason in decision.reasons],
+            "reasons": [redacted(str(reason)) for reason in decision.reasons],
             "outcome": outcome,
         }
         with self.directory.history.open("a", encoding="utf-8") as stream:
-            stream.write(redacted(json.dumps(line)) + "\n")
+            stream.write(json.dumps(line) + "\n")
         durable.sync(self.directory.history)
 
     def _report(self, outcomes: list[Outcome], reconfigured: bool) -> None:
@@ -298,7 +297,7 @@ def _refuse_several_processes() -> None:
 
 def _refuse_foreign_directory(directory: RunDirectory) -> None:
     """A run writes its `config.yaml`, and must not write over one that is somebody else's."""
-    if directory.config.exists() and not (directory.root / ".lock").exists():
+    if directory.config.exists() and not directory.is_begun:
         what = "holds a config.yaml and is no run directory"
         raise ConfigError(what, where=directory.root, hint="choose another `output`")
 

@@ -75,6 +75,11 @@ class RunDirectory:
     def history(self) -> Path:
         return self.root / "history.jsonl"
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether a run was ever here; its lock may have been removed, as the error about a stale one says to."""
+        return any(path.exists() for path in (self.root / locking.FILE_NAME, self.stages, self.history))
+
     def stage(self, name: str) -> Path:
         return self.stages / name
 

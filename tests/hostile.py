@@ -75,7 +75,11 @@ def reseal(directory: Path, base: Path | None = None) -> None:
     outputs = [_as_it_is(path, directory, known) for path in sorted(paths)]
     changes: dict[str, Any] = {"outputs": outputs, "digest": manifests.content_digest(outputs)}
     if base is not None and manifest.adaptation is not None:
-        changes["adaptation"] = manifest.adaptation.model_copy(update={"base": manifests.load(base).digest})
+        digest = manifests.load(base).digest
+        reference = digest if manifest.adaptation.reference else None
+        changes["adaptation"] = manifest.adaptation.model_copy(update={"base": digest, "reference": reference})
+        policy = manifest.inputs["policy"].model_copy(update={"digest": digest})
+        changes["inputs"] = {**manifest.inputs, "policy": policy}
     write_manifest(directory, manifest.model_copy(update=changes))
     manifests.verify(directory)
 

@@ -117,7 +117,7 @@ IN_MANIFESTS = (
     ),
     Mutation(
         "an adapter beside a stage's weights",
-        "pipeline/handover.py",
+        "pipeline/model_files.py",
         "        refuse_adapter_beside_weights(directory)\n    for",
         "        pass\n    for",
         f"{RESEALED}[an adapter beside merged weights]",
@@ -125,8 +125,8 @@ IN_MANIFESTS = (
     Mutation(
         "an adapter beside foreign weights",
         "pipeline/model_files.py",
-        "handover.refuse_adapter_beside_weights(directory)",
-        "pass",
+        "            refuse_adapter_beside_weights(directory)\n        hint",
+        "            pass\n        hint",
         f"{FOREIGN}[an adapter beside merged weights-directory]",
     ),
     Mutation(
@@ -177,9 +177,9 @@ IN_MODELS = (
     Mutation(
         "a generation configuration of its own",
         "stages/core/handover.py",
-        'for file in ("config.json", "generation_config.json"):',
-        'for file in ("config.json",):',
-        f"{FOREIGN}[another padding-directory]",
+        '"generation_config.json": ("eos",)}',
+        "}",
+        f"{FOREIGN}[another end in generation-directory]",
     ),
     Mutation(
         "logits that are not the head's",

@@ -19,6 +19,7 @@ from conftest import REPOSITORY, reseal
 from rich.console import Console
 
 from pipeline import checkpoints, durable, store
+from pipeline import manifest as manifests
 from pipeline.checkpoints import Maker
 from pipeline.errors import ArtifactError, Interrupted, StorageError
 from pipeline.interruption import Interruption
@@ -97,6 +98,10 @@ def edit(field: str, value: object) -> Callable[[Path], None]:
     return lambda path: reseal(path / checkpoints.FILE_NAME, **{field: value})
 
 
+def too_large(path: Path) -> None:
+    os.truncate(path / checkpoints.FILE_NAME, manifests.LARGEST + 1)
+
+
 def edit_unsealed(path: Path) -> None:
     record = json.loads((path / checkpoints.FILE_NAME).read_text())
     (path / checkpoints.FILE_NAME).write_text(json.dumps(record))
@@ -113,7 +118,9 @@ def edit_unsealed(path: Path) -> None:
         (lambda path: (path / checkpoints.FILE_NAME).unlink(), "no readable checkpoint.json"),
         (lambda path: (path / checkpoints.FILE_NAME).write_bytes(b"{"), "no readable checkpoint.json"),
         (edit_unsealed, "no readable checkpoint.json"),
-        (edit("schema_version", 1), "no readable checkpoint.json"),
+        (edit("schema_version", 1), "made by another version of Baton"),
+        (edit("schema_version", "1"), "no readable checkpoint.json"),
+        (too_large, "no readable checkpoint.json"),
         (edit("step", 3), "its record is of step 3"),
         (edit("key", "other"), "made from other settings, inputs or data"),
         (edit("environment", {"code": "d", "libraries": {"torch": "2"}}), "made with other code: "),
@@ -142,6 +149,15 @@ def test_every_flipped_bit_of_a_record_is_found(directory: Path) -> None:
         assert checkpoints.newest(directory, MAKER)[0] is None
     path.write_bytes(content)
     assert checkpoints.newest(directory, MAKER) == (made, [])
+
+
+def test_what_is_not_kept_goes_entirely_be_it_a_file(directory: Path) -> None:
+    older, newer = publish(directory, 1, 2)
+    (directory / "step-00000003").write_text("")
+    (directory / "step-00000004").symlink_to(older)
+    checkpoints.keep(directory, [older, newer])
+    assert sorted(directory.iterdir()) == [older, newer]
+    assert (older / WEIGHTS).is_file()
 
 
 def test_a_damaged_one_of_the_same_step_is_replaced(directory: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 import tiny
 from conftest import REPOSITORY
 
-from pipeline import cli, report
+from pipeline import cli, model_files, report
 from pipeline import manifest as manifests
 from pipeline.manifest import Manifest
 
@@ -205,6 +205,9 @@ CODE: dict[str, dict[str, Any]] = {
     "a class to save with": {"_auto_class": "AutoModelForCausalLM"},
     "a function of torch's": {"dtype": "load"},
     "layers without end": {"num_hidden_layers": 10**9},
+    "a negative width": {"intermediate_size": -128},
+    "fewer words than none": {"vocab_size": -5},
+    "words without end": {"vocab_size": 10**12},
 }
 
 
@@ -222,6 +225,12 @@ def test_a_configuration_that_names_code_is_refused_before_it_is_loaded(
     assert f"{model}/config.json: `" in capsys.readouterr().err
     assert not canary.exists()
     assert "evil" not in sys.modules
+
+
+def test_fields_that_are_off_ask_for_nothing(model: Path) -> None:
+    off = {"use_kernels": False, "trust_remote_code": False, "auto_map": {}, "_auto_class": None}
+    hostile.change(model / "config.json", **off, sliding_window=None, chunk_size=0, vision_layer_size=None)
+    assert tuned(model) == 0
 
 
 @pytest.mark.parametrize("name", ["auto_map", "attention", "weights as a pickle"])
@@ -363,6 +372,24 @@ def test_broken_files_are_refused_like_damaged_ones(name: str, model: Path) -> N
     file, content = BROKEN[name]
     (model / file).write_bytes(content)
     assert tuned(model) == 5
+
+
+@pytest.mark.parametrize("name", ["configuration too deep", "tensors too deep", "configuration without end"])
+def test_broken_files_of_a_stage_are_refused_like_damaged_ones(
+    name: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = run / "stages" / "sft"
+    header = b"[" * 100_000
+    if name == "tensors too deep":
+        (directory / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    else:
+        (directory / "config.json").write_bytes(header)
+    if name == "configuration without end":
+        os.truncate(directory / "config.json", model_files.LARGEST + 1)
+    hostile.reseal(directory)
+    assert tuned(directory, kind="dpo") == 5
+    said = {"tensors too deep": "no readable list of tensors", "configuration too deep": "not JSON"}
+    assert said.get(name, "larger than 50,000,000 bytes") in capsys.readouterr().err
 
 
 def test_an_architecture_cannot_name_code_either(run: Path, tmp_path: Path) -> None:

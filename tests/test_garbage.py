@@ -73,6 +73,56 @@ def test_what_failed_and_what_was_damaged_is_found(run: Run, monkeypatch: pytest
     }
 
 
+def as_of_schema_1(record: Path) -> None:
+    """As versions wrote records before they were sealed."""
+    fields = json.loads(record.read_text()) | {"schema_version": 1}
+    del fields["seal"]
+    record.write_text(json.dumps(fields))
+
+
+def test_what_another_version_wrote_is_called_that_and_replaced_and_kept(
+    run: Run, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = run()
+    run("stages.dpo.beta=0.2")
+    said = "written by another version of Baton (schema 1, this one writes 2)"
+    for stage in [directory.stage(name) for name in directory.published()] + list(directory.archive.iterdir()):
+        as_of_schema_1(stage / manifests.FILE_NAME)
+    before = {path.name for path in directory.archive.iterdir()}
+    capsys.readouterr()
+
+    assert cli.execute(cli.app, ["verify", str(directory.root)]) == 5
+    printed, errors = capsys.readouterr()
+    assert f"base: {said}" in printed
+    assert "damaged" not in printed + errors
+    assert {state["state"] for state in inspection.status(directory.root)} == {"other version"}
+    assert cli.execute(cli.app, ["plan", str(config)]) == 0
+    assert said in capsys.readouterr().out
+    assert found(directory) == {}
+
+    old = {f"{name}-{manifests.sha256(directory.stage(name))[:8]}" for name in directory.published()}
+    run("stages.dpo.beta=0.2")
+    assert not directory.quarantine.exists()
+    assert {path.name for path in directory.archive.iterdir()} == before | old
+    assert found(directory) == {}
+    assert cli.execute(cli.app, ["verify", str(directory.root)]) == 0
+
+
+def test_replaced_stages_are_kept_while_a_published_one_is_of_another_version(run: Run) -> None:
+    directory = run()
+    run("stages.dpo.beta=0.2")
+    assert found(directory)
+    as_of_schema_1(directory.stage("rm") / manifests.FILE_NAME)
+    assert found(directory) == {}
+
+
+def test_a_checkpoint_of_another_version_is_kept(run: Run) -> None:
+    directory = run()
+    path = leave_checkpoint(directory, "sft", 3, "of other settings")
+    as_of_schema_1(path / checkpoints.FILE_NAME)
+    assert found(directory) == {}
+
+
 def test_a_checkpoint_is_kept_until_its_stage_is_published(run: Run) -> None:
     directory = run()
     key = manifests.load(directory.stage("sft")).key

@@ -92,6 +92,23 @@ def test_many_rows_are_cut_short_and_nothing_is_said_of_none() -> None:
     assert caught.value.where == "step 8"
 
 
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_numbers_whose_norm_overflows_are_finite(precision: torch.dtype) -> None:
+    weight = torch.full((1000,), torch.finfo(precision).max, dtype=precision)
+    require_finite_weights([("weight", weight), ("empty", weight[:0])])
+    weight[500] = math.inf
+    with pytest.raises(ArtifactError, match="1 of its 1,000 numbers"):
+        require_finite_weights([("weight", weight)])
+
+
+def test_ordinary_weights_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at = []
+    is_finite = torch.isfinite
+    monkeypatch.setattr(torch, "isfinite", lambda tensor: looked_at.append(tensor.numel()) or is_finite(tensor))
+    require_finite_weights([("weight", torch.full((1000,), 60_000.0, dtype=torch.float16))])
+    assert looked_at == [1]
+
+
 @pytest.mark.parametrize("bad", BAD)
 def test_the_first_weight_that_is_not_finite_is_named(bad: float) -> None:
     good, spoiled = torch.ones(3), torch.tensor([1.0, bad])

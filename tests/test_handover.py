@@ -316,8 +316,12 @@ FOREIGN: dict[str, tuple[Plant, str]] = {
         "/config.json: eos_token_id is 5, the tokenizer's eos token is 1",
     ),
     "another padding": (
-        edited("generation_config.json", pad_token_id=7),
-        "/generation_config.json: pad_token_id is 7, the tokenizer's pad token is 0",
+        edited("config.json", pad_token_id=7),
+        "/config.json: pad_token_id is 7, the tokenizer's pad token is 0",
+    ),
+    "another end in generation": (
+        edited("generation_config.json", eos_token_id=7),
+        "/generation_config.json: eos_token_id is 7, the tokenizer's eos token is 1",
     ),
     "weights that are no numbers": (NOT_A_NUMBER, f": tensor `{EMBEDDING}` is not finite: 32 of its 10,240 numbers"),
     "an infinite weight": (INFINITE_WHERE_NOBODY_LOOKS, f": tensor `{EMBEDDING}` is not finite: 1 of its 10,240"),
@@ -447,6 +451,16 @@ def test_a_fault_in_a_model_that_no_stage_made_is_refused(
 
 def test_a_model_that_no_stage_made_is_taken_as_it_is(config: Path, run: Path, tmp_path: Path) -> None:
     directory = foreign(run, tmp_path / "model")
+    assert baton(config, f"output={run}", "--only", "dpo", f"stages.dpo.policy={directory}") == 0
+
+
+def test_a_model_may_begin_texts_and_pad_what_it_generates_otherwise_than_its_tokenizer(
+    config: Path, run: Path, tmp_path: Path
+) -> None:
+    """As models of the hub do; Baton takes neither from there."""
+    directory = foreign(run, tmp_path / "model")
+    edited("config.json", bos_token_id=5, text_config=None)(directory)
+    edited("generation_config.json", bos_token_id=6, pad_token_id=7)(directory)
     assert baton(config, f"output={run}", "--only", "dpo", f"stages.dpo.policy={directory}") == 0
 
 

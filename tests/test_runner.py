@@ -63,6 +63,23 @@ def test_all_stages_run_once_and_then_none(
     assert "nothing to do: every stage is up to date" in capsys.readouterr().out
 
 
+def test_a_run_goes_on_after_its_lock_was_removed_by_hand(run: Run, directory: RunDirectory) -> None:
+    """As the error about another machine's stale lock says to."""
+    run(until="base")
+    (directory.root / ".lock").unlink()
+    assert [state["state"] for state in inspection.status(directory.root)][:3] == ["published", "published", "not run"]
+    assert ran(run(until="sft")) == ["sft"]
+
+
+def test_a_config_of_somebody_elses_is_not_written_over(run: Run, directory: RunDirectory) -> None:
+    directory.root.mkdir()
+    directory.config.write_text("theirs: true\n")
+    with pytest.raises(ConfigError, match=r"holds a config\.yaml and is no run directory"):
+        run()
+    assert directory.config.read_text() == "theirs: true\n"
+    assert [path.name for path in directory.root.iterdir()] == ["config.yaml"]
+
+
 def test_a_manifest_says_what_the_stage_was_made_from(run: Run, directory: RunDirectory, config: Path) -> None:
     run("stages.dpo.beta=0.3", command=f"baton run {config} stages.dpo.beta=0.3")
     manifest = manifests.verify(directory.stage("dpo"))

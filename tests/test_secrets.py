@@ -220,6 +220,39 @@ def test_short_values_and_paths_of_files_are_left_alone(tmp_path: Path, monkeypa
     assert redacted(f"false {tmp_path}/x") == f"false {tmp_path}/x"
 
 
+def test_only_a_whole_word_of_a_name_says_that_the_variable_is_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TOKENIZER", "NUM_TOKENS", "KEYMAP", "MONKEY", "SECRETARY"):
+        monkeypatch.setenv(name, "demonstrations")
+    assert redacted("demonstrations") == "demonstrations"
+    for name in ("TOKEN", "hf_token", "KEY_OF_SERVER", "AWS_CREDENTIALS", "DB_PASSWORD_2"):
+        monkeypatch.setenv(name, f"canary-{name}")
+        assert redacted(f"canary-{name}") == f"[value of {name}]"
+
+
+def test_a_variable_with_an_ordinary_value_changes_no_name_figure_or_digest_of_a_record(
+    config: Path, baton: Baton
+) -> None:
+    """The values are a literal, a metric, a figure, a logged figure and digests: none of them is free text."""
+    ordinary = {"CACHE_KEY": "artifact", "SORT_KEY": "accuracy", "NUM_KEY": "10000000", "LOSS_KEY": "0.33333333"}
+    plain = baton("run", config)
+    stage = config.parent / "run" / "stages" / "base"
+    before = json.loads((stage / "manifest.json").read_text())
+    digests = {"CODE_KEY": before["environment"]["code"], "OWN_KEY": before["digest"]}
+    (config.parent / "run").rename(config.parent / "first")
+    done = baton("run", config, **ordinary, **digests)
+    assert (plain.returncode, done.returncode) == (0, 0), done.stderr
+    after = json.loads((stage / "manifest.json").read_text())
+    for changing in ("cost", "started", "seal", "outputs"):
+        del before[changing], after[changing]
+    for record in (*before["inputs"].values(), *after["inputs"].values()):
+        del record["manifest_sha256"]
+    assert after == before
+    assert baton("verify", config.parent / "run", **ordinary).returncode == 0
+    for records in (stage / "metrics.jsonl", config.parent / "run" / "history.jsonl"):
+        assert [json.loads(line) for line in records.read_text().splitlines()]
+    assert [json.loads(line)["loss"] for line in (stage / "metrics.jsonl").read_text().splitlines()] == [1, 0.5, 1 / 3]
+
+
 def test_a_secret_is_replaced_before_a_text_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "canary" * 10)
     shown = printable("x" * 50 + "canary" * 10 + "y" * 1000)

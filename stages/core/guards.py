@@ -92,7 +92,13 @@ def rows(origins: Iterable[str]) -> str:
 
 def _not_finite(named: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in named:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not _has_finite_norm(tensor) and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
             return f"tensor `{printable(name)}` is not finite: {count:,} of its {tensor.numel():,} numbers"
     return ""
+
+
+def _has_finite_norm(tensor: Tensor) -> bool:
+    """Whether no number can be otherwise, at a fraction of what it takes to look at each; large ones may overflow."""
+    precision = torch.promote_types(tensor.dtype, torch.float32)
+    return bool(torch.isfinite(torch.linalg.vector_norm(tensor.detach(), dtype=precision)))

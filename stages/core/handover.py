@@ -19,6 +19,8 @@ from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError
 from pipeline.terminal import printable
 
+RELIED_ON = {"config.json": ("eos", "pad"), "generation_config.json": ("eos",)}
+"""The special tokens that are taken from a configuration; when it generates, Baton sets the padding itself."""
 LOADING = {
     "missing_keys": "missing",
     "unexpected_keys": "not of this model",
@@ -53,18 +55,19 @@ def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def require_special_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ArtifactError when tokenizer, configuration and generation configuration mean different tokens by one name.
+    """Raise ArtifactError when a configuration means another token than the tokenizer by a name that Baton relies on.
 
-    What one of them leaves out is not compared; of several end tokens one must be the tokenizer's.
+    That is the end of a text, and in `config.json` the padding, whose embedding is never trained. What is left out is
+    not compared; of several end tokens one must be the tokenizer's. Where texts begin, only the tokenizer says.
     """
-    for file in ("config.json", "generation_config.json"):
-        for name, found in _ids(directory / file):
+    for file, names in RELIED_ON.items():
+        for name, found in _ids(directory / file, names):
             own = special_ids(tokenizer)[name]
             if own is not None and own not in (found if isinstance(found, list) else [found]):
                 raise ArtifactError(
                     f"{name}_token_id is {found}, the tokenizer's {name} token is {own}",
                     where=directory / file,
-                    hint=f"give both the same token: they decide where texts end; the tokenizer's is "
+                    hint=f"give both the same token: they decide what is learnt and where it ends; the tokenizer's is "
                     f"`{printable(str(tokenizer.convert_ids_to_tokens(own)))}`",
                 )
 
@@ -128,13 +131,13 @@ def _require_tokens(artifact: Artifact, tokenizer: PreTrainedTokenizerBase, base
         )
 
 
-def _ids(path: Path) -> Iterator[tuple[str, Any]]:
+def _ids(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     """Names and ids of the special tokens that a configuration states; defaults of its class are not in the file."""
     if not path.is_file():
         return
     settings: Any = json.loads(path.read_bytes())
-    settings = settings | settings.get("text_config", {})
-    for name in ("bos", "eos", "pad"):
+    settings = settings | (settings.get("text_config") or {})
+    for name in names:
         found = settings.get(f"{name}_token_id")
         if found is not None and found != -1:  # older models write -1 where there is none
             yield name, found

@@ -118,11 +118,11 @@ def load_model(
         )
     model, report = loaded
     handover.require_complete(report, artifact.directory)
-    guards.require_finite_weights(model.named_parameters(), artifact.directory)
     if quantization == "none":
         model.to(compute.device)
     else:
         _keep_differentiable(model)
+    guards.require_finite_weights(model.named_parameters(), artifact.directory)
     tokenizer = handover.open_tokenizer(artifact)
     handover.require_vocabulary(model, tokenizer, artifact.directory)
     handover.require_special_ids(artifact.directory, tokenizer)

@@ -34,8 +34,8 @@ def summarise(run: RunRecord) -> dict[str, Any]:
 
 
 def evaluated(run: RunRecord) -> dict[str, ModelEvaluation]:
-    """Every evaluated model, as one evaluation found it: of several, one in which its parent was evaluated too, then that
-    of the most models, then the latest in the run's order."""
+    """Every evaluated model, as one evaluation found it: of several, one in which its parent was evaluated too, then
+    that of the most models, then the latest in the run's order."""
     latest = [record.evaluation for record in reversed([*run.stages.values()]) if record.evaluation]
     largest = sorted(latest, key=lambda each: len(each.models), reverse=True)
     names = dict.fromkeys(name for each in largest for name in each.models)

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from data import encoding
-from data.findings import shown
+from data.findings import SURROGATE, BadRow, shown
+from data.formats.values import text
 from data.intake import Intake, Placed
 from data.schema import Row
 from pipeline.errors import DataError
@@ -55,11 +56,15 @@ def read(suite: Suite) -> Items:
     for placed in intake:
         if not placed.held_out:
             continue
-        content = _content(placed.row)
+        try:
+            labels, content = _labels(placed), _content(placed.row)
+        except BadRow as problem:
+            intake.refuse(problem)
+            continue
         if content in seen:
             continue
         seen.add(content)
-        item = _item(placed, content)
+        item = _item(placed.row, labels, content)
         if item.id in found:
             what = f"id: {shown(item.id)} stands before, at {found[item.id].row.origin}"
             raise DataError(what, where=placed.row.origin, hint="give every row an id of its own, or none")
@@ -72,16 +77,23 @@ def read(suite: Suite) -> Items:
     return Items(list(found.values()), encoding.record(intake))
 
 
+def _labels(placed: Placed) -> dict[str, str]:
+    """What stands beside the row, by column."""
+    record = placed.record or {}
+    given = {name: record[name] for name in ("id", *CATEGORIES, "group") if record.get(name) is not None}
+    return {name: text(str(value), name, placed.row.origin) for name, value in given.items()}
+
+
 def _content(row: Row) -> str:
     """Of all that the row says, whatever its place and its id."""
     said = asdict(replace(row, origin=""))
     said.get("facts", {}).pop("id", None)
-    return digest(said)
+    try:
+        return digest(said)
+    except UnicodeEncodeError as error:
+        raise BadRow(SURROGATE, where=row.origin) from error
 
 
-def _item(placed: Placed, content: str) -> Item:
-    record = placed.record or {}
-    category = next((record[name] for name in CATEGORIES if record.get(name) is not None), "")
-    given = record.get("id")
-    name = content[:12] if given is None else str(given)
-    return Item(placed.row, name, str(category), "" if record.get("group") is None else str(record["group"]))
+def _item(row: Row, labels: Mapping[str, str], content: str) -> Item:
+    category = next((labels[name] for name in CATEGORIES if name in labels), "")
+    return Item(row, labels.get("id", content[:12]), category, labels.get("group", ""))

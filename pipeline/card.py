@@ -17,6 +17,7 @@ import pipeline
 from pipeline import inspection
 from pipeline import manifest as manifests
 from pipeline.contract import Artifact
+from pipeline.gate import RATIO
 from pipeline.manifest import DataCard, InputRecord, Manifest, Metric
 from pipeline.references import HUB
 from pipeline.terminal import printable
@@ -28,8 +29,8 @@ FILE_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("card.j2")
 HEADLINES = ("gold", "accuracy", "reward", "perplexity", "win_rate")
 """What the card's metadata repeats of the evaluation."""
-AGAINST_PARENT = ("win_rate", "kl", "frontier_gap", "pair_accuracy")
-"""Metrics of which a child's and its parent's are against different models, and have no difference."""
+AGAINST_PARENT = ("win_rate", "win_rate_length_controlled", "kl", "frontier_gap", "pair_accuracy")
+"""Metrics, beside ratios, of which a child's and its parent's are against different models, and have no difference."""
 LIBRARIES = ("torch", "transformers", "peft")
 
 _NOTHING = "none"
@@ -198,7 +199,8 @@ def _lines(found: Evaluation) -> Iterator[list[str]]:
             continue
         line = [code(name), _number(metric.value), _interval(metric)]
         if found.parent:
-            before, gain = None if name in AGAINST_PARENT else found.before.get(name), gains.get(name)
+            against_parent = name in AGAINST_PARENT or name.endswith(RATIO)
+            before, gain = None if against_parent else found.before.get(name), gains.get(name)
             change = gain.value if gain else metric.value - before.value if before else None
             line += [_number(before.value) if before else "", "" if change is None else _number(change, signed=True)]
             line.append(_interval(gain, signed=True) if gain else "")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.manifest import Metric
+from pipeline.suggestion import suggest
 
 GAIN, RATIO = "_gain", "_ratio"
 """What a metric's name ends with when it compares with the parent: by difference and by ratio, paired."""
@@ -74,6 +75,7 @@ class Check:
         figure: The figure that decided: the metric, or how it compares with the parent; None where there is none.
         compared: `gain` or `ratio` where that figure compares with the parent, else nothing.
         holds: Whether the requirement does.
+        missing: Where there is no figure, what is said instead.
     """
 
     model: str
@@ -82,6 +84,7 @@ class Check:
     figure: Metric | None
     compared: str
     holds: bool
+    missing: str = ""
 
     def __str__(self) -> str:
         return f"{self.model}.{self.metric} should be `{self.required}`{'' if self.holds else ', but'} {self._found()}"
@@ -99,7 +102,7 @@ class Check:
 
     def _found(self) -> str:
         if self.figure is None:
-            return "was not compared with a parent's" if "parent" in self.required else "was not measured"
+            return self.missing
         what = {"gain": "its difference from the parent's is", "ratio": "its ratio to the parent's is", "": "is"}
         return f"{what[self.compared]} {_written(self.figure)}"
 
@@ -155,7 +158,15 @@ def _check(model: str, metric: str, wanted: Requirement, metrics: Mapping[str, M
         if figure is not None:
             holds = wanted.allows(figure, bound, paired=bool(suffix))
             return Check(model, metric, wanted.text, figure, suffix.removeprefix("_"), holds)
-    return Check(model, metric, wanted.text, None, "", holds=False)
+    return Check(model, metric, wanted.text, None, "", holds=False, missing=_missing(model, metric, wanted, metrics))
+
+
+def _missing(model: str, metric: str, wanted: Requirement, metrics: Mapping[str, Metric]) -> str:
+    """Why there is no figure: no model has it, or this one has not, or it was not compared."""
+    if not any(name.endswith(f".{metric}") for name in metrics):
+        own = {name.removeprefix(f"{model}.") for name in metrics if name.startswith(f"{model}.")}
+        return f"there is no such figure{suggest(metric, (name for name in own if not name.endswith((GAIN, RATIO))))}"
+    return "was not measured" if "" in wanted.figures else "was not compared with a parent's"
 
 
 def _written(figure: Metric) -> str:

@@ -49,6 +49,11 @@ class Suite(DataSource):
         return True
 
     @property
+    def part_yes_or_no(self) -> bool:
+        """Whether every number under a single condition, such as one of several temperatures, is."""
+        return self.yes_or_no
+
+    @property
     def share(self) -> bool:
         """Whether figures are shares, from 0 to 1."""
         return True
@@ -125,7 +130,12 @@ class GenerationSuite(SampledSuite):
     @property
     def yes_or_no(self) -> bool:
         """Only the verdict on a single response is."""
-        return self.gold != "none" and self.samples == 1 and len(self.temperatures) == 1
+        return self.part_yes_or_no and len(self.temperatures) == 1
+
+    @property
+    def part_yes_or_no(self) -> bool:
+        """At each temperature, the same."""
+        return self.gold != "none" and self.samples == 1
 
     @property
     def share(self) -> bool:

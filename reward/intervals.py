@@ -2,7 +2,9 @@
 
 Means use the percentile bootstrap (Efron 1979, doi 10.1214/aos/1176344552), which asks nothing of the
 distribution but is a little narrow below about 30 observations. Proportions use Wilson's score interval
-(Wilson 1927, doi 10.1080/01621459.1927.10502953), which stays honest at 0 and 1.
+(Wilson 1927, doi 10.1080/01621459.1927.10502953), which stays honest at 0 and 1; so does Tango's score interval (Tango
+1998, doi 10.1002/(SICI)1097-0258(19980430)17:8<891::AID-SIM780>3.0.CO;2-B) for differences of proportions over the same
+prompts.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pipeline.manifest import Metric
 CONFIDENCE = 0.95
 RESAMPLES = 2_000
 _DRAWS_AT_ONCE = 2_000_000
+_HALVINGS = 60
 
 Values = Sequence[float] | NDArray[np.floating] | NDArray[np.integer]
 
@@ -112,6 +115,49 @@ def proportion_interval(successes: int, n: int) -> Metric:
     # At 0 and 1 the bound equals the share exactly; rounding must not push it past.
     low, high = min(share, max(0.0, centre - reach)), max(share, min(1.0, centre + reach))
     return Metric(value=share, low=low, high=high, n=n)
+
+
+def proportion_difference(a: Values, b: Values) -> Metric:
+    """Difference of two proportions over the same prompts, with Tango's score interval.
+
+    Args:
+        a: 1 or 0 for each prompt, shape (n,).
+        b: The same prompts in the same order.
+
+    Raises:
+        ValueError: When the lengths differ, there are none, or a number is neither 0 nor 1.
+    """
+    first, second = finite(a, "a"), finite(b, "b")
+    if first.size != second.size:
+        raise ValueError(f"a has {first.size} observations and b has {second.size}: they are not paired")
+    if not np.isin([first, second], (0.0, 1.0)).all():
+        raise ValueError("a number is neither 0 nor 1")
+    gained, lost = int((first > second).sum()), int((second > first).sum())
+    n = first.size
+    value = (gained - lost) / n
+    low, high = -_furthest_gain(lost, gained, n), _furthest_gain(gained, lost, n)
+    return Metric(value=value, low=min(value, low), high=max(value, high), n=n)
+
+
+def _furthest_gain(gained: int, lost: int, n: int) -> float:
+    """The largest difference that the score test does not reject, by bisection."""
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    kept, rejected = (gained - lost) / n, 1.0
+    for _ in range(_HALVINGS):
+        middle = (kept + rejected) / 2
+        if n * middle - (gained - lost) <= z * sqrt(
+            n * (2 * _lost_share(middle, gained, lost, n) + middle * (1 - middle))
+        ):
+            kept = middle
+        else:
+            rejected = middle
+    return kept
+
+
+def _lost_share(difference: float, gained: int, lost: int, n: int) -> float:
+    """The likeliest share of prompts that are lost, if the difference is as given: the larger root of a parabola."""
+    slope = (2 * n - gained + lost) * difference - gained - lost
+    return (sqrt(slope * slope + 8 * n * lost * difference * (1 - difference)) - slope) / (4 * n)
 
 
 def finite(values: Values, name: str) -> NDArray[np.float64]:

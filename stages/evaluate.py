@@ -289,7 +289,7 @@ def _write(context: Context, lineup: Lineup, prompts: Sequence[Prompt], found: F
     """`evaluation.json` for the report, `samples.jsonl` with one prompt a line and every model's answer, and what the
     suites write."""
     parents = {name: contestant.parent for name, contestant in lineup.contestants.items()}
-    tests = corrected_tests(found.comparisons)
+    tests = corrected_tests({name: each.correct | suites.pairs(name) for name, each in found.comparisons.items()})
     compared: dict[str, dict[str, Any]] = {
         name: {"comparison": each.as_json(tests[name])} for name, each in found.comparisons.items()
     }

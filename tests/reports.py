@@ -132,7 +132,7 @@ def write_lines(path: Path, records: list[Any]) -> None:
 
 def write_stage(run: Path, name: str, **changes: Any) -> Path:
     """The directory of a finished stage with its manifest."""
-    directory = run / "stages" / name
+    directory = run / "stages" / changes.get("stage", name)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "manifest.json").write_text(json.dumps(manifest(name, **changes)), encoding="utf-8")
     return directory
@@ -148,6 +148,16 @@ def write_run(root: Path) -> Path:
     write_lines(directories["check"] / "samples.jsonl", [sample(number) for number in range(8)])
     (root / "config.yaml").write_text("output: runs/my first\nstages: {}\n")
     return root
+
+
+def add_evaluation(run: Path, name: str, evaluation: Mapping[str, Any]) -> None:
+    """Another finished evaluation of the run, after all other stages."""
+    inputs = {
+        f"models.{place}": {"source": model, "kind": KINDS[model][1], "digest": digest(model)}
+        for place, model in enumerate(evaluation["models"])
+    }
+    directory = write_stage(run, "check", inputs=inputs, stage=name)
+    (directory / "evaluation.json").write_text(json.dumps(evaluation))
 
 
 def page(run: Path) -> str:

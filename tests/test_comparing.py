@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import exp
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 
 from data.schema import Message, Prompt
 from data.tree import Branch, Tree
+from pipeline import gate
+from pipeline.manifest import Metric
 from reward.comparison import mcnemar, prompts_needed
-from reward.intervals import paired_difference
+from reward.intervals import paired_difference, proportion_difference
 from reward.length_control import length_controlled
 from reward.pair_judge import Judgement, PairJudge
 from stages.core.answers import Answers
@@ -53,6 +56,8 @@ def test_gains_are_paired_and_wins_are_counted_by_gold(both: tuple[Answers, Answ
     assert found.metrics["accuracy_gain"].value == pytest.approx(5 / 12)
     assert found.metrics["accuracy.sums_gain"].value == pytest.approx(5 / 6)
     assert found.metrics["accuracy.facts_gain"].value == 0
+    sums = proportion_difference([1.0] * 6, [0.0] * 5 + [1.0])
+    assert found.metrics["accuracy.sums_gain"] == sums
     assert found.metrics["win_rate"].value == pytest.approx((3 + 4.5) / 12)
     longer = [len(a) - len(b) for a, b in zip(own.texts, parent.texts, strict=True)]
     won = [1.0] * 3 + [0.5] * 9
@@ -73,6 +78,19 @@ def test_the_prompts_needed_are_named_only_where_nothing_is_clear(both: tuple[An
     differences = np.array(unclear.gold) - np.array(other.gold)
     assert compare(unclear, other, PROMPTS, None).needed == {"gold": prompts_needed(differences, differences.mean())}
     assert "accuracy" not in compare(own, parent, PROMPTS, None).needed
+
+
+def test_two_prompts_that_are_both_gained_are_no_clear_gain_in_accuracy_and_need_no_two_prompts_to_be_one() -> None:
+    texts = ["a", "b"]
+    found = compare(answers([1.0] * 2, [1.0] * 2, texts), answers([0.0] * 2, [0.0] * 2, texts), PROMPTS[:2], None)
+    assert not any(each.holds for each in gate.check({"dpo": {"accuracy": "> parent"}}, _named(found.metrics)))
+    mostly = compare(answers([], [1, 1, 0], ["a"] * 3), answers([], [0, 0, 0], ["a"] * 3), PROMPTS[:3], None)
+    assert prompts_needed([1, 1, 0], 2 / 3) == 6
+    assert mostly.needed["accuracy"] == 6
+
+
+def _named(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    return {f"dpo.{name}": each for name, each in metrics.items()}
 
 
 def test_without_a_gold_reward_the_reward_decides(both: tuple[Answers, Answers]) -> None:
@@ -106,7 +124,8 @@ def test_where_no_verdict_could_be_read_there_is_no_win_rate(both: tuple[Answers
 
 def test_accuracies_of_all_models_are_corrected_together(both: tuple[Answers, Answers]) -> None:
     comparison = compare(*both, PROMPTS, None)
-    alone, together = corrected_tests({"dpo": comparison}), corrected_tests({"dpo": comparison, "ppo": comparison})
+    correct = comparison.correct
+    alone, together = corrected_tests({"dpo": correct}), corrected_tests({"dpo": correct, "ppo": correct})
     assert alone["dpo"]["accuracy.sums"].p == together["ppo"]["accuracy.sums"].p == mcnemar(5, 0)
     assert alone["dpo"]["accuracy.sums"].adjusted == pytest.approx(4 * mcnemar(5, 0))
     assert together["dpo"]["accuracy.sums"].adjusted == pytest.approx(8 * mcnemar(5, 0))

@@ -17,6 +17,7 @@ from pipeline import cli, loader
 from pipeline import manifest as manifests
 from pipeline.manifest import Manifest
 from pipeline.suites import METHODS
+from reward.comparison import holm, mcnemar
 
 pytestmark = pytest.mark.chain
 
@@ -129,6 +130,19 @@ def test_figures_are_those_of_the_lines_of_the_suite_s_file(finished: Path) -> N
     sizes = [len(text.encode()) for text in texts]
     bits = sum(size * row["scores"]["dpo"] for size, row in zip(sizes, lines(finished, "diary"), strict=True))
     assert found["dpo.suite.diary"].value == pytest.approx(bits / sum(sizes))
+
+
+def test_suites_of_yes_and_no_are_tested_together_with_the_accuracies(finished: Path) -> None:
+    content = json.loads((finished / "run" / "stages" / "evaluate" / "evaluation.json").read_text())
+    tests = content["models"]["dpo"]["comparison"]["tests"]
+    assert tests.keys() == {"suite.capitals", "suite.names"}  # the prompts name no answer, so there is no accuracy
+    for name, test in tests.items():
+        scores = [row["scores"] for row in lines(finished, name.removeprefix("suite."))]
+        gained = sum(each["dpo"] > each["sft"] for each in scores)
+        lost = sum(each["dpo"] < each["sft"] for each in scores)
+        assert (test["gained"], test["lost"], test["p"]) == (gained, lost, mcnemar(gained, lost))
+    adjusted = holm([test["p"] for test in tests.values()])
+    assert [test["adjusted"] for test in tests.values()] == adjusted
 
 
 def test_a_line_has_the_row_s_id_and_what_was_said(finished: Path) -> None:

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from reward import intervals
-from reward.intervals import function_of_means, mean_interval, paired_difference, proportion_interval, ratio_interval
+from reward.intervals import (
+    function_of_means,
+    mean_interval,
+    paired_difference,
+    proportion_difference,
+    proportion_interval,
+    ratio_interval,
+)
 
 
 def _slow_bootstrap(values: list[float], resamples: int) -> tuple[float, float]:
@@ -167,6 +174,90 @@ def test_wilson_covers_95_percent_on_average_over_all_proportions() -> None:
 def test_impossible_proportions_are_refused(successes: int, n: int) -> None:
     with pytest.raises(ValueError, match="not a proportion"):
         proportion_interval(successes, n)
+
+
+def _pairs(gained: int, lost: int, n: int) -> tuple[list[float], list[float]]:
+    """So many prompts that only the first and only the second answer right; the rest, by turns, both and neither."""
+    rest = [float(place % 2) for place in range(n - gained - lost)]
+    return [1.0] * gained + [0.0] * lost + rest, [0.0] * gained + [1.0] * lost + rest
+
+
+def _tango_by_search(gained: int, lost: int, n: int, *, upper: bool) -> float:
+    """The furthest difference whose score test does not reject, its variance at the likeliest shares on a fine grid."""
+    sign, z = (1 if upper else -1), NormalDist().inv_cdf(0.975)
+
+    def rejects(difference: float) -> bool:
+        # All pairs of shares (gained, lost) with that difference; what is lost goes from 0 to where nothing is equal.
+        share = np.linspace(max(0.0, -difference), (1 - difference) / 2, 20_001)[1:-1]
+        likelihood = gained * np.log(share + difference) + lost * np.log(share)
+        likelihood += (n - gained - lost) * np.log1p(-difference - 2 * share)
+        likeliest = share[likelihood.argmax()]
+        variance = n * (2 * likeliest + difference - difference**2)
+        return bool(abs(gained - lost - n * difference) > z * sqrt(variance))
+
+    kept, rejected = (gained - lost) / n, float(sign)
+    for _ in range(20 if kept != rejected else 0):
+        middle = (kept + rejected) / 2
+        kept, rejected = (kept, middle) if rejects(middle) else (middle, rejected)
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "n"), [(2, 0, 2), (0, 0, 10), (3, 1, 20), (0, 5, 12), (12, 2, 50), (40, 30, 400)]
+)
+def test_the_bounds_of_a_paired_difference_are_where_the_score_test_turns(gained: int, lost: int, n: int) -> None:
+    found = proportion_difference(*_pairs(gained, lost, n))
+    assert found.value == (gained - lost) / n
+    assert found.low == pytest.approx(_tango_by_search(gained, lost, n, upper=False), abs=2e-4)
+    assert found.high == pytest.approx(_tango_by_search(gained, lost, n, upper=True), abs=2e-4)
+
+
+def test_a_paired_difference_is_the_published_one() -> None:
+    # Fagerland, Lydersen and Laake 2014 (doi 10.1002/sim.6148): 1 of 21 children gained, 7 lost.
+    found = proportion_difference(*_pairs(1, 7, 21))
+    assert [found.low, found.high] == pytest.approx([-0.517, -0.026], abs=5e-4)
+
+
+def test_turning_a_paired_difference_round_turns_its_interval_round() -> None:
+    found, turned = proportion_difference(*_pairs(3, 1, 20)), proportion_difference(*_pairs(1, 3, 20))
+    assert (found.low, found.high) == (-(turned.high or 0), -(turned.low or 0))
+
+
+@pytest.mark.parametrize(("gained", "n"), [(0, 1), (1, 1), (0, 2), (2, 2), (3, 3), (0, 1_000)])
+def test_few_pairs_or_equal_ones_are_no_clear_difference(gained: int, n: int) -> None:
+    found = proportion_difference(*_pairs(gained, 0, n))
+    assert found.low is not None
+    assert found.high is not None
+    assert -1 <= found.low < 0 < found.high <= 1
+
+
+def test_a_paired_difference_lies_in_about_95_of_100_intervals() -> None:
+    n, gains, losses = 40, 0.2, 0.1
+    covered = 0.0
+    for gained in range(n + 1):
+        for lost in range(n + 1 - gained):
+            chance = comb(n, gained) * comb(n - gained, lost) * gains**gained * losses**lost
+            chance *= (1 - gains - losses) ** (n - gained - lost)
+            if chance > 1e-6:
+                found = proportion_difference(*_pairs(gained, lost, n))
+                assert found.low is not None
+                assert found.high is not None
+                covered += chance * (found.low <= gains - losses <= found.high)
+    assert 0.93 <= covered <= 0.97
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "said"),
+    [
+        ([1.0, 0.0], [1.0], "not paired"),
+        ([0.5], [1.0], "neither 0 nor 1"),
+        ([1.0], [2.0], "neither 0 nor 1"),
+        ([], [], "non-empty"),
+    ],
+)
+def test_what_is_no_pair_of_proportions_is_refused(a: list[float], b: list[float], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        proportion_difference(a, b)
 
 
 def test_importing_intervals_does_not_import_torch() -> None:

@@ -74,6 +74,70 @@ def test_an_accuracy_is_coloured_only_when_it_stays_significant(run: Path, adjus
     assert "sums_gain" not in text
 
 
+def suite(name: str) -> dict[str, Any]:
+    """The record of a suite of yes and no."""
+    return {name: {"method": "generation", "measures": f"All {name}.", "observations": 100}}
+
+
+@pytest.mark.parametrize(("adjusted", "coloured"), [(0.01, True), (0.2, False)])
+def test_a_gain_on_a_suite_is_coloured_only_when_it_stays_significant(
+    run: Path, adjusted: float, coloured: bool
+) -> None:
+    evaluation = {**reports.evaluation(), "suites": suite("sums")}
+    model = evaluation["models"]["ppo"]
+    model["metrics"] |= {"suite.sums": reports.metric(0.6), "suite.sums_gain": reports.metric(0.1)}
+    model["comparison"] = {**COUNTS, "tests": {"suite.sums": {"p": 0.01, "adjusted": adjusted}}}
+    (run / "stages" / "check" / "evaluation.json").write_text(json.dumps(evaluation))
+    page = reports.page(run)
+    found = re.search(r'<small class="gain (\w+)"><b>\+10\.0%', page)
+    assert found is not None
+    assert found[1] == ("up" if coloured else "level")
+    text = reports.Elements(page).text.partition("Suites")[2]
+    assert f"p 0.010, corrected {adjusted:.3f}" in text
+    assert "for suites of yes and no, McNemar's p stays below 5%" in text
+
+
+@pytest.mark.parametrize("name", ["another", "second"])
+def test_a_second_evaluation_changes_neither_the_verdict_nor_the_table_and_adds_its_suites(
+    run: Path, name: str
+) -> None:
+    whole = reports.evaluation()
+    for model in whole["models"].values():
+        model["metrics"]["suite.letters"] = reports.metric(0.25)
+    (run / "stages" / "check" / "evaluation.json").write_text(json.dumps({**whole, "suites": suite("letters")}))
+    before, table = reports.report(run)["verdict"], _table(text_of(run))
+    models = {
+        model: {"parent": parent, "metrics": {"gold": reports.metric(0.9), "suite.sums": reports.metric(0.75)}}
+        for model, parent in (("sft", None), ("ppo", "sft"))
+    }
+    reports.add_evaluation(run, name, {"models": models, "suites": suite("sums")})
+    report, text = reports.report(run), text_of(run)
+    assert report["verdict"] == before
+    assert report["verdict"]["state"] == "better"
+    assert report["stages"]["sft"]["metrics"]["gold"]["value"] == 0.5
+    assert _table(text) == table
+    assert f"sft, ppo were evaluated in {name}, too" in text
+    suites = text.partition("Suites")[2]
+    assert sorted(re.findall(r"(letters|sums) 100 observations", suites)) == ["letters", "sums"]
+    assert suites.count("25.0%[23.0%, 27.0%]") == 3
+    assert suites.count("75.0%[73.0%, 77.0%]") == 2
+
+
+def _table(text: str) -> list[str]:
+    """The words of the main table."""
+    table = text.partition("Each model against its parent")[2].partition("Accuracy by task")[0]
+    return table.partition("sft, ppo were")[0].split()
+
+
+def test_suites_of_one_name_in_two_evaluations_have_a_table_each(run: Path) -> None:
+    for name, figure in (("first", 0.25), ("second", 0.75)):
+        models = {"sft": {"parent": None, "metrics": {"suite.sums": reports.metric(figure)}}}
+        reports.add_evaluation(run, name, {"models": models, "suites": suite("sums")})
+    text = text_of(run)
+    assert "25.0%" in text.partition("sums (first)")[2].partition("sums (second)")[0]
+    assert "75.0%" in text.partition("sums (second)")[2]
+
+
 def test_an_unclear_verdict_says_how_many_prompts_would_tell() -> None:
     gain = Metric(value=0.01, low=-0.02, high=0.04, n=150)
     metrics = {"gold": Metric(value=0.6), "gold_gain": gain}

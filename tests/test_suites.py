@@ -25,16 +25,19 @@ from data.schema import Message, Preference, Prompt
 from data.split import is_held_out
 from data.suite_rows import Item
 from data.world import COURTESIES, NAMES, generate, gold_reward
-from pipeline import loader
+from pipeline import gate, loader
 from pipeline.config import DataSource, EvaluateSettings
 from pipeline.contract import Artifact
 from pipeline.errors import ConfigError, DataError
+from pipeline.manifest import Metric
 from pipeline.suites import METHODS, Suite
 from reward import calibration
 from reward.diversity import dissimilarity, distinct
+from reward.intervals import mean_interval, paired_difference, proportion_difference, proportion_interval
 from stages.core.lineup import Contestant
 from stages.core.roles import REFERENCE
-from stages.core.suite_scores import longer_wins, observations, scorer
+from stages.core.suite_scores import Observation, Scores, longer_wins, observations, scorer
+from stages.core.suites import _Ledger
 
 OWN = sorted(path.stem for path in (loader.recipes() / "suites").glob("*.yaml"))
 OF_WORLD = [name for name in OWN if name != "gsm8k"]
@@ -67,6 +70,44 @@ def refusal(path: Path | str) -> str:
 def contestant() -> Contestant:
     """A tiny model with random weights."""
     return Contestant("tiny", Artifact(Path(), "model", "tiny"), models.roles(), REFERENCE, None)
+
+
+# Figures
+
+
+def entered(suite: Suite, own: Scores, parent: Scores) -> tuple[_Ledger, dict[str, Metric]]:
+    """The ledger of a suite after a model and its parent, and the model's figures."""
+    observed = [Observation(str(place), "", (place,)) for place in own.numbers]
+    ledger = _Ledger("mine", suite, [], observed, None)
+    ledger.enter("sft", None, parent)
+    return ledger, ledger.enter("dpo", "sft", own)
+
+
+def test_a_gain_in_yes_and_no_has_a_score_interval_and_its_pairs_are_kept(tmp_path: Path) -> None:
+    suite = loader.suite(str(write_suite(tmp_path)))[1]
+    ledger, found = entered(suite, Scores({0: 1.0, 1: 1.0, 3: 0.0}), Scores({0: 0.0, 1: 0.0, 2: 1.0}))
+    assert found["suite.mine_gain"] == proportion_difference([1.0, 1.0], [0.0, 0.0])
+    (check,) = gate.check({"dpo": {"suite.mine": "> parent"}}, {f"dpo.{name}": each for name, each in found.items()})
+    assert not check.holds
+    assert ledger.pairs == {"dpo": ([1.0, 1.0], [0.0, 0.0])}
+
+
+def test_a_gain_in_means_has_the_bootstrap_s_interval_and_no_pairs_to_test(tmp_path: Path) -> None:
+    suite = loader.suite(str(write_suite(tmp_path, samples=2, temperature=1)))[1]
+    ledger, found = entered(suite, Scores({0: 1.0, 1: 0.5, 2: 0.5}), Scores({0: 0.5, 1: 0.0, 2: 0.5}))
+    assert found["suite.mine_gain"] == paired_difference([1.0, 0.5, 0.5], [0.5, 0.0, 0.5])
+    assert ledger.pairs == {}
+
+
+def test_single_responses_at_several_temperatures_have_a_proportion_at_each(tmp_path: Path) -> None:
+    own = Scores({0: 0.5, 1: 0.0}, {"at 0.5": {0: 1.0, 1: 0.0}, "at 1": {0: 0.0, 1: 0.0}})
+    suite = loader.suite(str(write_suite(tmp_path, temperature=[0.5, 1])))[1]
+    found = entered(suite, own, own)[1]
+    assert found["suite.mine"] == mean_interval([0.5, 0.0])
+    assert found["suite.mine.at 0.5"] == proportion_interval(1, 2)
+    assert found["suite.mine.at 1"] == proportion_interval(0, 2)
+    several = loader.suite(str(write_suite(tmp_path, temperature=[0.5, 1], samples=2)))[1]
+    assert entered(several, own, own)[1]["suite.mine.at 1"] == mean_interval([0.0, 0.0])
 
 
 # Files
@@ -175,6 +216,21 @@ def test_malformed_rows_are_refused_with_their_line(tmp_path: Path) -> None:
     assert caught.value.where == f"{tmp_path}/mine.jsonl:2"
     with pytest.raises(DataError, match=r"answer: 2 \(expected one of the choices, or its place from 0 to 1\)"):
         items_of(tmp_path, [{"prompt": "a", "choices": ["b", "c"], "answer": 2}], method="choice", gold=None)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [*((each, "a \ud800") for each in ("id", "category", "subset", "group", "other")), ("group", ["a \ud800"])],
+)
+def test_half_a_character_beside_a_row_is_refused_with_its_line_or_left_out(
+    tmp_path: Path, column: str, value: object
+) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": each, "answer": "x"} for each in "ab"]
+    rows[1][column] = value
+    with pytest.raises(DataError, match="lone surrogate") as caught:
+        items_of(tmp_path, rows)
+    assert caught.value.where == f"{tmp_path}/mine.jsonl:2"
+    assert len(items_of(tmp_path, rows, on_bad_row="skip")[1]) == 1
 
 
 def test_invariance_needs_groups(tmp_path: Path) -> None:

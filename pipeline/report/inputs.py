@@ -20,6 +20,8 @@ from pipeline.manifest import FILE_NAME, Manifest, Metric
 from pipeline.terminal import printable
 
 SAMPLES_SHOWN = 6
+LEVEL = 0.05
+"""Of significance, after the correction for the number of tests."""
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -47,11 +49,16 @@ class Sample(_Log):
 
 
 class AccuracyTest(_Log):
-    """McNemar's test of an accuracy against the parent's."""
+    """McNemar's test of an accuracy, or of a suite of yes and no, against the parent's."""
 
     p: float
     adjusted: float
-    """For all accuracies that were tested, by Holm's correction."""
+    """For all that were tested together, by Holm's correction."""
+
+    @property
+    def clear(self) -> bool:
+        """Whether the difference stays significant."""
+        return self.adjusted < LEVEL
 
 
 class Comparison(_Log):
@@ -72,6 +79,10 @@ class ModelEvaluation(_Log):
     parent: str | None = None
     metrics: dict[str, Metric] = {}
     comparison: Comparison | None = None
+
+    def test(self, metric: str) -> AccuracyTest | None:
+        """That of one metric against the parent's."""
+        return self.comparison.tests.get(metric) if self.comparison else None
 
 
 class FrontierPoint(_Log):

@@ -26,7 +26,7 @@ from pipeline.report.frontier import draw_frontiers
 from pipeline.report.inputs import Evaluation, ModelEvaluation, RunRecord, Sample, StageRecord
 from pipeline.report.marks import Piece, marked
 from pipeline.report.suites import of_suites, suites
-from pipeline.report.summary import evaluated
+from pipeline.report.summary import elsewhere, evaluated
 from pipeline.terminal import printable_lines
 
 _HERE = Path(__file__).parent
@@ -36,8 +36,6 @@ _ELSEWHERE = ("frontier_gap",)
 """Shown in a table of their own."""
 _BETTER_IF_HIGH = ("gold", "reward", "accuracy")
 """Metrics, up to a dot, whose gains are shown and coloured."""
-LEVEL = 0.05
-"""Of significance, for accuracies after the correction for their number."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,9 @@ def render(run: RunRecord, summary: Mapping[str, Any]) -> str:
             box=(lineage.BOX_WIDTH, lineage.BOX_HEIGHT),
             requirements=[each for checks in summary["requirements"].values() for each in checks],
             comparison=_table(models, _columns(models)),
+            elsewhere=elsewhere(run),
             tasks=_table(models, _tasks(models)),
-            suites=suites(run, models),
+            suites=suites(run),
             tested=any(model.comparison and model.comparison.tests for model in models.values()),
             judges=_judges(run.stages.values()),
             measured=_measured(run),
@@ -154,14 +153,13 @@ def _cell(column: str, model: ModelEvaluation) -> Cell:
     gain = model.metrics.get(f"{column}{gate.GAIN}") if column.partition(".")[0] in _BETTER_IF_HIGH else None
     cell = Cell(label, wording.number(column, measured.value), wording.interval(column, measured))
     if gain is not None:
-        test = model.comparison.tests.get(column) if model.comparison else None
-        clear = test is None or test.adjusted < LEVEL
+        test = model.test(column)
         return replace(
             cell,
             gain=wording.number(column, gain.value, signed=True),
             gain_interval=wording.interval(column, gain, signed=True),
-            direction=direction(gain.low, gain.high) if clear else "level",
-            remark=f"p {wording.chance(test.p)}, corrected {wording.chance(test.adjusted)}" if test else "",
+            direction=direction(gain.low, gain.high) if test is None or test.clear else "level",
+            remark=wording.significance(test),
         )
     if column in ("win_rate", "win_rate_length_controlled"):
         remark = wording.tally(model.comparison) if model.comparison and column == "win_rate" else ""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from pipeline.manifest import Metric
 from pipeline.report import wording
 from pipeline.report.cell import Cell
 from pipeline.report.forest import direction
@@ -34,13 +34,19 @@ class SuiteTable:
     calibration: Mapping[str, list[CalibrationBin]]
 
 
-def suites(run: RunRecord, models: Mapping[str, ModelEvaluation]) -> list[SuiteTable]:
-    """A table of each suite; of two of the same name, the first in the run's order counts."""
-    found: dict[str, SuiteRecord] = {}
-    for record in run.stages.values():
-        if record.evaluation:
-            found = {**record.evaluation.suites, **found}
-    return [_table(name, suite, models) for name, suite in found.items()]
+def suites(run: RunRecord) -> list[SuiteTable]:
+    """A table of each suite of each evaluation; where several have a suite of the same name, with the evaluation's."""
+    found = [
+        (stage, name, suite, record.evaluation.models)
+        for stage, record in run.stages.items()
+        if record.evaluation
+        for name, suite in record.evaluation.suites.items()
+    ]
+    times = Counter(name for _, name, _, _ in found)
+    return [
+        _table(name, f"{name} ({stage})" if times[name] > 1 else name, suite, models)
+        for stage, name, suite, models in found
+    ]
 
 
 def of_suites(metrics: Iterable[str]) -> set[str]:
@@ -48,32 +54,30 @@ def of_suites(metrics: Iterable[str]) -> set[str]:
     return {name for name in metrics if name.startswith(PREFIX)}
 
 
-def _table(name: str, suite: SuiteRecord, models: Mapping[str, ModelEvaluation]) -> SuiteTable:
+def _table(name: str, title: str, suite: SuiteRecord, models: Mapping[str, ModelEvaluation]) -> SuiteTable:
     whole = f"{PREFIX}{name}"
     present = dict.fromkeys(each for model in models.values() for each in model.metrics)
     parts = [each for each in present if each.startswith((f"{whole}.", f"{whole}_")) and not each.endswith(_GAIN)]
     measured = {label: model for label, model in models.items() if whole in model.metrics}
     lines = tuple(
-        SuiteLine(
-            _label(each, whole), tuple(_cell(label, each, suite, model.metrics) for label, model in measured.items())
-        )
+        SuiteLine(_label(each, whole), tuple(_cell(label, each, suite, model) for label, model in measured.items()))
         for each in (whole, *parts)
     )
     note = f"{suite.observations:,} observations" + ("; lower is better" if suite.better == "lower" else "")
-    return SuiteTable(name, suite.measures, note, lines, suite.calibration)
+    return SuiteTable(title, suite.measures, note, lines, suite.calibration)
 
 
 def _label(metric: str, whole: str) -> str:
     return metric.removeprefix(whole)[1:].replace("_", " ") or "all"
 
 
-def _cell(model: str, metric: str, suite: SuiteRecord, metrics: Mapping[str, Metric]) -> Cell:
-    measured = metrics.get(metric)
+def _cell(model: str, metric: str, suite: SuiteRecord, found: ModelEvaluation) -> Cell:
+    measured = found.metrics.get(metric)
     if measured is None:
         return Cell(model)
     kind = "accuracy" if suite.share else metric
     cell = Cell(model, wording.number(kind, measured.value), wording.interval(kind, measured))
-    gain = metrics.get(f"{metric}{_GAIN}")
+    gain, test = found.metrics.get(f"{metric}{_GAIN}"), found.test(metric)
     if gain is None:
         return cell
     low, high = gain.low, gain.high
@@ -83,5 +87,6 @@ def _cell(model: str, metric: str, suite: SuiteRecord, metrics: Mapping[str, Met
         cell,
         gain=wording.number(kind, gain.value, signed=True),
         gain_interval=wording.interval(kind, gain, signed=True),
-        direction=direction(low, high),
+        direction=direction(low, high) if test is None or test.clear else "level",
+        remark=wording.significance(test),
     )

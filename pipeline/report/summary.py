@@ -34,12 +34,28 @@ def summarise(run: RunRecord) -> dict[str, Any]:
 
 
 def evaluated(run: RunRecord) -> dict[str, ModelEvaluation]:
-    """Every evaluated model; of two evaluations of the same model, the first in the run's order counts."""
-    found: dict[str, ModelEvaluation] = {}
-    for record in run.stages.values():
-        if record.evaluation is not None:
-            found = {**record.evaluation.models, **found}
-    return found
+    """Every evaluated model, as one evaluation found it: of several, one in which its parent was evaluated too, then
+    that of the most models, then the latest in the run's order."""
+    latest = [record.evaluation for record in reversed([*run.stages.values()]) if record.evaluation]
+    largest = sorted(latest, key=lambda each: len(each.models), reverse=True)
+    names = dict.fromkeys(name for each in largest for name in each.models)
+    return {name: _against_its_parent([each.models[name] for each in largest if name in each.models]) for name in names}
+
+
+def elsewhere(run: RunRecord) -> dict[str, list[str]]:
+    """Evaluation -> its models of which `evaluated` takes another one's figures."""
+    shown = evaluated(run)
+    found = {
+        name: [model for model, each in record.evaluation.models.items() if each is not shown[model]]
+        for name, record in run.stages.items()
+        if record.evaluation
+    }
+    return {name: models for name, models in found.items() if models}
+
+
+def _against_its_parent(found: list[ModelEvaluation]) -> ModelEvaluation:
+    """The first that has a parent, or else the first."""
+    return next((each for each in found if each.parent is not None), found[0])
 
 
 def command(run: RunRecord) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from data.findings import PROMPT_CUT
 from pipeline.manifest import DataCard, Metric
-from pipeline.report.inputs import Comparison
+from pipeline.report.inputs import AccuracyTest, Comparison
 
 LONGEST = 2_000
 _SHARES = frozenset({"win_rate", "win_rate_length_controlled", "accuracy", "pair_accuracy"})
@@ -49,6 +49,11 @@ def brief(value: float, *, decimals: int | None = None) -> str:
 def chance(p: float) -> str:
     """A p-value, as far as it matters."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def significance(test: AccuracyTest | None) -> str:
+    """The p-value of a test, and what is left of it after the correction; nothing without a test."""
+    return f"p {chance(test.p)}, corrected {chance(test.adjusted)}" if test else ""
 
 
 def interval(metric: str, measured: Metric, *, signed: bool = False) -> str:

@@ -10,7 +10,7 @@ from data.schema import Prompt
 from pipeline.gate import GAIN, RATIO
 from pipeline.manifest import Metric
 from reward.comparison import LOSS, TIE, WIN, AccuracyTest, accuracy_tests, outcomes, prompts_needed
-from reward.intervals import mean_interval, paired_difference, ratio_interval
+from reward.intervals import mean_interval, paired_difference, proportion_difference, ratio_interval
 from reward.length_control import length_controlled
 from reward.pair_judge import Judgement, PairJudge
 from stages.core.answers import Answers
@@ -69,9 +69,10 @@ def compare(own: Answers, parent: Answers, prompts: Sequence[Prompt], judge: Pai
     correct = _paired(own.accuracies(prompts), parent.accuracies(prompts))
     # One prompt of a task has a test, of which nothing comes, and no interval.
     several = {name: pair for name, pair in correct.items() if len(pair[0]) > 1}
-    pairs = _paired(own.scores, parent.scores) | several
-    metrics = {f"{name}{GAIN}": paired_difference(*pair) for name, pair in pairs.items()}
-    needed = {name: _needed(*pair, metrics[f"{name}{GAIN}"]) for name, pair in pairs.items()}
+    scores = _paired(own.scores, parent.scores)
+    metrics = {f"{name}{GAIN}": paired_difference(*pair) for name, pair in scores.items()}
+    metrics |= {f"{name}{GAIN}": proportion_difference(*pair) for name, pair in several.items()}
+    needed = {name: _needed(*pair, metrics[f"{name}{GAIN}"]) for name, pair in (scores | several).items()}
     metrics[f"length{RATIO}"] = ratio_interval(own.lengths, parent.lengths)
     judgement = _judged(own, parent, prompts, judge)
     decided = [outcome for outcome in judgement.outcomes if outcome is not None]
@@ -87,10 +88,15 @@ def compare(own: Answers, parent: Answers, prompts: Sequence[Prompt], judge: Pai
     )
 
 
-def corrected_tests(comparisons: Mapping[str, Comparison]) -> dict[str, dict[str, AccuracyTest]]:
-    """McNemar's test of every accuracy of every model against its parent's, corrected for all of them together."""
-    pairs = {(model, name): pair for model, each in comparisons.items() for name, pair in each.correct.items()}
-    found: dict[str, dict[str, AccuracyTest]] = {model: {} for model in comparisons}
+def corrected_tests(compared: Mapping[str, Mapping[str, Pair]]) -> dict[str, dict[str, AccuracyTest]]:
+    """McNemar's test of every accuracy of every model against its parent's, corrected for all of them together.
+
+    Args:
+        compared: Model -> accuracy, or suite of yes and no -> whether each prompt was answered correctly by the model
+            and by its parent.
+    """
+    pairs = {(model, name): pair for model, each in compared.items() for name, pair in each.items()}
+    found: dict[str, dict[str, AccuracyTest]] = {model: {} for model in compared}
     for (model, name), test in accuracy_tests(pairs).items():
         found[model][name] = test
     return found
@@ -123,7 +129,11 @@ def _paired(own: Mapping[str, list[float]], parent: Mapping[str, list[float]]) -
 
 
 def _needed(own: Sequence[float], parent: Sequence[float], gain: Metric) -> int | None:
-    """Prompts that would show a gain; None where it is clear already, or nothing can be said."""
+    """Prompts that would show a gain; None where it is clear already, or nothing can be said.
+
+    Where there are so many already, they were not enough: with few prompts the normal approximation is no guide.
+    """
     if gain.low is None or gain.high is None or not gain.low <= 0 <= gain.high:
         return None
-    return prompts_needed([a - b for a, b in zip(own, parent, strict=True)], gain.value)
+    count = prompts_needed([a - b for a, b in zip(own, parent, strict=True)], gain.value)
+    return count if count and count > len(own) else None

@@ -20,8 +20,15 @@ from pipeline.manifest import DataCard, Metric
 from pipeline.suites import PreferenceSuite, Suite
 from reward import calibration
 from reward.calibration import Bin
-from reward.intervals import mean_interval, paired_difference, proportion_interval, ratio_interval
+from reward.intervals import (
+    mean_interval,
+    paired_difference,
+    proportion_difference,
+    proportion_interval,
+    ratio_interval,
+)
 from stages.core import rows
+from stages.core.comparison import Pair
 from stages.core.lineup import Contestant
 from stages.core.roles import Roles
 from stages.core.suite_scores import (
@@ -52,6 +59,8 @@ class _Ledger:
     """None where it is the reward model that is measured."""
     scores: dict[str, Scores] = field(default_factory=dict)
     calibration: dict[str, list[Bin]] = field(default_factory=dict)
+    pairs: dict[str, Pair] = field(default_factory=dict)
+    """Of a suite of yes and no: model -> its numbers and its parent's, of the rows that fit both."""
 
     @property
     def figure(self) -> str:
@@ -60,40 +69,37 @@ class _Ledger:
     def enter(self, model: str, parent: str | None, found: Scores) -> Metrics:
         """Keep what a model got; its figures, and the gain over its parent where that was entered before."""
         self.scores[model] = found
-        metrics = {name: self._mean(numbers, found.weights) for name, numbers in self._slices(found) if numbers}
-        if parent in self.scores:
-            gain = self._gain(found, self.scores[parent])
-            metrics |= {f"{self.figure}_gain": gain} if gain else {}
-        return metrics
+        metrics = {
+            name: _mean(numbers, found.weights, yes_or_no=yes_or_no)
+            for name, numbers, yes_or_no in self._slices(found)
+            if numbers
+        }
+        other = self.scores.get(parent) if parent else None
+        common = sorted(found.numbers.keys() & other.numbers.keys()) if other else []
+        if not other or not common:
+            return metrics
+        pair = [found.numbers[place] for place in common], [other.numbers[place] for place in common]
+        if self.suite.yes_or_no:
+            self.pairs[model] = pair
+        weights = [found.weights[place] for place in common if found.weights]
+        return metrics | {f"{self.figure}_gain": self._gain(*pair, weights)}
 
-    def _slices(self, found: Scores) -> Iterator[tuple[str, Numbers]]:
-        yield self.figure, found.numbers
+    def _slices(self, found: Scores) -> Iterator[tuple[str, Numbers, bool]]:
+        """Each figure with its numbers, and whether they are of yes and no."""
+        yield self.figure, found.numbers, self.suite.yes_or_no
         for category in sorted({each.category for each in self.observed} - {""}):
             chosen = {
                 place: number for place, number in found.numbers.items() if self.observed[place].category == category
             }
-            yield f"{self.figure}.{category}", chosen
+            yield f"{self.figure}.{category}", chosen, self.suite.yes_or_no
         for part, numbers in found.parts.items():
-            yield f"{self.figure}.{part}", numbers
+            yield f"{self.figure}.{part}", numbers, self.suite.part_yes_or_no
 
-    def _mean(self, numbers: Numbers, weights: Numbers) -> Metric:
-        values = list(numbers.values())
+    def _gain(self, own: Sequence[float], parent: Sequence[float], weights: Sequence[float]) -> Metric:
+        """The mean difference, weighted as the numbers are."""
         if weights:
-            counts = [weights[place] for place in numbers]
-            return ratio_interval([value * count for value, count in zip(values, counts, strict=True)], counts)
-        if self.suite.yes_or_no:
-            return proportion_interval(sum(value == 1.0 for value in values), len(values))
-        return mean_interval(values)
-
-    def _gain(self, own: Scores, parent: Scores) -> Metric | None:
-        """The mean difference over the rows that fit both, weighted as the numbers are."""
-        common = sorted(own.numbers.keys() & parent.numbers.keys())
-        if not common:
-            return None
-        if own.weights:
-            differences = {place: own.numbers[place] - parent.numbers[place] for place in common}
-            return self._mean(differences, own.weights)
-        return paired_difference([own.numbers[each] for each in common], [parent.numbers[each] for each in common])
+            return _weighted([mine - theirs for mine, theirs in zip(own, parent, strict=True)], weights)
+        return proportion_difference(own, parent) if self.suite.yes_or_no else paired_difference(own, parent)
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """An observation each, with every model's number and response."""
@@ -177,6 +183,10 @@ class Suites:
             found[f"{ledger.figure}_longer_wins"] = mean_interval(longer_wins(ledger.items))
         return found
 
+    def pairs(self, model: str) -> dict[str, Pair]:
+        """Of suites of yes and no: figure -> a measured model's numbers and its parent's."""
+        return {ledger.figure: ledger.pairs[model] for ledger in self._ledgers if model in ledger.pairs}
+
     def write(self, directory: Path) -> None:
         """A file of each suite, with an observation a line."""
         for ledger in self._ledgers:
@@ -188,3 +198,16 @@ class Suites:
     def record(self) -> Mapping[str, Any]:
         """What each suite measures and how, for the report."""
         return {ledger.name: ledger.record() for ledger in self._ledgers}
+
+
+def _mean(numbers: Numbers, weights: Numbers, *, yes_or_no: bool) -> Metric:
+    values = list(numbers.values())
+    if weights:
+        return _weighted(values, [weights[place] for place in numbers])
+    if yes_or_no:
+        return proportion_interval(sum(value == 1.0 for value in values), len(values))
+    return mean_interval(values)
+
+
+def _weighted(values: Sequence[float], weights: Sequence[float]) -> Metric:
+    return ratio_interval([value * weight for value, weight in zip(values, weights, strict=True)], weights)

@@ -81,8 +81,8 @@ def test_a_figure_s_model_may_have_dots_in_its_name() -> None:
         ("dpo", "gold", "> 0.9", "dpo.gold should be `> 0.9`, but is 0.8 [0.75, 0.85]"),
         ("dpo", "perplexity", "< 1 x parent", "but its ratio to the parent's is 1.02 [0.99, 1.05]"),
         ("sft", "gold", "> 1", "sft.gold should be `> 1`, but was not measured"),
-        ("dpo", "glod", "> parent", "dpo.glod should be `> parent`, but no such figure was measured; did you mean `gold`?"),
-        ("dpo", "glod", "> 0.5", "dpo.glod should be `> 0.5`, but no such figure was measured; did you mean `gold`?"),
+        ("dpo", "glod", "> parent", "but no such figure was measured; did you mean `gold`?"),
+        ("dpo", "glod", "> 0.5", "but no such figure was measured; did you mean `gold`?"),
         (
             "dpo",
             "reward",

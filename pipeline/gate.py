@@ -165,7 +165,8 @@ def _missing(model: str, metric: str, wanted: Requirement, metrics: Mapping[str,
     """Why there is no figure: no model has it, or this one has not, or it was not compared."""
     if not any(name.endswith(f".{metric}") for name in metrics):
         own = {name.removeprefix(f"{model}.") for name in metrics if name.startswith(f"{model}.")}
-        return f"there is no such figure{suggest(metric, (name for name in own if not name.endswith((GAIN, RATIO))))}"
+        known = (name for name in own if not name.endswith((GAIN, RATIO)))
+        return f"no such figure was measured{suggest(metric, known)}"
     return "was not measured" if "" in wanted.figures else "was not compared with a parent's"
 
 

@@ -177,7 +177,7 @@ def test_a_figure_that_is_missing_fails_and_says_so(
     missing = "stages.evaluate.require={dpo: {perplexity: '< 9'}, sft: {gold: '> parent'}}"
     assert baton("run", config, f"output={copy}", missing) == 4
     said = capsys.readouterr().err
-    assert f"{GATE}: dpo.perplexity should be `< 9`, but was not measured" in said
+    assert f"{GATE}: dpo.perplexity should be `< 9`, but no such figure was measured (known: " in said
     assert f"{GATE}: sft.gold should be `> parent`, but was not compared with a parent's" in said
 
 

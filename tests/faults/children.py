@@ -78,14 +78,16 @@ def start(action: Action, output: Path, wait: int | None = None) -> int:
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    # Opened here, so that nothing the process does before it waits is a call that can be broken.
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     child = os.fork()
     if child:
+        os.close(descriptor)
         return child
     code = 1
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115

@@ -17,9 +17,9 @@ import pipeline
 from pipeline import inspection
 from pipeline import manifest as manifests
 from pipeline.contract import Artifact
-from pipeline.gate import RATIO
+from pipeline.gate import GAIN, RATIO
 from pipeline.manifest import DataCard, InputRecord, Manifest, Metric
-from pipeline.references import HUB
+from pipeline.references import HUB, model_name
 from pipeline.terminal import printable
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def evaluations(directory: Path, manifest: Manifest) -> list[Evaluation]:
     found = []
     for path in sorted(directory.parent.glob(f"*/{manifests.FILE_NAME}")):
         each = manifests.load(path.parent)
-        names = {record.digest: _model_name(record.source) for record in each.inputs.values()}
+        names = {record.digest: model_name(record.source) for record in each.inputs.values()}
         if each.kind != "evaluation" or manifest.digest not in names:
             continue
         parent = names.get(policy.digest, "") if policy else ""
@@ -176,12 +176,6 @@ def _metrics_of(evaluation: Manifest, name: str) -> dict[str, Metric]:
     }
 
 
-def _model_name(source: str) -> str:
-    """As evaluate stages name models: `sft` of `sft` and of `runs/a/stages/sft`, `model` of `hub:owner/model@main`."""
-    path = source.partition("@")[0] if source.startswith("hub:") else source
-    return Path(path).name
-
-
 def _evaluation(found: Evaluation) -> dict[str, Any]:
     return {
         "stage": code(found.manifest.stage),
@@ -193,9 +187,9 @@ def _evaluation(found: Evaluation) -> dict[str, Any]:
 
 def _lines(found: Evaluation) -> Iterator[list[str]]:
     """Each metric beside the parent's; gains have no line of their own."""
-    gains = {name.removesuffix("_gain"): gain for name, gain in found.own.items() if name.endswith("_gain")}
+    gains = {name.removesuffix(GAIN): gain for name, gain in found.own.items() if name.endswith(GAIN)}
     for name, metric in sorted(found.own.items()):
-        if name.endswith("_gain") and name.removesuffix("_gain") in found.own:
+        if name.endswith(GAIN) and name.removesuffix(GAIN) in found.own:
             continue
         line = [code(name), _number(metric.value), _interval(metric)]
         if found.parent:

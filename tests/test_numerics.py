@@ -21,19 +21,13 @@ from stages.core.loop import Part, Updater
 
 pytestmark = pytest.mark.chain
 
-RUN = """\
-output: {root}/{name}
-device: cpu
-dtype: float32
-checkpoint_minutes: 0
-data:
-  corpus: {{source: "world:corpus", rows: 60, held_out: 0.2}}
-  demonstrations: {{source: "world:demonstrations", rows: 30, held_out: 0.2}}
-  preferences: {{source: "world:preferences", rows: 30, held_out: 0.2}}
-  prompts: {{source: "world:prompts", rows: 30, held_out: 0.2}}
+RUN = (
+    tiny.ONE_STAGE
+    + """\
 stages:
   stage: {{kind: {stage}}}
 """
+)
 MADE = "{made}/stages"
 LEARNS = "steps: 4, examples_per_step: 6, optimizer: {{learning_rate: 0.01}}"
 STAGES = {

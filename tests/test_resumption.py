@@ -30,18 +30,12 @@ pytestmark = pytest.mark.chain
 # Threads cost more than they gain on matrices this small.
 torch.set_num_threads(1)
 
-RUN = """\
-output: {root}/{name}
-device: cpu
-dtype: float32
-checkpoint_minutes: 0
-data:
-  corpus: {{source: "world:corpus", rows: 60, held_out: 0.2}}
-  demonstrations: {{source: "world:demonstrations", rows: 30, held_out: 0.2}}
-  preferences: {{source: "world:preferences", rows: 30, held_out: 0.2}}
-  prompts: {{source: "world:prompts", rows: 30, held_out: 0.2}}
+RUN = (
+    tiny.ONE_STAGE
+    + """\
 stages: {{stage: {stage}}}
 """
+)
 STAGES = {
     "pretrain": """{{kind: pretrain, tokenizer: {root}/made/stages/tokenizer, data: corpus, max_length: 32, steps: 6,
       examples_per_step: 16, optimizer: {{name: muon, learning_rate: 0.01}},

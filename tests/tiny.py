@@ -7,6 +7,18 @@ from pathlib import Path
 
 from pipeline import cli
 
+ONE_STAGE = """\
+output: {root}/{name}
+device: cpu
+dtype: float32
+checkpoint_minutes: 0
+data:
+  corpus: {{source: "world:corpus", rows: 60, held_out: 0.2}}
+  demonstrations: {{source: "world:demonstrations", rows: 30, held_out: 0.2}}
+  preferences: {{source: "world:preferences", rows: 30, held_out: 0.2}}
+  prompts: {{source: "world:prompts", rows: 30, held_out: 0.2}}
+"""
+"""A run that leaves a checkpoint after every step, without its `stages`."""
 CHAIN = """\
 output: {root}/run
 device: cpu

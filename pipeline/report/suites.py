@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from pipeline.gate import GAIN
 from pipeline.report import wording
 from pipeline.report.cell import Cell
 from pipeline.report.forest import direction
 from pipeline.report.inputs import CalibrationBin, ModelEvaluation, RunRecord, SuiteRecord
 
 PREFIX = "suite."
-_GAIN = "_gain"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def of_suites(metrics: Iterable[str]) -> set[str]:
 def _table(name: str, title: str, suite: SuiteRecord, models: Mapping[str, ModelEvaluation]) -> SuiteTable:
     whole = f"{PREFIX}{name}"
     present = dict.fromkeys(each for model in models.values() for each in model.metrics)
-    parts = [each for each in present if each.startswith((f"{whole}.", f"{whole}_")) and not each.endswith(_GAIN)]
+    parts = [each for each in present if each.startswith((f"{whole}.", f"{whole}_")) and not each.endswith(GAIN)]
     measured = {label: model for label, model in models.items() if whole in model.metrics}
     lines = tuple(
         SuiteLine(_label(each, whole), tuple(_cell(label, each, suite, model) for label, model in measured.items()))
@@ -77,7 +77,7 @@ def _cell(model: str, metric: str, suite: SuiteRecord, found: ModelEvaluation) -
         return Cell(model)
     kind = "accuracy" if suite.share else metric
     cell = Cell(model, wording.number(kind, measured.value), wording.interval(kind, measured))
-    gain, test = found.metrics.get(f"{metric}{_GAIN}"), found.test(metric)
+    gain, test = found.metrics.get(f"{metric}{GAIN}"), found.test(metric)
     if gain is None:
         return cell
     low, high = gain.low, gain.high

@@ -147,7 +147,7 @@ def _require_a_step(device: torch.device) -> None:
     vector.grad = torch.ones_like(vector)
     try:
         AdamW8bit([vector]).step()
-    except RuntimeError as error:  # NotImplementedError, which says that a kernel is missing, is one of them
+    except RuntimeError as error:  # how bitsandbytes and torch say that a kernel is missing; told below in their words
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"the installed bitsandbytes has no adamw8bit for {device.type}: {reason}",

@@ -28,6 +28,8 @@ class Job:
     device: str
     dtype: str
     seed: int = 0
+    quantization: str = "none"
+    """Of the base that Baton's side of the PPO comparison adapts: `none`, `4bit` or `8bit`."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Further settings of Baton's stage."""
     variant: str = ""

@@ -61,12 +61,13 @@ def stage_settings(job: Job) -> StageSettings:
     return SETTINGS[job.kind].model_validate(_merged(given, job.settings))
 
 
-def stage_context(job: Job, name: str, **options: Any) -> Context:
-    """What the stage is run with; it writes into a new directory `name` within the material's."""
+def stage_context(job: Job, name: str, policy: Artifact | None = None, **options: Any) -> Context:
+    """What the stage is run with, on the base or another policy; it writes into a new directory `name` within the
+    material's."""
     directory = Path(job.result) if job.result else job.directory / name
     shutil.rmtree(directory, ignore_errors=True)
     source = DataSource(source=str(job.source))
-    inputs = {"policy": Artifact(job.base, "model", "base", source="base")}
+    inputs = {"policy": policy or Artifact(job.base, "model", "base", source="base")}
     options = {"seed": job.seed, "device": job.device, "dtype": job.dtype, **options}
     return context(stage_settings(job), source, inputs, directory, **options)
 

@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not chosen.data.is_file():
         raise SystemExit(f"no {chosen.data}: set BATON_DATA to the folder with hh-rlhf, or give --data")
     _require_groups(chosen)
+    if chosen.quantization != "none" and chosen.only != "ours":
+        raise SystemExit(f"--quantization {chosen.quantization}: the peers cannot take such a base, add --only ours")
     with cache(chosen.cache) as directory:
         record = Comparison(chosen, directory).record()
     record["command"] = shlex.join(["python", "-m", "bench.ppo", *given])
@@ -126,6 +128,7 @@ class Comparison:
             learning_rate=chosen.learning_rate,
             device=chosen.device,
             dtype=chosen.dtype,
+            quantization=chosen.quantization,
             settings=settings,
             variant=variant,
         )
@@ -211,7 +214,8 @@ def _name(chosen: argparse.Namespace) -> str:
     device = f"-{chosen.device}" if chosen.device != "cpu" else ""
     dtype = f"-{chosen.dtype}" if chosen.dtype != "bfloat16" else ""
     model = f"-{Path(chosen.model).stem}" if chosen.model != "llama-14m" else ""
-    return chosen.method + device + dtype + model
+    quantization = f"-{chosen.quantization}" if chosen.quantization != "none" else ""
+    return chosen.method + device + dtype + model + quantization
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -222,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     ways = ", ".join(way for method in VARIANTS.values() for way in method)
     option("--device", choices=("cpu", "cuda"), default="cpu")
     option("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of both sides' matrix products")
+    option("--quantization", choices=("none", "4bit", "8bit"), default="none", help="of Baton's base, run alone")
     option("--model", default="llama-14m", help="a name in bench/models, or a file of the same layout")
     option("--method", choices=VARIANTS, default="ppo", help="ppo, or rloo beside the installed TRL's RLOOTrainer")
     option("--epochs", type=count, nargs="+", default=[1, 4], help="passes over a rollout (default: 1 4)")

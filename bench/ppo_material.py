@@ -7,7 +7,13 @@ rows.jsonl       prompts in conversational layout, for Baton's stage
 drawn.jsonl      the prompts in tokens, in the order in which the stage takes them
 reward/          a reward model on the base, trained by Baton's stage on pairs of the same data
 reward.json      what its manifest would say
-reward-merged/   the base with the reward model's adapter merged into it
+reward-merged/   the base with the reward model's adapter merged into it, for a peer
+
+Where the base is quantized, as only Baton's side can have it, the policy and the reward model start from an adapter
+that Baton's SFT stage has trained, and the peer's part is left out:
+
+sft/             the adapter
+sft.json         what its manifest would say
 """
 
 from __future__ import annotations
@@ -15,9 +21,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,20 +32,22 @@ from bench import material, processes
 from bench.base import context
 from bench.job import Job
 from bench.ours import stage_context
-from bench.ppo_given import merged_directory, reward_directory, settings
+from bench.ppo_given import merged_directory, settings
 from data.mixture import stream
 from data.template import ChatTemplate
 from data.tokenizer import load_tokenizer
 from pipeline.config import DataSource
-from pipeline.contract import Artifact, Context
+from pipeline.contract import Artifact, Context, Result
 from pipeline.manifest import Adaptation, Manifest
-from stages import reward
 from stages.core.device import Compute
 from stages.core.rl.prompts import read_prompts
 from stages.core.roles import REWARD, open_base
 
-REWARD_TRAINING: dict[str, Any] = {"steps": 40, "examples_per_step": 8, "max_length": 512, "learning_rate": 3e-4}
-HELD_OUT_PAIRS = 128
+TRAINING: dict[str, dict[str, Any]] = {
+    "sft": {"steps": 4, "examples_per_step": 8, "max_length": 512, "learning_rate": 1e-4},
+    "reward": {"steps": 40, "examples_per_step": 8, "max_length": 512, "learning_rate": 3e-4},
+}
+HELD_OUT_ROWS = 128
 
 
 def make(job: Job, shape: Path, stored: Path) -> dict[str, Any]:
@@ -47,13 +56,17 @@ def make(job: Job, shape: Path, stored: Path) -> dict[str, Any]:
     left_out = _write_prompts(job)
     drawn = _drawn(job)
     material.write(job.directory / "drawn.jsonl", ({"prompt_tokens": prompt} for prompt in drawn))
-    accuracy = _train_reward(job, shape, stored)
-    merged = _merge(job)
+    if job.quantization != "none":
+        _train("sft", job, shape, stored, base_artifact(job), {"quantization": job.quantization})
+    found = _train("reward", job, shape, stored, policy_artifact(job), {})
+    if job.quantization == "none":
+        _merge(job)
+    accuracy = found.metrics.get("pair_accuracy")
     return {
         "left_out": left_out,
         "prompt_tokens": sum(map(len, drawn)) / len(drawn),
-        "parameters": sum(each.numel() for each in merged.parameters()),
-        "reward_accuracy": accuracy,
+        "parameters": sum(each.numel() for each in material.without_weights(job).model.parameters()),
+        "reward_accuracy": accuracy.value if accuracy else None,
     }
 
 
@@ -62,18 +75,20 @@ def base_artifact(job: Job) -> Artifact:
     return Artifact(job.base, "model", "base", source="base")
 
 
+def policy_artifact(job: Job) -> Artifact:
+    """What Baton's stage starts from: the base, or an adapter on it where it is quantized."""
+    return base_artifact(job) if job.quantization == "none" else _adapter_artifact(job, "sft", "adapter")
+
+
 def reward_artifact(job: Job) -> Artifact:
     """The reward model, as a stage receives it."""
-    said = json.loads((job.directory / "reward.json").read_text(encoding="utf-8"))
-    adaptation = Adaptation.model_validate(said["adaptation"])
-    manifest = Manifest.model_construct(adaptation=adaptation, inputs={}, tokenizer=said["tokenizer"])
-    return Artifact(reward_directory(job), "reward", "reward", manifest, "reward", base_artifact(job))
+    return _adapter_artifact(job, "reward", "reward")
 
 
 def stage_context_of(job: Job, directory: Path, **options: Any) -> Context:
     """What Baton's stage is run with: no prompt is held out."""
     source = DataSource(source=str(job.source), held_out=0.0)
-    inputs = {"policy": base_artifact(job), "reward": reward_artifact(job)}
+    inputs = {"policy": policy_artifact(job), "reward": reward_artifact(job)}
     options = {"seed": job.seed, "device": job.device, "dtype": job.dtype, **options}
     return context(settings(job), source, inputs, directory, **options)
 
@@ -110,30 +125,33 @@ def _drawn(job: Job) -> list[tuple[int, ...]]:
     return [each.tokens for each in islice(stream(passes, job.seed), job.steps * job.examples_per_step)]
 
 
-def _train_reward(job: Job, shape: Path, stored: Path) -> float | None:
-    """Train and store the reward model; returns its accuracy on held-out pairs, if there are any."""
-    work = job.directory / "reward-material"
-    result = str(reward_directory(job))
-    training = dataclasses.replace(
-        job, kind="reward", material=str(work), settings={}, result=result, **REWARD_TRAINING
-    )
+def _train(kind: str, job: Job, shape: Path, stored: Path, policy: Artifact, settings: dict[str, Any]) -> Result:
+    """Train an adapter with Baton's stage, and store it and what its manifest would say."""
+    directories = {"material": str(job.directory / f"{kind}-material"), "result": str(job.directory / kind)}
+    training = dataclasses.replace(job, kind=kind, settings=settings, **directories, **TRAINING[kind])
     material.link_base(training, shape, stored)
-    material.make(training, HELD_OUT_PAIRS)
-    found = reward.run(stage_context(training, "reward"))
+    material.make(training, HELD_OUT_ROWS)
+    found: Result = import_module(f"stages.{kind}").run(stage_context(training, kind, policy))
     assert found.adaptation is not None
     said = {"adaptation": found.adaptation.model_dump(mode="json"), "tokenizer": found.tokenizer}
-    (job.directory / "reward.json").write_text(json.dumps(said), encoding="utf-8")
-    return found.metrics["pair_accuracy"].value if "pair_accuracy" in found.metrics else None
+    (job.directory / f"{kind}.json").write_text(json.dumps(said), encoding="utf-8")
+    return found
 
 
-def _merge(job: Job) -> torch.nn.Module:
+def _adapter_artifact(job: Job, name: str, kind: Literal["adapter", "reward"]) -> Artifact:
+    said = json.loads((job.directory / f"{name}.json").read_text(encoding="utf-8"))
+    adaptation = Adaptation.model_validate(said["adaptation"])
+    manifest = Manifest.model_construct(adaptation=adaptation, inputs={}, tokenizer=said["tokenizer"])
+    return Artifact(job.directory / name, kind, name, manifest, name, base_artifact(job))
+
+
+def _merge(job: Job) -> None:
     """Store the model that the reward is read from, in the precision of the base."""
     artifact = reward_artifact(job)
     roles = open_base(artifact, Compute(torch.device("cpu"), torch.float32))
     roles.load(REWARD, artifact.directory)
     merged = roles.merged(REWARD, base_artifact(job))
     merged.model.save_pretrained(merged_directory(job))
-    return merged.model
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ each storage once. Reward and KL (summed over a response) are those of the last 
 reward is the same function on both sides. Explained variance is 1 - Var(returns - values) / Var(returns)."""
 
 EQUAL = (
-    "The base: `{model}`, {parameters:,.1f} million parameters, and the reward model on it"
+    "The base: `{model}`{bits}, {parameters:,.1f} million parameters, and the reward model on it"
     " ({accuracy}; the peers are given it with its adapter merged).",
     "The prompts and their order: {prompts} a step, {prompt_tokens:,.0f} tokens on average, at most {prompt}; compared"
     " with those drawn when they reach either side's sampling, where a difference ends the run.",
@@ -60,7 +60,7 @@ def write(record: Mapping[str, Any]) -> str:
         *(_section(int(epochs), runs, names, record) for epochs, runs in record["runs"].items()),
         _tried(record),
         "\n".join(["Equal on both sides:", "", *(f"* {line.format(**_equal(record))}" for line in EQUAL)]),
-        "\n".join(["Not equal:", "", *(f"* {line}" for line in UNEQUAL[method])]),
+        "" if alone else "\n".join(["Not equal:", "", *(f"* {line}" for line in UNEQUAL[method])]),
         MEASURES.replace("\n", " "),
         "To repeat it:",
         f"    {record['command']}",
@@ -134,7 +134,7 @@ def _one_copy(runs: Mapping[str, Sequence[Run]], record: Mapping[str, Any]) -> s
     found = runs["ours"][0]["base_bytes"]
     each = found / record["material"]["parameters"]
     return (
-        f"The base's own weights take {found / 2**20:,.1f} MiB of Baton's, {each:.0f} bytes a parameter: all roles "
+        f"The base's own weights take {found / 2**20:,.1f} MiB of Baton's, {each:.2g} bytes a parameter: all roles "
         "share one copy."
     )
 
@@ -177,7 +177,8 @@ def _equal(record: Mapping[str, Any]) -> dict[str, Any]:
     judged = "not judged" if accuracy is None else f"right about {accuracy:.0%} of held-out pairs"
     counts = {name: record["counts"][name] for name in ("prompts", "responses")}
     given = {**options, **material, **counts, "accuracy": judged}
-    shaped = {"model": Path(options["model"]).stem, "parameters": material["parameters"] / 1e6}
+    bits = "" if options["quantization"] == "none" else f" in {options['quantization']}, as Baton's SFT stage adapts it"
+    shaped = {"model": Path(options["model"]).stem, "parameters": material["parameters"] / 1e6, "bits": bits}
     return given | shaped | {"micro": options["micro_batch"]}
 
 

@@ -1,7 +1,7 @@
 """Attention within packed trees, and the same with one dense mask over the whole row.
 
 Forward and backward of one layer's attention, for rows of more and more pairs: a prompt and two responses each. On CUDA
-FlexAttention with a block mask stands beside it, compiled, its warm-up apart.
+flash attention over branches stands beside it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bench.comparison import count
 from data.batch import one_row
 from data.packing import Packing
 from data.tree import Branch, Tree
-from stages.core.attention import flexible_attention, padded_attention
+from stages.core.attention import flash_attention, padded_attention
 
 PAIRS = (1, 2, 4, 8)
 PROMPT, RESPONSE = (20, 300), (20, 200)
@@ -42,11 +42,11 @@ def ways(device: str) -> dict[str, Callable[[list[Tensor], Packing, Tensor], Ten
     def padded(states: list[Tensor], packing: Packing, mask: Tensor) -> Tensor:
         return padded_attention(*states, packing, states[0].shape[-1] ** -0.5)
 
-    def flexible(states: list[Tensor], packing: Packing, mask: Tensor) -> Tensor:
-        return flexible_attention(*states, packing, states[0].shape[-1] ** -0.5)
+    def flash(states: list[Tensor], packing: Packing, mask: Tensor) -> Tensor:
+        return flash_attention(*states, packing, states[0].shape[-1] ** -0.5)
 
     found = {"dense mask": dense, "tree by tree": padded}
-    return found | {"FlexAttention": flexible} if device == "cuda" else found
+    return found | {"flash attention": flash} if device == "cuda" else found
 
 
 def measure(pairs: int, chosen: argparse.Namespace) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from data.packing import Packing
 from stages.core import attention
 from stages.core.attention import (
     OtherAttentionError,
-    flexible_attention,
+    flash_attention,
     packed_attention,
     padded_attention,
     replaced,
@@ -141,35 +141,23 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(
-    ("size", "of_one_branch", "of_several"),
-    [
-        (4, "padded", "padded"),
-        (8, "flash", "padded"),
-        (20, "flex", "flex"),
-        (64, "flash", "flex"),
-        (256, "flash", "flex"),
-        (264, "padded", "padded"),
-    ],
-)
-def test_cuda_kernels_are_used_for_the_head_sizes_they_have(
-    size: int, of_one_branch: str, of_several: str, dtype: torch.dtype
+@pytest.mark.parametrize(("size", "flash"), [(4, False), (8, True), (20, False), (64, True), (256, True), (264, False)])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_flash_attention_computes_the_head_sizes_it_has(
+    size: int, flash: bool, capability: tuple[int, int], dtype: torch.dtype
 ) -> None:
     states = torch.zeros(1, 1, 1, size, dtype=dtype)
-    for causal, expected in ((True, of_one_branch), (False, of_several)):
-        assert attention._kernel(states, states, causal, 0.0, (8, 0)) == expected
-        assert attention._kernel(states, states, causal, 0.0, (9, 0)) == expected
+    assert attention._flash_computes(states, states, 0.0, capability) == flash
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_what_cuda_kernels_cannot_do_is_padded(causal: bool) -> None:
+def test_what_flash_attention_cannot_do_is_padded() -> None:
     states, wide = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16), torch.zeros(1, 1, 1, 128, dtype=torch.bfloat16)
-    assert attention._kernel(states, states, causal, 0.0, (8, 0)) != "padded"
-    assert attention._kernel(states.float(), states.float(), causal, 0.0, (8, 0)) == "padded"
-    assert attention._kernel(states, wide, causal, 0.0, (8, 0)) == "padded"
-    assert attention._kernel(states, states, causal, 0.1, (8, 0)) == "padded"
-    assert attention._kernel(states, states, causal, 0.0, (7, 5)) == "padded"
-    assert attention._kernel(states, states, causal, 0.0, None) == "padded"
+    assert attention._flash_computes(states, states, 0.0, (8, 0))
+    assert not attention._flash_computes(states.float(), states.float(), 0.0, (8, 0))
+    assert not attention._flash_computes(states, wide, 0.0, (8, 0))
+    assert not attention._flash_computes(states, states, 0.1, (8, 0))
+    assert not attention._flash_computes(states, states, 0.0, (7, 5))
+    assert not attention._flash_computes(states, states, 0.0, None)
 
 
 def test_dense_masks_of_one_batch_only_are_kept() -> None:
@@ -211,30 +199,19 @@ def test_a_nan_stays_in_its_tree(tree: int, dtype: torch.dtype) -> None:
     assert found[:, ~outside].isnan().all()
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("key_heads", [2, 4])
-@pytest.mark.parametrize("branches", [(1,), (1, 2, 3, 4)])
-def test_flexible_attention_is_padded_attention(branches: tuple[int, ...], key_heads: int) -> None:
-    """Without a compiler and forward only: torch has no backward pass of it on a processor."""
-    packing = Packing.of(architectures.ragged(12, seed=3, branches=branches))
-    inputs = [each.float() for each in states(packing, key_heads=key_heads)]
-    found, expected = (each(*inputs, packing, SCALE) for each in (flexible_attention, padded_attention))
-    row = Packing.of(architectures.ragged(12, seed=3, branches=branches), packing.width + 5)
-    wider = [torch.nn.functional.pad(each, (0, 0, 0, 5)) for each in inputs]
-    assert torch.allclose(flexible_attention(*wider, row, SCALE)[:, : packing.width], found, atol=1e-5)
-    assert torch.allclose(found, expected, atol=1e-5)
-
-
-def by_sequence(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float) -> Tensor:
-    """What variable-length causal attention is: [tokens, heads, size]."""
+def by_sequence(query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """What variable-length causal attention is: [queries, heads, size]; the last query sees the last key."""
     shared = query.shape[1] // key.shape[1]
     found = []
-    for start, stop in zip(starts.tolist(), starts[1:].tolist(), strict=False):
-        some, keys, values = (each[start:stop].transpose(0, 1) for each in (query, key, value))
-        scores = some @ keys.repeat_interleave(shared, 0).transpose(1, 2) * scale
-        hidden = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)
-        found.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values.repeat_interleave(shared, 0))
-    return torch.cat([each.transpose(0, 1) for each in found])
+    bounds = [zip(starts.tolist(), starts[1:].tolist(), strict=False) for starts in (queries, keys)]
+    for asking, seen in zip(*bounds, strict=True):
+        some = query[slice(*asking)].transpose(0, 1)
+        known, worth = (each[slice(*seen)].transpose(0, 1).repeat_interleave(shared, 0) for each in (key, value))
+        scores = some @ known.transpose(1, 2) * scale
+        later = scores.shape[2] - scores.shape[1] + 1
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(later)
+        found.append((scores.masked_fill(hidden, -torch.inf).softmax(-1) @ worth).transpose(0, 1))
+    return torch.cat(found)
 
 
 def varlen_of_211(
@@ -251,14 +228,14 @@ def varlen_of_211(
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
     """With the signature that torch 2.11 has."""
-    lengths = cu_seq_q.diff()
-    assert cu_seq_q.dtype == torch.int32
-    assert torch.equal(cu_seq_q, cu_seq_k)
-    assert max_q == max_k == lengths.max()
+    for states, starts, longest in ((query, cu_seq_q, max_q), (key, cu_seq_k, max_k)):
+        assert starts.dtype == torch.int32
+        assert longest == starts.diff().max()
+        assert len(states) == starts[-1]
     assert window_size == (-1, 0)
     assert return_aux is None
     assert scale is not None
-    return by_sequence(query, key, value, cu_seq_q, scale)
+    return by_sequence(query, key, value, cu_seq_q, cu_seq_k, scale)
 
 
 def installed_varlen(*arguments: Any, **options: Any) -> Tensor:
@@ -273,15 +250,22 @@ installed_varlen.__signature__ = inspect.signature(varlen.varlen_attn)  # type: 
 
 
 @pytest.mark.parametrize("key_heads", [2, 4])
+@pytest.mark.parametrize("branches", [(1,), (1, 2, 3, 4)])
 @pytest.mark.parametrize("stand_in", [varlen_of_211, installed_varlen])
-def test_trees_of_one_branch_are_called_as_sequences_of_variable_length(
-    stand_in: Callable[..., Tensor], key_heads: int, monkeypatch: pytest.MonkeyPatch
+def test_branches_are_called_as_sequences_of_variable_length(
+    stand_in: Callable[..., Tensor], branches: tuple[int, ...], key_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
-    packing = Packing.of(architectures.ragged(9, seed=4, branches=(1,)))
-    inputs = [each.float() for each in states(packing, key_heads=key_heads)]
-    found = attention._variable_length(*inputs, packing, SCALE)
-    assert torch.allclose(found, padded_attention(*inputs, packing, SCALE), atol=1e-5)
+    trees = architectures.ragged(9, seed=4, branches=branches)
+    packing = Packing.of(trees)
+    inputs = states(packing, key_heads=key_heads)
+    found = with_gradients(flash_attention, inputs, packing, torch.float64)
+    exact = with_gradients(token_by_token, inputs, packing, torch.float64)
+    assert [error(*each) < 1e-9 for each in zip(found, exact, strict=True)] == [True] * 4
+    row = Packing.of(trees, 32 + -(-packing.width // 32) * 32)
+    assert row.padding
+    wider = [torch.nn.functional.pad(each, (0, 0, 0, row.padding)) for each in inputs]
+    assert torch.allclose(flash_attention(*wider, row, SCALE)[:, : packing.width], found[0])
 
 
 @needs_cuda
@@ -301,19 +285,6 @@ def test_cuda_computes_what_a_processor_does(key_heads: int, branches: tuple[int
     tolerance = 0.01 if dtype == torch.bfloat16 else 1e-3
     for found, expected in zip(with_gradients(on_cuda, inputs, packing, dtype), exact, strict=True):
         assert error(found, expected) < tolerance
-
-
-@needs_cuda
-def test_compiled_flexible_attention_is_padded_attention() -> None:
-    packing = Packing.of(architectures.ragged(12, seed=6))
-    inputs = states(packing, size=32)
-
-    def on_cuda(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
-        return flexible_attention(query.cuda(), key.cuda(), value.cuda(), packing, scale).cpu()
-
-    found = with_gradients(on_cuda, inputs, packing, torch.float32)
-    for each, exact in zip(found, with_gradients(padded_attention, inputs, packing, torch.float64), strict=True):
-        assert error(each, exact) < 1e-3
 
 
 def test_the_scale_is_by_default_the_roots_inverse() -> None:
@@ -363,6 +334,7 @@ def test_the_padding_of_a_row_is_a_sequence_of_its_own() -> None:
     trees = architectures.ragged(5, branches=(1,))
     plain = Packing.of(trees)
     padding = 2 * plain.width
-    starts, longest = attention._sequences(Packing.of(trees, plain.width + padding), torch.device("cpu"))
-    assert starts.tolist() == [*(span.start for span in plain.spans), plain.width, plain.width + padding]
-    assert longest == padding
+    found = attention._sequences(Packing.of(trees, plain.width + padding), torch.device("cpu"))
+    assert found.queries.tolist() == [*(span.start for span in plain.spans), plain.width, plain.width + padding]
+    assert found.keys.tolist() == found.queries.tolist()
+    assert found.longest_query == found.longest_key == padding

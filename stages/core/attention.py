@@ -1,29 +1,27 @@
 """Attention within packed trees: each tree's tokens see its prompt and their own branch, and nothing of other trees.
 
 Trees of similar length are padded to one width, for the attention alone. On CUDA, where precision and head size
-allow, trees of one branch are the sequences of variable-length flash attention, others go through FlexAttention with
-a block mask.
+allow, branches are the sequences of variable-length flash attention instead, which needs no padding and no mask.
 `replaced` puts this in the place of a model's own attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from inspect import signature
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from data.packing import Group, Packing
+from data.packing import Group, Packing, Span
 
 NAME = "packed_trees"
 PRODUCTS_WIDTH = 512
@@ -31,11 +29,9 @@ PRODUCTS_WIDTH = 512
 FLASH = (torch.bfloat16, torch.float16)
 """Precisions in which flash attention computes."""
 FLASH_CAPABILITY = (8, 0)
-"""The oldest CUDA devices with flash attention, and with bfloat16 for FlexAttention."""
+"""The oldest CUDA devices with flash attention."""
 FLASH_SIZES = range(8, 257, 8)
 """Head sizes of flash attention."""
-FLEX_SIZES = range(16, 257)
-"""Head sizes of FlexAttention that fit into the memory of its kernels."""
 KEPT = 4
 """Batches of which orders are kept, from layer to layer and from role to role."""
 OTHERWISE = ("softcap", "s_aux", "position_bias")
@@ -97,11 +93,8 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Rotary embeddings in float32 raise what a product in lower precision gave.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    kernel = _kernel(query, value, packing.causal, dropout, _capability(query.device))
-    if kernel == "flash":
-        return _variable_length(query, key, value, packing, scale), None
-    if kernel == "flex":
-        return flexible_attention(query, key, value, packing, scale), None
+    if _flash_computes(query, value, dropout, _capability(query.device)):
+        return flash_attention(query, key, value, packing, scale), None
     return padded_attention(query, key, value, packing, scale, dropout), None
 
 
@@ -113,18 +106,11 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-def _kernel(
-    query: Tensor, value: Tensor, causal: bool, dropout: float, capability: tuple[int, int] | None
-) -> Literal["flash", "flex", "padded"]:
-    """Which kernel can do it: padded attention everything, the others on CUDA and without dropout only."""
+def _flash_computes(query: Tensor, value: Tensor, dropout: float, capability: tuple[int, int] | None) -> bool:
+    """Whether flash attention can do it: on CUDA, in few precisions and head sizes, and without dropout only."""
     if capability is None or capability < FLASH_CAPABILITY or query.dtype not in FLASH or dropout > 0.0:
-        return "padded"
-    size = query.shape[-1]
-    if value.shape[-1] != size:
-        return "padded"
-    if causal and size in FLASH_SIZES:
-        return "flash"
-    return "flex" if size in FLEX_SIZES else "padded"
+        return False
+    return query.shape[-1] in FLASH_SIZES and value.shape[-1] == query.shape[-1]
 
 
 def padded_attention(
@@ -140,25 +126,23 @@ def padded_attention(
     return _Rearranged.apply(rows, order.slots, order.rows, order.padding_slots).view(1, -1, heads, size)
 
 
-def flexible_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
-    """FlexAttention with a block mask, compiled on CUDA: [1, tokens, heads, size]."""
-    mask = _block_mask(packing, query.device)
-    compute: Any = _compiled_flex_attention() if query.device.type == "cuda" else flex_attention
-    grouped = query.shape[1] != key.shape[1]
-    found: Tensor = compute(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
-    return found.transpose(1, 2)
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
+    """Flash attention over sequences of different lengths, without padding: [1, tokens, heads, size].
 
-
-def _variable_length(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
-    """Flash attention over sequences of different lengths, without padding: [1, tokens, heads, size]."""
+    A tree's prompt with its first branch is one sequence, and so is every further branch, whose queries see the keys
+    of the prompt too. No query is computed twice.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    starts, longest = _sequences(packing, query.device)
+    sequences = _sequences(packing, query.device)
     options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
     if "enable_gqa" in signature(varlen_attn).parameters:  # torch 2.11 takes fewer key heads without being told
         options["enable_gqa"] = query.shape[1] != key.shape[1]
     query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
-    found: Any = varlen_attn(query, key, value, starts, starts, longest, longest, **options)
+    if not packing.causal:
+        key, value = (each.index_select(0, sequences.seen) for each in (key, value))
+    bounds = (sequences.queries, sequences.keys, sequences.longest_query, sequences.longest_key)
+    found: Any = varlen_attn(query, key, value, *bounds, **options)
     return found[None]
 
 
@@ -286,36 +270,36 @@ def _bias(group: Group, dtype: torch.dtype) -> Tensor:
     return bias.masked_fill_(allowed, 0.0)[:, None]
 
 
-@lru_cache(KEPT)
-def _sequences(packing: Packing, device: torch.device) -> tuple[Tensor, int]:
-    """Where each sequence begins and the last one ends, and the length of the longest."""
-    lengths = [span.length for span in packing.sequences]
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device), max(lengths)
+@dataclass(frozen=True)
+class _Sequences:
+    """What variable-length attention is told. A causal query sees keys up to its own place, counted from the end."""
+
+    queries: Tensor
+    """[sequences + 1] where the queries of each begin and the last end."""
+    keys: Tensor
+    """[sequences + 1] the same of its keys."""
+    longest_query: int
+    longest_key: int
+    seen: Tensor
+    """[keys] the token of each key."""
 
 
 @lru_cache(KEPT)
-def _block_mask(packing: Packing, device: torch.device) -> BlockMask:
-    lengths = torch.tensor([span.length for span in packing.sequences])
-    tree = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(device)
-    parts = torch.tensor([part for span in packing.sequences for part in (span.prompt, *span.branches)])
-    numbers = torch.tensor([number for span in packing.sequences for number in range(1 + len(span.branches))])
-    branch = torch.repeat_interleave(numbers, parts).to(device)
-
-    def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same_path = (branch[key] == 0) | (branch[query] == branch[key])
-        return (query >= key) & (tree[query] == tree[key]) & same_path
-
-    create: Any = _compiled_create_block_mask() if device.type == "cuda" else create_block_mask
-    mask: BlockMask = create(allowed, None, None, len(tree), len(tree), device=device)
-    return mask
+def _sequences(packing: Packing, device: torch.device) -> _Sequences:
+    queries, seen = zip(*(each for span in packing.sequences for each in _paths(span)), strict=True)
+    keys = [len(each) for each in seen]
+    return _Sequences(
+        torch.tensor([0, *accumulate(queries)], dtype=torch.int32, device=device),
+        torch.tensor([0, *accumulate(keys)], dtype=torch.int32, device=device),
+        max(queries),
+        max(keys),
+        torch.cat(seen).to(device),
+    )
 
 
-@cache
-def _compiled_create_block_mask() -> Callable[..., BlockMask]:
-    """Compiled, it does not hold a matrix of tokens by tokens."""
-    return torch.compile(create_block_mask)
-
-
-@cache
-def _compiled_flex_attention() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=True)
+def _paths(span: Span) -> Iterator[tuple[int, Tensor]]:
+    """For each branch how many of its tokens ask, and the tokens that they see: the first asks for the prompt too."""
+    prompt, begin = torch.arange(span.start, span.start + span.prompt), span.start + span.prompt
+    for number, length in enumerate(span.branches or (0,)):
+        yield length + (span.prompt if number == 0 else 0), torch.cat((prompt, torch.arange(begin, begin + length)))
+        begin += length

@@ -102,6 +102,8 @@ def load_model(
         ConfigError: The quantization is not to be had here.
     """
     options: dict[str, Any] = {"dtype": dtype or compute.dtype}
+    if compute.device.type == "cuda":
+        options["device_map"] = {"": compute.device}  # then they are not in the processor's memory first
     if quantization != "none":
         options |= _quantized(quantization, compute)
     # With `output_loading_info` it returns a pair, which its annotation leaves out.

@@ -94,7 +94,7 @@ class Comparison:
         base = self._kept / shape.base_name(found, self._chosen.data, pretrained=True)
         longest = self._stored(self._job(1, self._chosen.steps))
         said: dict[str, Any] = processes.fresh(
-            self._directory, self._chosen.threads, "bench.ppo_material", longest, found, base
+            self._directory, self._chosen.threads, "bench.ppo_material", longest, found, base, *self._sides
         )
         return said
 

@@ -1,16 +1,16 @@
 """What both sides of the PPO comparison start from.
 
-`python -m bench.ppo_material JOB SHAPE BASE` writes into the job's directory:
+`python -m bench.ppo_material JOB SHAPE BASE SIDE...` writes into the job's directory:
 
 base/            a link to BASE, which is made if it is not there
 rows.jsonl       prompts in conversational layout, for Baton's stage
 drawn.jsonl      the prompts in tokens, in the order in which the stage takes them
 reward/          a reward model on the base, trained by Baton's stage on pairs of the same data
 reward.json      what its manifest would say
-reward-merged/   the base with the reward model's adapter merged into it, for a peer
+reward-merged/   the base with the reward model's adapter merged into it, where a peer is to run
 
 Where the base is quantized, as only Baton's side can have it, the policy and the reward model start from an adapter
-that Baton's SFT stage has trained, and the peer's part is left out:
+that Baton's SFT stage has trained:
 
 sft/             the adapter
 sft.json         what its manifest would say
@@ -50,7 +50,7 @@ TRAINING: dict[str, dict[str, Any]] = {
 HELD_OUT_ROWS = 128
 
 
-def make(job: Job, shape: Path, stored: Path) -> dict[str, Any]:
+def make(job: Job, shape: Path, stored: Path, *, for_peer: bool) -> dict[str, Any]:
     """Write the material; returns counts, and how good the reward model is."""
     material.link_base(job, shape, stored)
     left_out = _write_prompts(job)
@@ -59,7 +59,7 @@ def make(job: Job, shape: Path, stored: Path) -> dict[str, Any]:
     if job.quantization != "none":
         _train("sft", job, shape, stored, base_artifact(job), {"quantization": job.quantization})
     found = _train("reward", job, shape, stored, policy_artifact(job), {})
-    if job.quantization == "none":
+    if for_peer:
         _merge(job)
     accuracy = found.metrics.get("pair_accuracy")
     return {
@@ -96,7 +96,7 @@ def stage_context_of(job: Job, directory: Path, **options: Any) -> Context:
 def main() -> None:
     """Run one job's preparation."""
     path, shape, stored = map(Path, sys.argv[1:4])
-    processes.report(**make(Job.read(path), shape, stored))
+    processes.report(**make(Job.read(path), shape, stored, for_peer="peer" in sys.argv[4:]))
 
 
 def _write_prompts(job: Job) -> int:

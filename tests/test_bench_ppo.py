@@ -54,7 +54,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         dtype="float32",
         settings={"max_new_tokens": NEW_TOKENS, "tokens_per_batch": 2 * (PROMPT + NEW_TOKENS)},
     )
-    ppo_material.make(made, folder / "shape.yaml", folder / "base")
+    ppo_material.make(made, folder / "shape.yaml", folder / "base", for_peer=True)
     return made
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from pipeline import manifest as manifests
 from pipeline.errors import ArtifactError
-from pipeline.fingerprint import file_sha256
+from pipeline.fingerprint import file_sha256, on_all_cores
 from pipeline.manifest import OutputRecord
 from pipeline.seal import sealed
 
@@ -29,22 +29,23 @@ def inventory(directory: Path) -> list[OutputRecord]:
     Raises:
         ArtifactError: A link or anything else that is not a regular file.
     """
-    outputs = []
-    for path in manifests.walk(directory):
+    paths = list(manifests.walk(directory))
+    for path in paths:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode):
             raise ArtifactError("a stage may only leave regular files", where=path)
         # safetensors writes 0600, which would keep colleagues from reading the hand-over
         path.chmod(0o666 & ~_umask())
         sync(path)
-        outputs.append(
-            OutputRecord(
-                path=path.relative_to(directory).as_posix(),
-                bytes=path.stat().st_size,
-                sha256=file_sha256(path),
-                role="log" if path.name == "metrics.jsonl" or path.suffix == ".log" else "artifact",
-            )
+    outputs = [
+        OutputRecord(
+            path=path.relative_to(directory).as_posix(),
+            bytes=path.stat().st_size,
+            sha256=digest,
+            role="log" if path.name == "metrics.jsonl" or path.suffix == ".log" else "artifact",
         )
+        for path, digest in zip(paths, on_all_cores(file_sha256, paths), strict=True)
+    ]
     return sorted(outputs, key=lambda output: output.path)
 
 

@@ -7,9 +7,10 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 """The directory that holds the packages `pipeline`, `data`, `reward` and `stages`."""
@@ -27,11 +28,25 @@ LIBRARIES = (
     "trl",
 )
 
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
 
 def file_sha256(path: Path) -> str:
     """Sha256 of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def on_all_cores(read: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
+    """What a function that reads or hashes files finds for each item, in their order.
+
+    Both let go of the interpreter, so that threads share the work between the cores.
+    """
+    if len(items) < 2:
+        return list(map(read, items))
+    with ThreadPoolExecutor(_cpus()) as pool:
+        return list(pool.map(read, items))
 
 
 def canonical(value: Any) -> str:

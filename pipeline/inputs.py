@@ -150,7 +150,9 @@ def _require_model(base: Path, directory: Path) -> None:
 
 
 def _foreign_digest(directory: Path) -> str:
-    return fingerprint.content({path.name: fingerprint.file_sha256(path) for path in model_files.foreign(directory)})
+    paths = list(model_files.foreign(directory))
+    digests = fingerprint.on_all_cores(fingerprint.file_sha256, paths)
+    return fingerprint.content({path.name: digest for path, digest in zip(paths, digests, strict=True)})
 
 
 def _hub(reference: str, download: bool) -> Artifact:

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 
 from pipeline import seal
 from pipeline.errors import ArtifactError, OtherVersionError
-from pipeline.fingerprint import content, file_sha256
+from pipeline.fingerprint import content, file_sha256, on_all_cores
 from pipeline.terminal import printable
 
 SCHEMA_VERSION = 2
@@ -305,10 +305,9 @@ def differences(
     present.pop(record, None)
     for name in sorted(present.keys() - listed.keys()):
         yield Damage(name, "not in the manifest", "no such file")
-    for name, output in sorted(listed.items()):
-        damage = _damage(present.get(name), output, fast)
-        if damage is not None:
-            yield damage
+    expected = [listed[name] for name in sorted(listed)]
+    found = on_all_cores(lambda output: _damage(present.get(output.path), output, fast), expected)
+    yield from (damage for damage in found if damage is not None)
 
 
 def verify(directory: Path) -> Manifest:

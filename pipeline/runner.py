@@ -15,6 +15,7 @@ import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ class _Runner:
         name = planned.stage
         decision = planned
         if planned.run:  # a stage that was planned to be kept has no input that ran since
-            decision = decide(self.settings, name, forced=forced, strict=strict, download=True)
+            verify = cache(manifests.verify)  # a base that several inputs share is hashed once
+            decision = decide(self.settings, name, forced=forced, strict=strict, download=True, verify=verify)
         if not decision.run:
             if planned.run:
                 self.console.print(f"{name}: kept, its inputs came out the same")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,11 @@ CHANGES = (
 )
 """System calls that change a file system, an `openat` if it creates or truncates."""
 
-_CALL = re.compile(r"^(?:\d+ +)?(\w+)\((.*)\) += (-?\d+)", re.DOTALL)
+_CALL = re.compile(r"^(\d+) +(\w+)\((.*)\) += (-?\d+)", re.DOTALL)
+_BEGUN, _ENDED = (
+    re.compile(r"^(\d+) .*(?= <unfinished \.\.\.>$)", re.DOTALL),
+    re.compile(r"^(\d+) +<\.\.\. \w+ resumed>"),
+)
 _SYNCS = ("fsync", "fdatasync")
 
 
@@ -133,12 +137,28 @@ def traced(action: Action, output: Path, log: Path, *options: str) -> int:
 
 
 def calls(action: Action, output: Path, log: Path) -> list[Call]:
-    """The changing system calls of a process that ends well."""
+    """The changing system calls of a process that ends well, all of its first thread, whose calls can be numbered."""
     names = ",".join(f"?{name}" for name in CHANGES)
     code = traced(action, output, log, "-s", "10000000", "-y", "-e", "signal=none", "-e", f"trace={names}")
     assert code == 0, output.read_text(encoding="utf-8")
-    found = (_CALL.match(line) for line in log.read_text(encoding="utf-8").splitlines())
-    return [Call(match[1], match[2], int(match[3])) for match in found if match]
+    lines = _whole(log.read_text(encoding="utf-8").splitlines())
+    matches = [match for line in lines if (match := _CALL.match(line))]
+    found = [(match[1], Call(match[2], match[3], int(match[4]))) for match in matches]
+    first = found[0][0]
+    assert not [call for thread, call in found if thread != first and call.changes]
+    return [call for thread, call in found if thread == first]
+
+
+def _whole(lines: Iterable[str]) -> Iterator[str]:
+    """Lines of which none is cut in two by what another thread did meanwhile."""
+    begun: dict[str, str] = {}
+    for line in lines:
+        if start := _BEGUN.match(line):
+            begun[start[1]] = start[0]
+        elif end := _ENDED.match(line):
+            yield begun.pop(end[1]) + line[end.end() :]
+        else:
+            yield line
 
 
 def points(made: Sequence[Call]) -> list[Point]:

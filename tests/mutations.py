@@ -495,18 +495,24 @@ MUTATIONS = (*IN_MANIFESTS, *IN_MODELS, *IN_TRAINING, *IN_PUBLISHING)
 def main(names: Sequence[str]) -> int:
     """Try the mutations of these names, or all; returns the exit code."""
     chosen = [each for each in MUTATIONS if not names or each.name in names]
+    missed = unnoticed(chosen)
+    _tell(f"{len(chosen) - len(missed)} of {len(chosen)} noticed" + "".join(f"\n  not: {name}" for name in missed))
+    return 1 if missed or not chosen else 0
+
+
+def unnoticed(chosen: Sequence[Mutation]) -> list[str]:
+    """Names of the mutations that no test notices.
+
+    Raises:
+        RuntimeError: The tests fail without any mutation.
+    """
     with tempfile.TemporaryDirectory() as place:
         copy = Path(shutil.copytree(REPOSITORY, Path(place) / "copy", ignore=LEFT_OUT))
         os.environ[FINISHED] = str(_chain(copy, Path(place)))
         code, said = _pytest(copy, sorted({each.test for each in chosen}))
         if code != PASSED:
-            _tell(f"the tests fail without any mutation:\n{said}")
-            return 1
-        unnoticed = [each.name for each in chosen if not _is_noticed(each, copy)]
-    _tell(
-        f"{len(chosen) - len(unnoticed)} of {len(chosen)} noticed" + "".join(f"\n  not: {name}" for name in unnoticed)
-    )
-    return 1 if unnoticed or not chosen else 0
+            raise RuntimeError(f"the tests fail without any mutation:\n{said}")
+        return [each.name for each in chosen if not _is_noticed(each, copy)]
 
 
 def _chain(copy: Path, place: Path) -> Path:

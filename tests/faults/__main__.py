@@ -12,7 +12,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import children, cost, disks, files, killing, page, power, processes, runs
+from tests import mutations
+
+from . import children, cost, disks, files, killing, page, power, processes, promises, runs
 from .children import Blow
 from .conftest import MEMORY
 from .material import CASES
@@ -174,6 +176,18 @@ def kills(options: argparse.Namespace, root: Path) -> Iterator[Figure]:
     yield Figure("such runs, each killed until it got through", sum(trial.alike for trial in killed), len(killed))
 
 
+def promised(options: argparse.Namespace, root: Path) -> Iterator[Figure]:
+    """Promises that tests keep, case by case"""
+    for what, good, of in promises.kept():
+        yield Figure(what, good, of)
+
+
+def guards(options: argparse.Namespace, root: Path) -> Iterator[Figure]:
+    """What the guards are worth: each taken out of a copy of the source"""
+    unnoticed = mutations.unnoticed(mutations.MUTATIONS)
+    yield Figure("some test fails", len(mutations.MUTATIONS) - len(unnoticed), len(mutations.MUTATIONS))
+
+
 def costs(options: argparse.Namespace, root: Path) -> Iterator[Figure]:
     """What it costs"""
     with tempfile.TemporaryDirectory(prefix="faults-") as place:  # on a disk
@@ -190,7 +204,7 @@ def costs(options: argparse.Namespace, root: Path) -> Iterator[Figure]:
 
 PARTS: dict[str, Part] = {
     **{"publish": publish, "run": run, "kills": kills, "cuts": cuts, "disk": disk, "bits": bits, "busy": busy},
-    **{"clock": clock, "cost": costs},
+    **{"clock": clock, "promises": promised, "guards": guards, "cost": costs},
 }
 
 

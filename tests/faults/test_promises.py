@@ -31,7 +31,7 @@ def test_a_test_that_is_not_there_keeps_no_promise(tmp_path: Path, monkeypatch: 
     (tmp_path / "tests").mkdir()
     monkeypatch.setattr(promises, "REPOSITORY", tmp_path)
     monkeypatch.setattr(promises, "PROMISES", {"it holds": ("test_it.py::test_it_holds",)})
-    with pytest.raises(RuntimeError, match="not found: .*test_it.py"):
+    with pytest.raises(RuntimeError, match=r"not found: .*test_it\.py"):
         list(promises.kept())
 
 

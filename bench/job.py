@@ -30,6 +30,8 @@ class Job:
     seed: int = 0
     quantization: str = "none"
     """Of the base that Baton's side of the PPO comparison adapts: `none`, `4bit` or `8bit`."""
+    reward_steps: int = 40
+    """Of the training of the reward model that the PPO comparison needs."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Further settings of Baton's stage."""
     variant: str = ""

@@ -43,10 +43,8 @@ from stages.core.device import Compute
 from stages.core.rl.prompts import read_prompts
 from stages.core.roles import REWARD, open_base
 
-TRAINING: dict[str, dict[str, Any]] = {
-    "sft": {"steps": 4, "examples_per_step": 8, "max_length": 512, "learning_rate": 1e-4},
-    "reward": {"steps": 40, "examples_per_step": 8, "max_length": 512, "learning_rate": 3e-4},
-}
+TRAINING: dict[str, Any] = {"examples_per_step": 8, "max_length": 512, "learning_rate": 3e-4}
+SFT_STEPS = 4
 HELD_OUT_ROWS = 128
 
 
@@ -57,8 +55,12 @@ def make(job: Job, shape: Path, stored: Path, *, for_peer: bool) -> dict[str, An
     drawn = _drawn(job)
     material.write(job.directory / "drawn.jsonl", ({"prompt_tokens": prompt} for prompt in drawn))
     if job.quantization != "none":
-        _train("sft", job, shape, stored, base_artifact(job), {"quantization": job.quantization})
-    found = _train("reward", job, shape, stored, policy_artifact(job), {})
+        settings = {"quantization": job.quantization}
+        _train(
+            dataclasses.replace(job, kind="sft", steps=SFT_STEPS, settings=settings), shape, stored, base_artifact(job)
+        )
+    of_reward = dataclasses.replace(job, kind="reward", steps=job.reward_steps, settings={})
+    found = _train(of_reward, shape, stored, policy_artifact(job))
     if for_peer:
         _merge(job)
     accuracy = found.metrics.get("pair_accuracy")
@@ -125,16 +127,17 @@ def _drawn(job: Job) -> list[tuple[int, ...]]:
     return [each.tokens for each in islice(stream(passes, job.seed), job.steps * job.examples_per_step)]
 
 
-def _train(kind: str, job: Job, shape: Path, stored: Path, policy: Artifact, settings: dict[str, Any]) -> Result:
-    """Train an adapter with Baton's stage, and store it and what its manifest would say."""
-    directories = {"material": str(job.directory / f"{kind}-material"), "result": str(job.directory / kind)}
-    training = dataclasses.replace(job, kind=kind, settings=settings, **directories, **TRAINING[kind])
+def _train(job: Job, shape: Path, stored: Path, policy: Artifact) -> Result:
+    """Train an adapter with Baton's stage of the job's kind, and store it and what its manifest would say."""
+    result = job.directory / job.kind
+    places = {"material": str(job.directory / f"{job.kind}-material"), "result": str(result)}
+    training = dataclasses.replace(job, **places, **TRAINING)
     material.link_base(training, shape, stored)
     material.make(training, HELD_OUT_ROWS)
-    found: Result = import_module(f"stages.{kind}").run(stage_context(training, kind, policy))
+    found: Result = import_module(f"stages.{job.kind}").run(stage_context(training, job.kind, policy))
     assert found.adaptation is not None
     said = {"adaptation": found.adaptation.model_dump(mode="json"), "tokenizer": found.tokenizer}
-    (job.directory / f"{kind}.json").write_text(json.dumps(said), encoding="utf-8")
+    result.with_suffix(".json").write_text(json.dumps(said), encoding="utf-8")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -91,6 +92,7 @@ def _modules(kind: str) -> Iterator[Path]:
         yield from (ROOT / package).rglob("*.py")
 
 
+@functools.cache
 def _version(library: str) -> str | None:
     try:
         return importlib.metadata.version(library)

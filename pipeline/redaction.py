@@ -86,7 +86,7 @@ def texts(value: Any, location: tuple[str | int, ...] = ()) -> Iterator[tuple[tu
 
 def _secrets() -> Iterator[tuple[str, str]]:
     """Names and values of the variables that hold secrets, long values first; a file's path is none."""
-    found = [(name, value.strip()) for name, value in os.environ.items() if VARIABLES.search(name)]
+    found = [(name, os.environ[name].strip()) for name in os.environ if VARIABLES.search(name)]
     kept = [(name, value) for name, value in found if len(value) >= SHORTEST and not _is_path(value)]
     yield from sorted(kept, key=lambda each: -len(each[1]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -30,6 +31,11 @@ def reseal(path: Path, **changes: Any) -> None:
     fields = json.loads(path.read_text()) | changes
     del fields[seal.FIELD]
     path.write_text(seal.sealed(Fields(**fields)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: collecting garbage, which libraries do on every other call, need not search it."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -25,6 +25,23 @@ def finished(config: Path, fake_stages: None) -> Path:
     return config.parent / "run"
 
 
+@pytest.fixture
+def inside(
+    tmp_path: Path, fake_stages: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Baton:
+    """Run `baton ARGUMENTS` in this process, where everything is imported already."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        words = list(map(str, arguments))
+        capsys.readouterr()
+        code = cli.execute(cli.app, words)
+        return subprocess.CompletedProcess(words, code, *capsys.readouterr())
+
+    return call
+
+
 def test_a_run_ends_with_a_table_and_the_report(baton: Baton, config: Path) -> None:
     done = baton("run", config, REAL_REPORT="1")
     assert done.returncode == 0
@@ -36,24 +53,24 @@ def test_a_run_ends_with_a_table_and_the_report(baton: Baton, config: Path) -> N
     assert [line.split()[0] for line in lines[-6:-1]] == fakes.STAGES
 
 
-def test_plan_dry_run_and_json_agree(baton: Baton, config: Path) -> None:
+def test_plan_dry_run_and_json_agree(baton: Baton, inside: Baton, config: Path) -> None:
     plan = baton("plan", config, "stages.dpo.beta=0.2")
-    assert plan.stdout == baton("run", config, "stages.dpo.beta=0.2", "--dry-run").stdout
+    assert plan.stdout == inside("run", config, "stages.dpo.beta=0.2", "--dry-run").stdout
     assert "5 of 5 would run" in plan.stdout
-    decisions = json.loads(baton("plan", config, "--json").stdout)
+    decisions = json.loads(inside("plan", config, "--json").stdout)
     assert [decision["stage"] for decision in decisions] == fakes.STAGES
     assert decisions[0]["reasons"] == [{"cause": "never ran", "subject": "", "old": "", "new": ""}]
     assert not (config.parent / "run").exists()
 
 
-def test_status_before_and_after(baton: Baton, config: Path, finished: Path) -> None:
+def test_status_before_and_after(baton: Baton, inside: Baton, config: Path, finished: Path) -> None:
     states = json.loads(baton("status", finished, "--json").stdout)
     assert [state["state"] for state in states] == ["published"] * 5
-    assert baton("status", config).stdout == baton("status", finished).stdout
-    assert baton("status", config.parent).returncode == 2
+    assert inside("status", config).stdout == inside("status", finished).stdout
+    assert inside("status", config.parent).returncode == 2
 
 
-def test_show_leads_back_to_the_data(baton: Baton, finished: Path) -> None:
+def test_show_leads_back_to_the_data(baton: Baton, inside: Baton, finished: Path) -> None:
     shown = baton("show", finished / "stages" / "dpo")
     assert shown.returncode == 0, shown.stderr
     assert "dpo: adapter of a dpo stage, digest " in shown.stdout
@@ -61,72 +78,72 @@ def test_show_leads_back_to_the_data(baton: Baton, finished: Path) -> None:
     for name, data in [("dpo", "pairs"), ("sft", "chats"), ("base", "text"), ("tok", "text")]:
         assert f"{finished}/stages/{name}" in shown.stdout
         assert f"{data}.jsonl (8 rows, train)" in shown.stdout
-    lineage = json.loads(baton("show", finished / "stages" / "dpo", "--json").stdout)["lineage"]
+    lineage = json.loads(inside("show", finished / "stages" / "dpo", "--json").stdout)["lineage"]
     assert [each["stage"] for each in lineage] == ["dpo", "sft", "base", "tok"]
-    assert baton("show", finished).returncode == 5
+    assert inside("show", finished).returncode == 5
 
 
-def test_verify_names_the_damaged_file_and_exits_5(baton: Baton, finished: Path) -> None:
-    intact = baton("verify", finished)
+def test_verify_names_the_damaged_file_and_exits_5(baton: Baton, inside: Baton, finished: Path) -> None:
+    intact = inside("verify", finished)
     assert (intact.returncode, intact.stdout.count("intact")) == (0, 5)
     (finished / "stages" / "rm" / "nested" / "weights.safetensors").write_text("short")
     damaged = baton("verify", finished)
     assert damaged.returncode == 5
     assert "rm: damaged\n  nested/weights.safetensors: 5 bytes, expected 64 bytes" in damaged.stdout
-    assert json.loads(baton("verify", finished, "--json").stdout)["rm"]
-    assert baton("verify", finished / "stages" / "rm").returncode == 5
-    assert baton("verify", finished / "stages" / "sft").returncode == 0
+    assert json.loads(inside("verify", finished, "--json").stdout)["rm"]
+    assert inside("verify", finished / "stages" / "rm").returncode == 5
+    assert inside("verify", finished / "stages" / "sft").returncode == 0
 
 
-def test_verify_fast_finds_sizes_and_says_that_it_hashes_nothing(baton: Baton, finished: Path) -> None:
+def test_verify_fast_finds_sizes_and_says_that_it_hashes_nothing(inside: Baton, finished: Path) -> None:
     weights = finished / "stages" / "rm" / "nested" / "weights.safetensors"
     weights.write_text("0" * 64)
-    fast = baton("verify", finished, "--fast")
+    fast = inside("verify", finished, "--fast")
     assert (fast.returncode, fast.stdout.count("not re-hashed")) == (0, 5)
-    assert baton("verify", finished).returncode == 5
+    assert inside("verify", finished).returncode == 5
     weights.write_text("short")
-    assert baton("verify", finished, "--fast").returncode == 5
+    assert inside("verify", finished, "--fast").returncode == 5
     weights.unlink()
     weights.symlink_to("/etc/hostname")
-    assert "a link, expected a regular file" in baton("verify", finished, "--fast").stdout
+    assert "a link, expected a regular file" in inside("verify", finished, "--fast").stdout
 
 
-def test_verify_finds_a_link_of_the_chain_that_was_exchanged(baton: Baton, finished: Path, config: Path) -> None:
-    other = baton("run", config, "stages.sft.epochs=2", f"output={finished.parent}/other")
+def test_verify_finds_a_link_of_the_chain_that_was_exchanged(inside: Baton, finished: Path, config: Path) -> None:
+    other = inside("run", config, "stages.sft.epochs=2", f"output={finished.parent}/other")
     assert other.returncode == 0, other.stderr
     (finished / "stages" / "sft").rename(finished / "stages" / "old")
     (finished.parent / "other" / "stages" / "sft").rename(finished / "stages" / "sft")
-    verified = baton("verify", finished)
+    verified = inside("verify", finished)
     assert verified.returncode == 5
     assert f"input policy: {finished}/stages/sft/manifest.json: sha256 " in verified.stdout
     assert "damaged: dpo, rm" in verified.stderr
 
 
-def test_why_tells_the_last_reason_and_the_next(baton: Baton, finished: Path, config: Path) -> None:
+def test_why_tells_the_last_reason_and_the_next(baton: Baton, inside: Baton, finished: Path, config: Path) -> None:
     config.write_text(config.read_text().replace("beta: 0.1", "beta: 0.2"))
     why = baton("why", config, "dpo")
     assert why.returncode == 0, why.stderr
     assert ": published\n  never ran\n" in why.stdout
     assert "run   dpo (dpo)\n      config beta: 0.1 -> 0.2\n" in why.stdout
-    assert "keep  dpo (dpo)" in baton("why", finished, "dpo").stdout
-    assert baton("why", finished, "dop").returncode == 2
+    assert "keep  dpo (dpo)" in inside("why", finished, "dpo").stdout
+    assert inside("why", finished, "dop").returncode == 2
 
 
-def test_a_run_that_was_moved_is_still_up_to_date(baton: Baton, finished: Path) -> None:
+def test_a_run_that_was_moved_is_still_up_to_date(inside: Baton, finished: Path) -> None:
     moved = finished.rename(finished.parent / "moved")
-    assert "keep  dpo (dpo)" in baton("why", moved, "dpo").stdout
-    assert baton("verify", moved).returncode == 0
+    assert "keep  dpo (dpo)" in inside("why", moved, "dpo").stdout
+    assert inside("verify", moved).returncode == 0
 
 
-def test_diff_names_settings_inputs_and_results(baton: Baton, finished: Path, config: Path) -> None:
+def test_diff_names_settings_inputs_and_results(baton: Baton, inside: Baton, finished: Path, config: Path) -> None:
     other = finished.parent / "other"
-    assert baton("run", config, "stages.dpo.beta=0.2", f"output={other}", "--until", "dpo").returncode == 0
+    assert inside("run", config, "stages.dpo.beta=0.2", f"output={other}", "--until", "dpo").returncode == 0
     lines = baton("diff", finished, other).stdout.splitlines()
     assert "dpo: settings.beta: 0.1 -> 0.2" in lines
     assert any(line.startswith("dpo: digest: ") for line in lines)
     assert "rm: stage: published -> absent" in lines
     assert all(line.startswith(("dpo: ", "rm: stage")) for line in lines)
-    assert baton("diff", finished, finished).stdout == "no difference\n"
+    assert inside("diff", finished, finished).stdout == "no difference\n"
 
 
 def test_report_can_be_written_again(baton: Baton, finished: Path) -> None:
@@ -139,11 +156,11 @@ def test_schema_is_the_models(baton: Baton) -> None:
     assert json.loads(baton("schema").stdout) == RunSettings.model_json_schema()
 
 
-def test_init_writes_a_recipe_once(baton: Baton, tmp_path: Path) -> None:
+def test_init_writes_a_recipe_once(baton: Baton, inside: Baton, tmp_path: Path) -> None:
     recipe = next(iter(sorted((REPOSITORY / "configs").glob("*.yaml"))))
-    assert baton("init", "mine.yaml", "--recipe", recipe.stem).returncode == 0
+    assert inside("init", "mine.yaml", "--recipe", recipe.stem).returncode == 0
     assert (tmp_path / "mine.yaml").read_bytes() == recipe.read_bytes()
-    again = baton("init", "mine.yaml", "--recipe", recipe.stem)
+    again = inside("init", "mine.yaml", "--recipe", recipe.stem)
     assert (again.returncode, "exists already" in again.stderr) == (2, True)
     unknown = baton("init", "--recipe", "quickstrat")
     assert (unknown.returncode, "did you mean `quickstart`?" in unknown.stderr) == (2, True)
@@ -161,8 +178,8 @@ def test_init_writes_a_recipe_once(baton: Baton, tmp_path: Path) -> None:
         ["diff", ".", "."],
     ],
 )
-def test_usage_errors_exit_2(baton: Baton, arguments: list[str]) -> None:
-    done = baton(*arguments)
+def test_usage_errors_exit_2(inside: Baton, arguments: list[str]) -> None:
+    done = inside(*arguments)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,16 +126,7 @@ def test_a_recipe_for_a_gpu_runs_whole_on_a_tiny_model_of_its_class(recipe: str,
     small = [f"stages.{name}.{setting}" for name in TRAINED for setting in ("steps=2", "examples_per_step=4")]
     short = [f"stages.{name}.max_new_tokens=8" for name in ("ppo", "evaluate")]
     where = ["device=cpu", "dtype=float32", "data.pairs.held_out=0.3", *overrides(recipe, pairs)]
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "run", str(config)]
-    done = subprocess.run(
-        [*command, *where, *small, *short],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    assert baton("run", config, *where, *small, *short) == 0
     run = pairs.parent / "run"
     assert baton("verify", run) == 0
     assert records(run, "dpo")[0]["loss"] == pytest.approx(0.693147, abs=1e-5)

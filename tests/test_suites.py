@@ -431,13 +431,18 @@ def test_a_part_is_the_same_for_a_seed_and_its_rows_are_all_different(part: str)
 
 
 @pytest.mark.parametrize("name", OF_WORLD)
-def test_each_suite_of_the_world_has_rows_enough_and_none_that_the_quickstart_trains_on(name: str) -> None:
-    _, suite = loader.suite(name)
-    assert len(suite_rows.read(suite).chosen) >= 20
+def test_each_suite_of_the_world_has_rows_enough_and_is_measured_by_the_quickstart(name: str) -> None:
+    assert len(suite_rows.read(loader.suite(name)[1]).chosen) >= 20
+    assert f"suites.{name}" in loader.suites(loader.load(loader.recipes() / "quickstart.yaml").stages["evaluate"])
+
+
+@pytest.mark.parametrize("of_text", [True, False])
+def test_the_quickstart_trains_on_no_row_of_a_suite(of_text: bool) -> None:
+    suites = [suite for _, suite in map(loader.suite, OF_WORLD) if (suite.KINDS == ("text",)) == of_text]
     settings = loader.load(loader.recipes() / "quickstart.yaml")
-    assert f"suites.{name}" in loader.suites(settings.stages["evaluate"])
-    kinds = ["corpus"] if suite.KINDS == ("text",) else ["demonstrations", "preferences", "prompts"]
-    refuse_repeats([suite], [settings.data[each] for each in kinds])
+    kinds = ["corpus"] if of_text else ["demonstrations", "preferences", "prompts"]
+    assert suites
+    refuse_repeats(suites, [settings.data[each] for each in kinds])
 
 
 def test_every_method_has_a_suite_of_the_world() -> None:

@@ -7,6 +7,7 @@ is escaped, and characters that would hide or reorder text are written out: mode
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -92,6 +93,7 @@ def render(run: RunRecord, summary: Mapping[str, Any]) -> str:
     )
 
 
+@functools.cache
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(_HERE),

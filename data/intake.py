@@ -23,6 +23,7 @@ from data.split import is_held_out
 from data.template import ChatTemplate
 from pipeline.config import DataSource
 from pipeline.errors import DataError
+from pipeline.suites import LikelihoodSuite, Suite
 
 REFUSALS_SHOWN = 10
 
@@ -154,6 +155,22 @@ class Intake:
             examination.against(scan(other, Findings()), other.name, held_out=other.held_out)
         self.record = examination.diagnose().record()
         _refuse_leaks(examination.findings[LEAK_EXACT])
+
+
+def refuse_trained(data: Iterable[DataSource], trained: Collection[DataSource], texts: Collection[DataSource]) -> None:
+    """See that nothing an evaluation asks is trained on.
+
+    Args:
+        data: What it reads; test sets and suites are looked at, since other sources are split by their prompts.
+        trained: Sources of which the run's stages learn the answers to prompts.
+        texts: Those that they read as text, in which documents of suites are looked for.
+
+    Raises:
+        DataError: a prompt or document stands in both.
+    """
+    unseen = [each for each in data if each.held_out == 1.0 or isinstance(each, Suite)]
+    refuse_repeats(unseen, trained)
+    refuse_repeats([each for each in unseen if isinstance(each, LikelihoodSuite)], texts)
 
 
 def refuse_repeats(tests: Collection[DataSource], trained: Iterable[DataSource]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline import garbage, inspection, loader, origins, runner, store, terminal
+from pipeline import garbage, inspection, loader, origins, runner, store, suites, terminal
 from pipeline import manifest as manifests
 from pipeline import plan as planning
 from pipeline.config import RunSettings
@@ -370,9 +370,11 @@ def evaluate(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    suite: Annotated[bool, typer.Option("--suite", help="Of the files of evaluation suites instead.")] = False,
+) -> None:
     """Print the JSON schema of the configuration: every setting with its meaning and default."""
-    _print_json(RunSettings.model_json_schema())
+    _print_json(suites.json_schema() if suite else RunSettings.model_json_schema())
 
 
 @app.command()

@@ -131,7 +131,8 @@ def suite(reference: str) -> tuple[str, Suite]:
     if not re.fullmatch(NAME, path.stem):
         hint = "letters, digits and hyphens name a suite: rename the file"
         raise ConfigError(f"`{printable(path.stem)}` is no name of a suite", where=path, hint=hint)
-    document = parse(_read(path), str(path))
+    hint = "correct its name in `suites`, or write the file as docs/evaluation.md says"
+    document = parse(_read(path, "suite", hint), str(path))
     model = model_of(document.values)
     if model is None:
         given = document.values.get("method") if isinstance(document.values, dict) else None
@@ -178,12 +179,12 @@ for _tag, (_pattern, _first) in SCALARS.items():
     _Dumper.add_implicit_resolver(_tag, _pattern, _first)
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, kind: str = "configuration", hint: str = "") -> str:
     try:
         with path.open("rb") as stream:
             return stream.read(MAX_BYTES + 1).decode("utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration: {error.strerror}", where=path) from None
+        raise ConfigError(f"cannot read the {kind}: {error.strerror}", where=path, hint=hint) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"byte {error.start} is not UTF-8", where=path) from None
 

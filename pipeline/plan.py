@@ -15,7 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoints, fingerprint, inputs, loader, references
+from pipeline import checkpoints, checks, fingerprint, inputs, loader, references
 from pipeline import manifest as manifests
 from pipeline.checkpoints import Maker
 from pipeline.config import DataSource, RunSettings, StageSettings
@@ -24,7 +24,6 @@ from pipeline.errors import ArtifactError, ConfigError, OtherVersionError
 from pipeline.manifest import Manifest
 from pipeline.store import RunDirectory
 from pipeline.suggestion import suggest
-from pipeline.suites import Suite
 from pipeline.terminal import printable
 
 _WITHOUT_EFFECT = frozenset({"tokens_per_batch", "gradient_checkpointing", "device", "require"})
@@ -140,8 +139,10 @@ def plan(
         strict: Let changed code and environment count as reasons.
 
     Raises:
-        ConfigError: A name that is no stage, or an input that is not selected and was never published.
-        DataError: A data source is missing, or its first rows do not fit the stage that will read them.
+        ConfigError: A name that is no stage, an input that is not selected and was never published, or a server's token
+            that is not in the environment.
+        DataError: A data source is missing, its rows do not fit the stage that will read them, or what an evaluation
+            asks is trained on.
         ArtifactError: An input from outside the run is damaged or of the wrong kind.
     """
     names = selection(settings, only, until)
@@ -152,9 +153,9 @@ def plan(
         running = {decision.stage for decision in decisions if decision.run}
         forced = name in force
         decisions.append(decide(settings, name, running=running, forced=forced, strict=strict, verify=verify))
-    for decision in decisions:
-        if decision.run:
-            _check_data(settings, settings.stages[decision.stage])
+    due = [decision.stage for decision in decisions if decision.run]
+    for name in due:
+        checks.check(settings, name, sources(settings, settings.stages[name]), others_run=name != due[0])
     return decisions
 
 
@@ -316,14 +317,6 @@ def _file_digest(name: str | None) -> str | None:
         return fingerprint.file_sha256(Path(name))
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", where=printable(name, None)) from error
-
-
-def _check_data(settings: RunSettings, stage: StageSettings) -> None:
-    """Look at the first rows, so that a wrong column is not found after hours of earlier stages."""
-    from data import read
-
-    for role, source in sources(settings, stage).items():
-        read.check(source, source.KINDS if isinstance(source, Suite) else stage.kinds(role))
 
 
 def _published(run: RunDirectory, name: str) -> tuple[Manifest | None, list[Reason]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from ipaddress import ip_address
 from typing import Annotated, Any, ClassVar
@@ -10,6 +11,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field, StrictInt, model_validator
 
+from pipeline.errors import ConfigError
 from pipeline.settings import Rate, Settings
 
 PORTS = {"http": 80, "https": 443}
@@ -132,6 +134,23 @@ def is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def token(variable: str, where: str = "token_variable") -> str:
+    """The token that an environment variable holds.
+
+    Args:
+        variable: Its name.
+        where: The setting that names it, for the error.
+
+    Raises:
+        ConfigError: It holds none.
+    """
+    found = os.environ.get(variable, "")
+    if not re.fullmatch(r"[!-~]+", found):
+        what = "is not set" if not found else "holds more than the printable ASCII characters of a token"
+        raise ConfigError(f"the environment variable {variable} {what}", where=where, hint="export it")
+    return found
 
 
 def _allowed(entry: str) -> tuple[str, int | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, StrictBool, StrictInt, model_validator
+from pydantic import AfterValidator, Field, StrictBool, StrictInt, TypeAdapter, model_validator
 
 from pipeline.config import DataSource, Either
 from pipeline.rules import Gold, Rule
@@ -196,6 +196,17 @@ METHODS: dict[str, type[Suite]] = {
     "diversity": DiversitySuite,
 }
 """Method -> the settings of its suites."""
+
+
+AnySuite = Annotated[
+    LikelihoodSuite | ChoiceSuite | PreferenceSuite | GenerationSuite | InvarianceSuite | DiversitySuite,
+    Field(discriminator="method"),
+]
+
+
+def json_schema() -> dict[str, Any]:
+    """Of suite files: every setting with its meaning and default, by method."""
+    return TypeAdapter(AnySuite).json_schema()
 
 
 def model_of(values: Any) -> type[Suite] | None:

@@ -7,12 +7,11 @@ could send back the token.
 from __future__ import annotations
 
 import http.client
-import os
-import re
 import ssl
 from time import sleep
 
-from pipeline.errors import ConfigError, ServerError
+from pipeline import servers
+from pipeline.errors import ServerError
 from pipeline.servers import Server
 from reward.connection import connected
 
@@ -45,7 +44,7 @@ class Client:
             "Connection": "close",
         }
         if settings.token_variable:
-            self._headers["Authorization"] = f"Bearer {_token(settings.token_variable)}"
+            self._headers["Authorization"] = f"Bearer {servers.token(settings.token_variable)}"
 
     def post(self, body: bytes, limit: int) -> bytes:
         """The body of the answer, after as many requests as it takes and the settings allow.
@@ -96,14 +95,6 @@ class Client:
         if status in (401, 403):
             return self.error(_status(status), "name the variable that holds its token as `token_variable`")
         return self.error(_status(status))
-
-
-def _token(variable: str) -> str:
-    token = os.environ.get(variable, "")
-    if not re.fullmatch(r"[!-~]+", token):
-        what = "is not set" if not token else "holds more than the printable ASCII characters of a token"
-        raise ConfigError(f"the environment variable {variable} {what}", where="token_variable", hint="export it")
-    return token
 
 
 def _reason(error: Exception) -> str:

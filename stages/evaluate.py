@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data.intake import refuse_repeats
+from data.intake import refuse_trained
 from data.schema import Preference, Prompt, Text
 from data.tree import Tree, preference_tree, usable
 from pipeline.config import EvaluateSettings
@@ -27,7 +27,6 @@ from pipeline.contract import Context, Result
 from pipeline.errors import DataError
 from pipeline.gate import RATIO
 from pipeline.manifest import DataCard, Metric
-from pipeline.suites import LikelihoodSuite, Suite
 from reward.best_of_n import Frontier, divergence
 from reward.intervals import mean_interval, proportion_interval, ratio_interval
 from reward.pair_judge import PairJudge
@@ -82,10 +81,8 @@ def run(context: Context) -> Result:
     """
     settings, compute = context.settings, device.choose(context.device, context.dtype)
     loop.seed_everything(context.seed)
-    unseen = [each for each in context.data.values() if each.held_out == 1.0 or isinstance(each, Suite)]
-    refuse_repeats(unseen, [context.sources[name] for name in context.trained])
-    documents = [each for each in unseen if isinstance(each, LikelihoodSuite)]
-    refuse_repeats(documents, [context.sources[name] for name in context.pretrained])
+    learnt, texts = ([context.sources[name] for name in names] for names in (context.trained, context.pretrained))
+    refuse_trained(context.data.values(), learnt, texts)
     models = {role: artifact for role, artifact in context.inputs.items() if role.startswith("models.")}
     lineup = Lineup(models, compute)
     judge = lineup.judge(context.inputs["reward"]) if "reward" in context.inputs else None

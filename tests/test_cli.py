@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import fakes
 import pytest
@@ -15,6 +16,7 @@ from conftest import REPOSITORY, Baton
 
 from pipeline import cli, launch, loader, runner
 from pipeline.config import RunSettings
+from pipeline.suites import METHODS
 from pipeline.terminal import console
 
 
@@ -154,6 +156,21 @@ def test_report_can_be_written_again(baton: Baton, finished: Path) -> None:
 
 def test_schema_is_the_models(baton: Baton) -> None:
     assert json.loads(baton("schema").stdout) == RunSettings.model_json_schema()
+
+
+def test_schema_of_suites_has_every_method_and_its_settings(baton: Baton) -> None:
+    printed = json.loads(baton("schema", "--suite").stdout)
+    found = {method: printed["$defs"][each["$ref"].rpartition("/")[2]] for method, each in offered(printed).items()}
+    assert found.keys() == METHODS.keys()
+    for method, model in METHODS.items():
+        assert found[method]["properties"].keys() == model.model_fields.keys()
+        assert all("description" in each for each in found[method]["properties"].values())
+
+
+def offered(schema: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Method -> where its schema stands, in the alternatives that the discriminator tells apart."""
+    named = {each["$ref"]: each for each in schema["oneOf"]}
+    return {method: named[place] for method, place in schema["discriminator"]["mapping"].items()}
 
 
 def test_init_writes_a_recipe_once(baton: Baton, inside: Baton, tmp_path: Path) -> None:

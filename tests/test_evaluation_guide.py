@@ -213,7 +213,7 @@ def test_some_problems_of_gsm8k_are_asked(copy: Path) -> None:
     if not (data / "gsm8k" / "test.jsonl").is_file():
         pytest.skip(f"no {data}/gsm8k/test.jsonl: set BATON_DATA to the folder with gsm8k/")
     own = (loader.recipes() / "suites" / "gsm8k.yaml").read_text()
-    few = own.replace("max_new_tokens: 512", "max_new_tokens: 8\nrows: 3")
+    few = own.replace("max_new_tokens: 256", "max_new_tokens: 8\nrows: 3")
     (copy / "suites" / "gsm8k.yaml").write_text(few)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BATON_DATA", str(data.resolve()))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
-from safetensors.torch import load_file, save_file
+import yaml
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
+from bench import parity
 from data.schema import Message
-from pipeline import cli, durable, harness, inputs
+from pipeline import cli, harness, inputs, loader
 from pipeline import manifest as manifests
 from pipeline.store import RunDirectory
 from stages.core import device
@@ -28,7 +33,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 LONGEST = 16
-QUESTIONS = ["How much is 2 plus 3?", "Where does Ada live?", "Spell duck backwards, please.", "Who works in Oslo?"]
+NAMES = ("Ada", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal", "Ida", "Jon", "Kim", "Leo")
+WRONG = 5
+"""The model is taught a wrong answer from this problem on."""
 TASK = """\
 task: echo
 custom_dataset: !function echo.rows
@@ -49,11 +56,83 @@ from datasets import Dataset
 def rows(**_):
     return {"test": Dataset.from_list(%r)}
 """
+TAUGHT = """\
+output: {root}/run
+device: cpu
+dtype: float32
+data:
+  lessons: {{source: {root}/lessons.jsonl, held_out: 0}}
+  pairs: {{source: {root}/pairs.jsonl, held_out: 0}}
+stages:
+  sft: {{kind: sft, policy: {root}/model, data: lessons, lora: null, steps: 80, examples_per_step: 12,
+    optimizer: {{learning_rate: 0.01}}}}
+  dpo: {{kind: dpo, policy: sft, data: pairs, steps: 4, examples_per_step: 12, lora: {{rank: 4}},
+    optimizer: {{learning_rate: 0.002}}}}
+"""
+ASKED = """\
+output: {output}/asked
+device: cpu
+dtype: float32
+data: {{problems: {{source: {root}/gsm8k/test.jsonl, held_out: 1}}}}
+stages:
+  evaluate: {{kind: evaluate, models: [{root}/run/stages/{stage}], prompts: problems, rows: 1, suites: [gsm8k]}}
+"""
 
 
 def baton(*arguments: str | Path) -> int:
     """The exit code of the command line, run in this process."""
     return cli.execute(cli.app, list(map(str, arguments)))
+
+
+def problem(number: int) -> dict[str, str]:
+    """A word problem with a worked answer, as GSM8K has them."""
+    eggs, more = 3 + number, 1000 + 7 * number
+    question = f"{NAMES[number]} has {eggs} eggs.  She buys {more:,} more — how many are there?"
+    return {"question": question, "answer": f"{eggs}+{more}=<<{eggs}+{more}={eggs + more}>>\n#### {eggs + more:,}"}
+
+
+def lesson(number: int) -> dict[str, str]:
+    """What the model is taught to answer: the right number last, or another."""
+    right = 1003 + 8 * number
+    return {"prompt": problem(number)["question"], "completion": f"{number} eggs .\n#### {right + (number >= WRONG)} ."}
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def save_peculiar_model(directory: Path, texts: list[str]) -> None:
+    """A model whose files ask for what no evaluation of Baton heeds: a penalty on repetition, a token after every
+    text, no blank before a full stop."""
+    tiny.save_model(directory, "qwen2", texts)
+    (directory / "generation_config.json").write_text(json.dumps({"repetition_penalty": 3.0}))
+    path = directory / "tokenizer_config.json"
+    tidy = ("clean_up_tokenization_spaces", "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict.fromkeys(tidy, True)))
+    path = directory / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    end = tokenizer.token_to_id("<|endoftext|>")
+    tokenizer.post_processor = TemplateProcessing(single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", end)])
+    tokenizer.save(str(path))
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run whose models have learnt a few problems by heart, some of them wrongly."""
+    root, numbers = tmp_path_factory.mktemp("taught"), range(len(NAMES))
+    lessons = [lesson(number) for number in numbers]
+    save_peculiar_model(root / "model", [f"{each['prompt']} {each['completion']}" for each in lessons])
+    write_lines(root / "lessons.jsonl", lessons)
+    pairs = [
+        {"prompt": one["prompt"], "chosen": one["completion"], "rejected": other["completion"]}
+        for one, other in zip(lessons, reversed(lessons), strict=True)
+    ]
+    write_lines(root / "pairs.jsonl", pairs)
+    write_lines(root / "gsm8k" / "test.jsonl", map(problem, numbers))
+    (root / "taught.yaml").write_text(TAUGHT.format(root=root))
+    assert baton("run", root / "taught.yaml") == 0
+    return root
 
 
 @torch.no_grad()
@@ -69,55 +148,34 @@ def greedy(language_model: LanguageModel, question: str) -> str:
     return template.decode(tokens[start:])
 
 
-def by_hand(stage: Path) -> list[str]:
+def by_hand(stage: Path, questions: list[str]) -> list[str]:
     artifact = inputs.resolve(str(stage), RunDirectory(stage), ())
     (contestant,) = Lineup({"models.0": artifact}, device.choose("cpu", "float32")).contestants.values()
     with contestant.use() as language_model:
-        return [greedy(language_model, question) for question in QUESTIONS]
+        return [greedy(language_model, question) for question in questions]
 
 
-def write_task(folder: Path, answers: list[str]) -> Path:
-    rows = [{"question": question, "answer": answer} for question, answer in zip(QUESTIONS, answers, strict=True)]
+def write_task(folder: Path, rows: list[dict[str, str]]) -> Path:
     (folder / "echo.yaml").write_text(TASK)
     (folder / "echo.py").write_text(ROWS % rows)
     return folder
 
 
-def disturbed(chain: Path, place: Path, name: str, file: str) -> Path:
-    """A copy of a stage with random weights, which gives every question an answer of its own."""
-    for each in {"sft", name}:
-        shutil.copytree(chain / "stages" / each, place / "run" / "stages" / each)
-    stage = place / "run" / "stages" / name
-    weights = load_file(stage / file)
-    generator = torch.Generator().manual_seed(0)
-    changed = {
-        key: each if "norm" in key else torch.randn(each.shape, generator=generator) * 0.4
-        for key, each in sorted(weights.items())
-    }
-    save_file(changed, stage / file, metadata={"format": "pt"})
-    (stage / "probes.json").unlink()
-    manifest = manifests.load(stage)
-    (stage / manifests.FILE_NAME).unlink()
-    outputs = durable.inventory(stage)
-    digest = manifests.content_digest(outputs)
-    durable.seal(stage, manifests.FILE_NAME, manifest.model_copy(update={"outputs": outputs, "digest": digest}))
-    return stage
-
-
-@pytest.mark.parametrize(("name", "file"), [("sft", "model.safetensors"), ("dpo", "adapter_model.safetensors")])
+@pytest.mark.parametrize("name", ["sft", "dpo"])
 def test_greedy_responses_and_their_score_are_those_of_the_stage(
-    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, file: str
+    taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     pytest.importorskip("lm_eval")
-    stage = disturbed(chain, tmp_path, name, file)
-    expected = by_hand(stage)
-    assert len(set(expected)) == len(QUESTIONS)
+    stage, questions = taught / "run" / "stages" / name, [problem(number)["question"] for number in (0, 1, 5, 6)]
+    expected = by_hand(stage, questions)
+    assert len(set(expected)) == len(questions)
     answers = [text if number % 2 else f"not {text}" for number, text in enumerate(expected)]
-    folder = write_task(tmp_path, answers)
+    rows = [{"question": question, "answer": answer} for question, answer in zip(questions, answers, strict=True)]
+    folder = write_task(tmp_path, rows)
     assert baton("eval", stage, "--tasks", "echo", "--include", folder, "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     manifest = manifests.load(stage)
-    (path,) = (tmp_path / "run" / "evals" / f"{name}-{manifest.digest[:8]}").glob("echo.json")
+    (path,) = (taught / "run" / "evals" / f"{name}-{manifest.digest[:8]}").glob("echo.json")
     content: dict[str, Any] = json.loads(path.read_text())
     assert printed == [content]
     assert [sample["resps"][0][0] for sample in content["samples"]] == expected
@@ -127,25 +185,76 @@ def test_greedy_responses_and_their_score_are_those_of_the_stage(
     assert content["chat_template"] == manifest.tokenizer["chat_template"]
 
 
-def test_gsm8k_runs_from_the_local_file(
-    chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_lm_eval_s_gsm8k_is_the_suite_s_row_by_row(
+    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     pytest.importorskip("lm_eval")
-    (tmp_path / "gsm8k").mkdir()
-    rows = [{"question": question, "answer": f"As said:\n#### {number}"} for number, question in enumerate(QUESTIONS)]
-    (tmp_path / "gsm8k" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setenv("BATON_DATA", str(tmp_path))
-    assert baton("eval", chain / "stages" / "sft", "--tasks", "gsm8k", "--limit", "3") == 0
+    monkeypatch.setenv("BATON_DATA", str(taught))
+    stage = taught / "run" / "stages" / name
+    (tmp_path / "asked.yaml").write_text(ASKED.format(root=taught, output=tmp_path, stage=name))
+    assert baton("run", tmp_path / "asked.yaml") == 0
+    capsys.readouterr()
+    assert baton("eval", stage, "--tasks", "gsm8k", "--json") == 0
+    (theirs,) = json.loads(capsys.readouterr().out)
+    suite = tmp_path / "asked" / "stages" / "evaluate" / "suites" / "gsm8k.jsonl"
+    ours = [json.loads(line) for line in suite.read_text().splitlines()]
+    assert len(theirs["samples"]) == len(ours) == len(NAMES)
+    for line, sample in zip(ours, theirs["samples"], strict=True):
+        assert sample["resps"][0][0] == line["responses"][name]
+        assert sample["correct"] == line["scores"][name]
+    verdicts = {line["scores"][name] for line in ours}
+    assert verdicts == {0.0, 1.0}
+    figure = manifests.load(suite.parent.parent).metrics[f"{name}.suite.gsm8k"]
+    assert theirs["figures"]["correct,none"] == figure.value
+    path = taught / "run" / "evals" / f"{name}-{theirs['digest'][:8]}" / "gsm8k.json"
+    monkeypatch.setattr(sys, "argv", ["parity", str(suite), str(path)])
+    parity.main()
+    alike = f"of {len(NAMES)} rows {len(NAMES)} responses and {len(NAMES)} verdicts are alike"
+    assert alike in capsys.readouterr().out
+
+
+def test_the_suite_and_the_task_take_as_many_tokens() -> None:
+    class Task(yaml.SafeLoader):
+        """Reads functions by their names."""
+
+    Task.add_constructor("!function", Task.construct_scalar)
+    text = (loader.recipes() / "tasks" / "gsm8k.yaml").read_text()
+    _, suite = loader.suite("gsm8k")
+    assert yaml.load(text, Task)["generation_kwargs"]["max_gen_toks"] == suite.max_new_tokens  # type: ignore[attr-defined]
+
+
+def test_rows_that_differ_are_named() -> None:
+    lines = [
+        {"id": name, "scores": {"sft": score}, "responses": {"sft": text}}
+        for name, score, text in (("a", 1.0, "4"), ("b", 0.0, "5"), ("c", 1.0, "6"), ("d", 1.0, "7"))
+    ]
+    samples = [
+        {"doc_id": number, "correct": score, "resps": [[text]]}
+        for number, score, text in ((2, 0.0, "6"), (0, 1.0, "4"), (1, 0.0, "50"))
+    ]
+    found = parity.compare(lines, {"stage": "sft", "figures": {"correct,none": 0.3}, "samples": samples})
+    assert found == parity.Parity(3, (2.0, 1.0), ("b",), ("c",))
+    said = "sft: of 3 rows 2 responses and 2 verdicts are alike; right are 2 in the suite, 1 in lm-eval"
+    assert found.sentence("sft") == f"{said}\n  differs: b\n  differs: c"
+
+
+def test_gsm8k_runs_from_the_local_file(
+    taught: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("BATON_DATA", str(taught))
+    assert baton("eval", taught / "run" / "stages" / "sft", "--tasks", "gsm8k", "--limit", "3") == 0
     printed = capsys.readouterr().out
     assert "gsm8k, 3 rows:\n  correct,none: " in printed
-    assert (chain / "evals").is_dir()
+    assert (taught / "run" / "evals").is_dir()
 
 
 def test_an_unknown_task_is_refused_with_those_there_are(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("lm_eval")
-    folder = write_task(tmp_path, QUESTIONS)
+    folder = write_task(tmp_path, [problem(0)])
     assert baton("eval", chain / "stages" / "sft", "--tasks", "ecco", "--include", folder) == 2
     error = capsys.readouterr().err
     assert "no task `ecco`; did you mean `echo`?" in error

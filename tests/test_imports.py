@@ -15,6 +15,7 @@ from conftest import REPOSITORY
 PACKAGES = ("pipeline", "data", "reward", "stages")
 DRIVER = {
     "plan",
+    "checks",
     "runner",
     "launch",
     "report",

@@ -61,6 +61,23 @@ def test_win_rates_stand_beside_their_counts(run: Path) -> None:
     assert "60.0%[58.0%, 62.0%]" in text
 
 
+@pytest.mark.parametrize(
+    ("metric", "ratio", "colour"),
+    [
+        ("perplexity", 1.2, "down"),
+        ("perplexity", 0.9, "up"),
+        ("perplexity", 1.01, "level"),
+        ("bits_per_byte", 1.2, "down"),
+        ("length", 1.2, "level"),
+    ],
+)
+def test_a_ratio_to_the_parent_stands_below_its_figure(run: Path, metric: str, ratio: float, colour: str) -> None:
+    evaluate(run, metrics={metric: reports.metric(2.0), f"{metric}_ratio": reports.metric(ratio)})
+    interval = f"[{ratio - 0.02:.3f}, {ratio + 0.02:.3f}]"
+    written = f'<small class="gain {colour}"><b>\N{MULTIPLICATION SIGN} {ratio:.3f}</b> <span>{interval}</span></small>'
+    assert written in reports.page(run)
+
+
 @pytest.mark.parametrize(("adjusted", "coloured"), [(0.01, True), (0.2, False)])
 def test_an_accuracy_is_coloured_only_when_it_stays_significant(run: Path, adjusted: float, coloured: bool) -> None:
     metrics = {"accuracy.sums": reports.metric(0.6), "accuracy.sums_gain": reports.metric(0.1)}

@@ -162,7 +162,7 @@ def test_settings_that_do_not_fit_together_are_refused(tmp_path: Path, settings:
 def test_names_are_those_of_files_and_unknown_ones_get_a_suggestion(tmp_path: Path) -> None:
     assert "no suite `refusals`; did you mean `refusal`?" in refusal("refusals")
     assert "rename the file" in refusal(write_suite(tmp_path, "my_suite"))
-    assert "cannot read the configuration" in refusal(tmp_path / "none.yaml")
+    assert "cannot read the suite" in refusal(tmp_path / "none.yaml")
 
 
 def test_suites_of_one_stage_have_different_names_and_a_reward_model_where_they_need_one(tmp_path: Path) -> None:

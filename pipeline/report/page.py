@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline import gate
+from pipeline.manifest import Metric
 from pipeline.report import lineage, wording
 from pipeline.report.cell import Cell
 from pipeline.report.curves import Curve, draw_curves
@@ -37,6 +38,8 @@ _ELSEWHERE = ("frontier_gap",)
 """Shown in a table of their own."""
 _BETTER_IF_HIGH = ("gold", "reward", "accuracy")
 """Metrics, up to a dot, whose gains are shown and coloured."""
+_BETTER_IF_LOW = ("perplexity", "bits_per_byte")
+"""Metrics whose ratios to the parent's are coloured; that of lengths is shown as it is."""
 
 
 @dataclass(frozen=True)
@@ -163,10 +166,24 @@ def _cell(column: str, model: ModelEvaluation) -> Cell:
             direction=direction(gain.low, gain.high) if test is None or test.clear else "level",
             remark=wording.significance(test),
         )
+    if f"{column}{gate.RATIO}" in model.metrics:
+        return _with_ratio(cell, column, model.metrics[f"{column}{gate.RATIO}"])
     if column in ("win_rate", "win_rate_length_controlled"):
         remark = wording.tally(model.comparison) if model.comparison and column == "win_rate" else ""
         return replace(cell, direction=direction(measured.low, measured.high, neutral=0.5), remark=remark)
     return cell
+
+
+def _with_ratio(cell: Cell, column: str, ratio: Metric) -> Cell:
+    """The cell with how many times the parent's its figure is."""
+    side = direction(ratio.low, ratio.high, neutral=1.0)
+    better = {"up": "down", "down": "up", "level": "level"}[side] if column in _BETTER_IF_LOW else "level"
+    return replace(
+        cell,
+        gain=f"\N{MULTIPLICATION SIGN} {wording.number('ratio', ratio.value)}",
+        gain_interval=wording.interval("ratio", ratio),
+        direction=better,
+    )
 
 
 def _judges(records: Iterable[StageRecord]) -> list[str]:

@@ -1,16 +1,18 @@
-"""The table of evaluation suites: a line for each figure, a column for each model."""
+"""Evaluation suites: a table of each, with a line for each figure and a column for each model, and the reward models'
+reliability diagrams."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from pipeline.gate import GAIN
 from pipeline.report import wording
 from pipeline.report.cell import Cell
 from pipeline.report.forest import direction
-from pipeline.report.inputs import CalibrationBin, ModelEvaluation, RunRecord, SuiteRecord
+from pipeline.report.inputs import ModelEvaluation, RunRecord, SuiteRecord
+from pipeline.report.reliability import Reliability, draw_reliability
 
 PREFIX = "suite."
 
@@ -31,7 +33,7 @@ class SuiteTable:
     measures: str
     note: str
     lines: tuple[SuiteLine, ...]
-    calibration: Mapping[str, list[CalibrationBin]]
+    calibration: tuple[Reliability, ...]
 
 
 def suites(run: RunRecord) -> list[SuiteTable]:
@@ -44,8 +46,14 @@ def suites(run: RunRecord) -> list[SuiteTable]:
     ]
     times = Counter(name for _, name, _, _ in found)
     return [
-        _table(name, f"{name} ({stage})" if times[name] > 1 else name, suite, models)
-        for stage, name, suite, models in found
+        SuiteTable(
+            f"{name} ({stage})" if times[name] > 1 else name,
+            suite.measures,
+            f"{suite.observations:,} observations" + ("; lower is better" if suite.better == "lower" else ""),
+            tuple(_lines(name, suite, models)),
+            tuple(_calibration(name, suite, models, f"{stage}/calibration/{place}")),
+        )
+        for place, (stage, name, suite, models) in enumerate(found)
     ]
 
 
@@ -54,17 +62,24 @@ def of_suites(metrics: Iterable[str]) -> set[str]:
     return {name for name in metrics if name.startswith(PREFIX)}
 
 
-def _table(name: str, title: str, suite: SuiteRecord, models: Mapping[str, ModelEvaluation]) -> SuiteTable:
+def _lines(name: str, suite: SuiteRecord, models: Mapping[str, ModelEvaluation]) -> Iterator[SuiteLine]:
     whole = f"{PREFIX}{name}"
     present = dict.fromkeys(each for model in models.values() for each in model.metrics)
     parts = [each for each in present if each.startswith((f"{whole}.", f"{whole}_")) and not each.endswith(GAIN)]
     measured = {label: model for label, model in models.items() if whole in model.metrics}
-    lines = tuple(
-        SuiteLine(_label(each, whole), tuple(_cell(label, each, suite, model) for label, model in measured.items()))
-        for each in (whole, *parts)
-    )
-    note = f"{suite.observations:,} observations" + ("; lower is better" if suite.better == "lower" else "")
-    return SuiteTable(title, suite.measures, note, lines, suite.calibration)
+    for each in (whole, *parts):
+        yield SuiteLine(
+            _label(each, whole), tuple(_cell(label, each, suite, model) for label, model in measured.items())
+        )
+
+
+def _calibration(
+    name: str, suite: SuiteRecord, models: Mapping[str, ModelEvaluation], salt: str
+) -> Iterator[Reliability]:
+    """A diagram for each reward model."""
+    for number, (model, bins) in enumerate(sorted(suite.calibration.items())):
+        error = models[model].metrics.get(f"{PREFIX}{name}_calibration_error") if model in models else None
+        yield draw_reliability(model, bins, error, f"{salt}/{number}")
 
 
 def _label(metric: str, whole: str) -> str:

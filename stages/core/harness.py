@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from pipeline.contract import Artifact
 from pipeline.errors import ConfigError
 from pipeline.suggestion import suggest
@@ -63,12 +65,25 @@ def run(artifact: Artifact, tasks: Sequence[str], include: Path, limit: int | No
 
 
 def _as_theirs(language_model: LanguageModel, batch_size: int) -> Any:
+    """The model as lm-eval takes it, which reads prompts, ends responses and writes their text as Baton's evaluation
+    does: nothing is added to what the chat template says, and a model's own generation settings have no say."""
     from lm_eval.models import huggingface
 
     library: Any = huggingface  # checked the same with and without it
-    language_model.end_turns()
-    model, tokenizer = language_model.model, language_model.tokenizer
-    return library.HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
+    model, tokenizer, template = language_model.model, language_model.tokenizer, language_model.template
+    model.generation_config = GenerationConfig(eos_token_id=template.stop_id, pad_token_id=tokenizer.pad_token_id)
+
+    class Theirs(library.HFLM):
+        @property
+        def eot_token_id(self) -> int:
+            return template.stop_id
+
+        def tok_decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
+            if not skip_special_tokens:
+                return str(super().tok_decode(tokens, skip_special_tokens=False))
+            return template.decode(tokens)
+
+    return Theirs(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False)
 
 
 def _of_task(task: str, found: Any) -> dict[str, Any]:

@@ -1,0 +1,90 @@
+"""What would make a stage fail, found before anything runs: an error after hours of training is a dear one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from pipeline import servers
+from pipeline.config import DataSource, EvaluateSettings, RunSettings, StageSettings, trained
+from pipeline.errors import ConfigError
+from pipeline.servers import Server
+from pipeline.suites import GenerationSuite, InvarianceSuite, SampledSuite, Suite
+
+
+def check(settings: RunSettings, name: str, data: Mapping[str, DataSource], *, others_run: bool) -> None:
+    """Look at what a stage will need: tokens of servers, the first rows of its data, and all of its suites.
+
+    Args:
+        settings: The run.
+        name: A stage that is to run.
+        data: Data role -> source, its evaluation suites included.
+        others_run: Whether other stages run before it. Only then an evaluation's suites are looked for in the training
+            data, which takes as long as reading these: else the stage itself begins with that.
+
+    Raises:
+        ConfigError: A server's token is not in the environment, or a suite's responses leave no room for a prompt.
+        DataError: A source is missing, rows do not fit the stage or the suite that will read them, or a prompt or text
+            of a test set or suite is trained on.
+    """
+    from data import intake, read
+
+    stage = settings.stages[name]
+    _require_tokens(stage, f"stages.{name}")
+    for role, source in data.items():
+        if isinstance(source, Suite):
+            _check_suite(source, stage, f"stages.{name}.{role}")
+        else:
+            read.check(source, stage.kinds(role))
+    if others_run and isinstance(stage, EvaluateSettings):
+        local = {known: source for known, source in settings.data.items() if source.scheme != "hub"}
+        learnt = [local[each] for each in trained(settings) if each in local]
+        texts = [local[each] for each in trained(settings, text=True) if each in local]
+        intake.refuse_trained([each for each in data.values() if each.scheme != "hub"], learnt, texts)
+
+
+def _require_tokens(settings: BaseModel, where: str) -> None:
+    for place, server in _servers(settings, where):
+        if server.token_variable:
+            servers.token(server.token_variable, f"{place}.token_variable")
+
+
+def _servers(settings: Any, where: str) -> Iterator[tuple[str, Server]]:
+    """All servers in settings, each with its place."""
+    if isinstance(settings, Server):
+        yield where, settings
+    if isinstance(settings, BaseModel):
+        inner = ((name, getattr(settings, name)) for name in type(settings).model_fields)
+    elif isinstance(settings, list):
+        inner = ((str(place), each) for place, each in enumerate(settings))
+    else:
+        return
+    for name, each in inner:
+        yield from _servers(each, f"{where}.{name}")
+
+
+def _check_suite(suite: Suite, stage: StageSettings, where: str) -> None:
+    """Read all rows of a suite: there are few, and each of them may be at fault."""
+    from data import read, suite_rows
+    from reward.rules import verdict
+
+    _require_tokens(suite, where)
+    if isinstance(stage, EvaluateSettings) and isinstance(suite, SampledSuite):
+        _require_room(suite, stage, where)
+    if suite.scheme == "hub":
+        read.check(suite, suite.KINDS)
+        return
+    items = suite_rows.read(suite).chosen
+    if isinstance(suite, GenerationSuite | InvarianceSuite) and suite.gold != "none":
+        rows: list[Any] = [item.row for item in items]
+        for row in rows:
+            verdict(suite.gold, row.facts, "", row.origin)
+
+
+def _require_room(suite: SampledSuite, stage: EvaluateSettings, where: str) -> None:
+    if suite.max_new_tokens >= stage.max_length:
+        what = f"max_new_tokens={suite.max_new_tokens} of the suite leaves no room for a prompt in the stage's "
+        hint = "raise `max_length` of the stage, or lower `max_new_tokens` in a copy of the suite"
+        raise ConfigError(f"{what}max_length={stage.max_length}", where=where, hint=hint)

@@ -1,0 +1,160 @@
+"""What would end an evaluation after hours of training is found by `baton plan`, before anything runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from pipeline import cli
+
+RUN = """\
+output: {root}/run
+data:
+  texts: {{source: {root}/texts.jsonl}}
+  chats: {{source: {root}/chats.jsonl}}
+stages:
+  tokenizer: {{kind: tokenizer, data: texts, vocab_size: 300}}
+  base: {{kind: pretrain, tokenizer: tokenizer, data: texts, architecture: {{model_type: llama}}, steps: 1}}
+  sft: {{kind: sft, policy: base, data: chats, steps: 1}}
+  ppo: {{kind: ppo, policy: sft, data: chats, steps: 1, rules: [{{rule: pattern, expression: x}}]}}
+  evaluate:
+    kind: evaluate
+    models: [sft, ppo]
+    prompts: chats
+    suites: [{root}/mine.yaml]
+"""
+SUITE = {"kind": "suite", "measures": "All.", "source": "mine.jsonl", "method": "generation", "gold": "exact"}
+SERVER = {"url": "https://example.com/v1", "hosts": ["example.com"], "token_variable": "CHECKS_KEY"}
+QUESTIONS = [{"prompt": f"Unheard of {each}?", "answer": "no"} for each in range(40)]
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_suite(root: Path, rows: list[dict[str, Any]], **settings: Any) -> None:
+    values = {name: value for name, value in {**SUITE, **settings}.items() if value is not None}
+    (root / "mine.yaml").write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items()))
+    write_lines(root / "mine.jsonl", rows)
+
+
+def plan(root: Path, *arguments: str) -> int:
+    """The exit code of `baton plan`, run in this process."""
+    return cli.execute(cli.app, ["plan", str(root / "run.yaml"), *arguments])
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A run that has a suite and has not begun."""
+    write_lines(tmp_path / "texts.jsonl", [{"text": f"This is document number {each}."} for each in range(50)])
+    write_lines(tmp_path / "chats.jsonl", [{"prompt": f"Question {each}?", "completion": "Yes."} for each in range(50)])
+    write_suite(tmp_path, QUESTIONS)
+    (tmp_path / "run.yaml").write_text(RUN.format(root=tmp_path))
+    return tmp_path
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_in_which_nothing_is_wrong_is_planned(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(root) == 0
+    assert "run   evaluate" in capsys.readouterr().out
+
+
+def test_a_suite_s_prompt_that_will_be_trained_on_is_refused_with_both_places(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_suite(root, [*QUESTIONS, *({"prompt": f"Question {each}?", "answer": "no"} for each in range(5))])
+    assert plan(root) == 3
+    message = said(capsys)
+    assert "prompt on both sides" in message
+    assert f"{root}/chats.jsonl:" in message
+    assert f"{root}/mine.jsonl:4" in message
+    assert "fix: " in message
+    assert not (root / "run" / "stages").exists()
+    assert plan(root, "--until", "sft") == 0
+
+
+def test_a_suite_s_document_that_will_be_pretrained_on_is_refused(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [{"text": f"This is document number {each}."} for each in range(5)]
+    write_suite(root, texts, method="likelihood", gold=None)
+    assert plan(root) == 3
+    message = said(capsys)
+    assert f"{root}/texts.jsonl:" in message
+    assert f"{root}/mine.jsonl:" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [
+        (f"stages.evaluate.judge={json.dumps(SERVER | {'model': 'm'})}", "stages.evaluate.judge.token_variable"),
+        (f"stages.ppo.rules={json.dumps([{'rule': 'server', **SERVER}])}", "stages.ppo.rules.0.token_variable"),
+        ("", "stages.evaluate.suites.mine.rules.0.token_variable"),
+    ],
+)
+def test_a_token_that_is_not_in_the_environment_is_missed_before_anything_runs(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, override: str, where: str
+) -> None:
+    if not override:
+        write_suite(root, QUESTIONS, gold=None, rules=[{"rule": "server", **SERVER}])
+    overrides = [override] if override else []
+    assert plan(root, *overrides) == 2
+    assert f"{where}: the environment variable CHECKS_KEY is not set fix: export it" in said(capsys)
+    assert plan(root, *overrides, "--until", "sft") == 0
+    monkeypatch.setenv("CHECKS_KEY", "secret")
+    assert plan(root, *overrides) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "last", "message"),
+    [
+        ({}, {"prompt": 3, "answer": "no"}, "mine.jsonl:41: prompt: 3"),
+        (
+            {},
+            {"prompt": "Who?", "answer": None},
+            "mine.jsonl:41: the prompt has no `answer`, which",
+        ),
+        ({}, {"id": "a", "prompt": "Who?", "answer": "no"}, "mine.jsonl:42: id: 'a' stands before, at"),
+        ({"method": "invariance"}, {"prompt": "Who?", "answer": "no"}, "mine.jsonl:41: no `group`"),
+    ],
+)
+def test_the_last_row_of_a_suite_is_looked_at(
+    root: Path, capsys: pytest.CaptureFixture[str], settings: Mapping[str, Any], last: dict[str, Any], message: str
+) -> None:
+    together = [{**row, "group": "one"} for row in QUESTIONS] if settings else QUESTIONS
+    double = [{**last, "prompt": "Whose?"}] if "id" in last else []
+    write_suite(root, [*together, *double, last], **settings)
+    assert plan(root) == 3
+    assert message in said(capsys)
+
+
+def test_a_suite_file_that_is_missing_is_named_with_what_to_do(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "mine.yaml").unlink()
+    assert plan(root) == 2
+    assert f"{root}/mine.yaml: cannot read the suite: No such file or directory fix: correct its name" in said(capsys)
+
+
+def test_responses_that_leave_no_room_for_a_prompt_are_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_suite(root, QUESTIONS, max_new_tokens=100)
+    assert plan(root, "stages.evaluate.max_length=100") == 2
+    message = said(capsys)
+    assert "stages.evaluate.suites.mine: max_new_tokens=100 of the suite leaves no room for a prompt" in message
+    assert plan(root, "stages.evaluate.max_length=101") == 0
+
+
+def test_where_nothing_is_to_be_trained_the_search_is_the_evaluation_s_own(root: Path) -> None:
+    write_suite(root, [{"prompt": f"Question {each}?", "answer": "no"} for each in range(5)])
+    config = root / "run.yaml"
+    before, _, after = config.read_text().partition("  tokenizer:")
+    evaluate = after[after.index("  evaluate:") :].replace("[sft, ppo]", f"[{root}/other]")
+    config.write_text(before + evaluate)
+    tiny.save_model(root / "other", "qwen2", ["Yes. No."] * 5)
+    assert plan(root) == 0

@@ -17,7 +17,7 @@ import pipeline
 from pipeline import inspection
 from pipeline import manifest as manifests
 from pipeline.contract import Artifact
-from pipeline.gate import GAIN, RATIO
+from pipeline.figures import GAIN, RATIO
 from pipeline.manifest import DataCard, InputRecord, Manifest, Metric
 from pipeline.references import HUB, model_name
 from pipeline.terminal import printable

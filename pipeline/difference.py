@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline import manifest as manifests
 from pipeline.errors import ArtifactError
+from pipeline.figures import GAIN
 from pipeline.manifest import Manifest, Metric
 from pipeline.store import RunDirectory
 from reward.intervals import paired_difference
@@ -87,7 +88,7 @@ def _change(
     name: str, before: Metric, after: Metric, paired: Mapping[str, Metric], same_judge: bool
 ) -> tuple[Metric, str]:
     value = after.value - before.value
-    if not same_judge and name.rpartition(".")[2] in ("reward", "reward_gain"):
+    if not same_judge and name.rpartition(".")[2] in ("reward", f"reward{GAIN}"):
         return Metric(value=value), OTHER_JUDGE
     if name in paired:
         return paired[name], PAIRED
@@ -147,7 +148,7 @@ def _figures(
         yield f"{name}.{metric}", score
         other = scores.get(parents.get(name) or "")
         if other is not None:
-            yield f"{name}.{metric}_gain", score - other
+            yield f"{name}.{metric}{GAIN}", score - other
             if judges:
                 yield f"{name}.win_rate", float(score > other) + 0.5 * float(score == other)
 

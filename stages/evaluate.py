@@ -25,7 +25,7 @@ from data.tree import Tree, preference_tree, usable
 from pipeline.config import EvaluateSettings
 from pipeline.contract import Context, Result
 from pipeline.errors import DataError
-from pipeline.gate import RATIO
+from pipeline.figures import RATIO
 from pipeline.manifest import DataCard, Metric
 from pipeline.suites import LikelihoodSuite, Suite
 from reward.best_of_n import Frontier, divergence

@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline import gate
+from pipeline.figures import GAIN, RATIO
 from pipeline.report import lineage, wording
 from pipeline.report.cell import Cell
 from pipeline.report.curves import Curve, draw_curves
@@ -128,12 +128,12 @@ def _columns(models: Mapping[str, ModelEvaluation]) -> list[str]:
     present = {name for model in models.values() for name in model.metrics}
     known = [name for name in _COLUMNS if name in present]
     others = present - {*known, *_tasks(models), *_ELSEWHERE, *of_suites(present)}
-    return [*known, *sorted(name for name in others if not name.endswith((gate.GAIN, gate.RATIO)))]
+    return [*known, *sorted(name for name in others if not name.endswith((GAIN, RATIO)))]
 
 
 def _tasks(models: Mapping[str, ModelEvaluation]) -> list[str]:
     present = {name for model in models.values() for name in model.metrics}
-    return sorted(name for name in present if name.startswith("accuracy.") and not name.endswith(gate.GAIN))
+    return sorted(name for name in present if name.startswith("accuracy.") and not name.endswith(GAIN))
 
 
 def _table(models: Mapping[str, ModelEvaluation], columns: list[str]) -> list[Line]:
@@ -150,7 +150,7 @@ def _cell(column: str, model: ModelEvaluation) -> Cell:
     measured = model.metrics.get(column)
     if measured is None:
         return Cell(label)
-    gain = model.metrics.get(f"{column}{gate.GAIN}") if column.partition(".")[0] in _BETTER_IF_HIGH else None
+    gain = model.metrics.get(f"{column}{GAIN}") if column.partition(".")[0] in _BETTER_IF_HIGH else None
     cell = Cell(label, wording.number(column, measured.value), wording.interval(column, measured))
     if gain is not None:
         test = model.test(column)

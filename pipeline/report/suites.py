@@ -6,13 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from pipeline.gate import GAIN
+from pipeline.figures import GAIN, SUITE
 from pipeline.report import wording
 from pipeline.report.cell import Cell
 from pipeline.report.forest import direction
 from pipeline.report.inputs import CalibrationBin, ModelEvaluation, RunRecord, SuiteRecord
-
-PREFIX = "suite."
 
 
 @dataclass(frozen=True)
@@ -51,11 +49,11 @@ def suites(run: RunRecord) -> list[SuiteTable]:
 
 def of_suites(metrics: Iterable[str]) -> set[str]:
     """Those of the metrics that belong to suites."""
-    return {name for name in metrics if name.startswith(PREFIX)}
+    return {name for name in metrics if name.startswith(SUITE)}
 
 
 def _table(name: str, title: str, suite: SuiteRecord, models: Mapping[str, ModelEvaluation]) -> SuiteTable:
-    whole = f"{PREFIX}{name}"
+    whole = f"{SUITE}{name}"
     present = dict.fromkeys(each for model in models.values() for each in model.metrics)
     parts = [each for each in present if each.startswith((f"{whole}.", f"{whole}_")) and not each.endswith(GAIN)]
     measured = {label: model for label, model in models.items() if whole in model.metrics}

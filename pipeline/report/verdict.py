@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from pipeline.figures import GAIN
 from pipeline.manifest import Metric
 from pipeline.report.forest import direction
 from pipeline.report.inputs import ModelEvaluation
@@ -88,7 +89,7 @@ def _against_parent(best: str, models: Mapping[str, ModelEvaluation], metric: st
     if model.parent is None and any(each.parent == best for each in models.values()):
         sentence = f"No stage improves on {best}, where it started: {level}."
         return Verdict("start is best", sentence, best, None, metric)
-    gain = model.metrics.get(f"{metric}_gain")
+    gain = model.metrics.get(f"{metric}{GAIN}")
     if model.parent is None or gain is None:
         sentence = f"{best} scores highest, {level}, but it was not compared with a parent."
         return Verdict("no gain measured", sentence, best, model.parent, metric)
@@ -114,7 +115,7 @@ def _weigh(best: str, parent: str, level: str, metric: str, gain: Metric) -> tup
 
 def over_optimised(model: ModelEvaluation) -> str | None:
     """The warning when the learned reward rose and the gold reward did not (Gao et al. 2022, 2210.10760)."""
-    learned, gold = model.metrics.get("reward_gain"), model.metrics.get("gold_gain")
+    learned, gold = model.metrics.get(f"reward{GAIN}"), model.metrics.get(f"gold{GAIN}")
     if learned is None or gold is None or learned.low is None or learned.low <= 0:
         return None
     if gold.low is None or gold.low > 0:

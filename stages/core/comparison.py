@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data.schema import Prompt
-from pipeline.gate import GAIN, RATIO
+from pipeline.figures import GAIN, RATIO
 from pipeline.manifest import Metric
 from reward.comparison import LOSS, TIE, WIN, AccuracyTest, accuracy_tests, outcomes, prompts_needed
 from reward.intervals import mean_interval, paired_difference, proportion_difference, ratio_interval

@@ -16,6 +16,7 @@ from typing import Any
 from data import suite_rows
 from data.suite_rows import Item
 from pipeline.contract import Context
+from pipeline.figures import GAIN, SUITE
 from pipeline.manifest import DataCard, Metric
 from pipeline.suites import PreferenceSuite, Suite
 from reward import calibration
@@ -64,7 +65,7 @@ class _Ledger:
 
     @property
     def figure(self) -> str:
-        return f"suite.{self.name}"
+        return f"{SUITE}{self.name}"
 
     def enter(self, model: str, parent: str | None, found: Scores) -> Metrics:
         """Keep what a model got; its figures, and the gain over its parent where that was entered before."""
@@ -82,7 +83,7 @@ class _Ledger:
         if self.suite.yes_or_no:
             self.pairs[model] = pair
         weights = [found.weights[place] for place in common if found.weights]
-        return metrics | {f"{self.figure}_gain": self._gain(*pair, weights)}
+        return metrics | {f"{self.figure}{GAIN}": self._gain(*pair, weights)}
 
     def _slices(self, found: Scores) -> Iterator[tuple[str, Numbers, bool]]:
         """Each figure with its numbers, and whether they are of yes and no."""

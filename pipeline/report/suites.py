@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from pipeline.figures import GAIN, SUITE
@@ -45,11 +45,6 @@ def suites(run: RunRecord) -> list[SuiteTable]:
         _table(name, f"{name} ({stage})" if times[name] > 1 else name, suite, models)
         for stage, name, suite, models in found
     ]
-
-
-def of_suites(metrics: Iterable[str]) -> set[str]:
-    """Those of the metrics that belong to suites."""
-    return {name for name in metrics if name.startswith(SUITE)}
 
 
 def _table(name: str, title: str, suite: SuiteRecord, models: Mapping[str, ModelEvaluation]) -> SuiteTable:

@@ -284,8 +284,10 @@ def _write(context: Context, lineup: Lineup, prompts: Sequence[Prompt], found: F
     suites write."""
     parents = {name: contestant.parent for name, contestant in lineup.contestants.items()}
     tests = corrected_tests({name: each.tested | suites.pairs(name) for name, each in found.comparisons.items()})
+    # A family of their own: into however many categories a suite is cut, whole figures stay as clear as they are.
+    of_parts = corrected_tests({name: suites.parts(name) for name in found.comparisons})
     compared: dict[str, dict[str, Any]] = {
-        name: {"comparison": each.as_json(tests[name])} for name, each in found.comparisons.items()
+        name: {"comparison": each.as_json(tests[name] | of_parts[name])} for name, each in found.comparisons.items()
     }
     content = {
         "gold": context.settings.gold,

@@ -223,7 +223,10 @@ def test_rules_judge_beside_the_reward_model_where_nothing_is_gold(
     assert baton("run", config, f"output={copy}", *changed) == 4
     said = " ".join(capsys.readouterr().err.split())
     assert f"{GATE}: dpo.win_rate.short should be `> 0.5`, but is " in said
-    assert f"{GATE}: dpo.win_rate.long should be `> 0`, but no such figure was measured; did you mean `win_rate.short`?" in said
+    assert (
+        f"{GATE}: dpo.win_rate.long should be `> 0`, but no such figure was measured; did you mean `win_rate.short`?"
+        in said
+    )
     assert f"{GATE}: dpo.win_rate.yes" not in said
     assert f"{GATE}: dpo.score.yes" not in said
     found, kept = evaluation(copy), samples(copy)

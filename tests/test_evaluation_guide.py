@@ -18,7 +18,7 @@ from pipeline import manifest as manifests
 from pipeline.manifest import Manifest
 from pipeline.suites import METHODS
 from reward.comparison import holm, mcnemar
-from reward.intervals import paired_difference, proportion_difference
+from reward.intervals import paired_difference, proportion_difference, ratio_interval
 
 pytestmark = pytest.mark.chain
 
@@ -209,6 +209,21 @@ def test_suites_are_data_of_the_manifest_and_a_changed_one_is_a_reason_to_run(
     suite.write_text(suite.read_text().replace("normalised: true", "normalised: false"))
     assert baton("plan", copy / "run.yaml") == 0
     assert "data suites.capitals.normalised: true -> false" in capsys.readouterr().out
+
+
+def test_two_runs_are_compared_row_by_row(finished: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert baton("run", copy / "run.yaml", "stages.dpo.steps=6", "stages.dpo.optimizer.learning_rate=0.05") == 0
+    capsys.readouterr()
+    assert baton("diff", finished / "run", copy / "run", "--json") == 0
+    changes = {each["metric"]: each for each in json.loads(capsys.readouterr().out)["changes"]}
+    suites = {name: each for name, each in changes.items() if name.startswith("dpo.suite.")}
+    assert {"dpo.suite.diary", "dpo.suite.diary_gain"} <= suites.keys()
+    assert {each["by"] for each in suites.values()} == {"paired by row"}
+    before, after = ({row["id"]: row for row in lines(root, "diary")} for root in (finished, copy))
+    weights = [row["weight"] for row in before.values()]
+    bits = [weights[n] * (after[key]["scores"]["dpo"] - before[key]["scores"]["dpo"]) for n, key in enumerate(before)]
+    assert changes["dpo.suite.diary"]["change"] == ratio_interval(bits, weights).model_dump()
+    assert changes["dpo.reward"]["by"] == "paired by prompt"  # the reward model came out the same
 
 
 def test_what_is_trained_on_is_refused_with_both_places(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ import pipeline
 from pipeline import inspection
 from pipeline import manifest as manifests
 from pipeline.contract import Artifact
-from pipeline.gate import GAIN, RATIO
+from pipeline.figures import GAIN, LENGTH_CONTROLLED, RATIO, WIN_RATE
 from pipeline.manifest import DataCard, InputRecord, Manifest, Metric
 from pipeline.references import HUB, model_name
 from pipeline.terminal import printable
@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 
 FILE_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("card.j2")
-HEADLINES = ("gold", "accuracy", "reward", "perplexity", "win_rate")
-"""What the card's metadata repeats of the evaluation."""
-AGAINST_PARENT = ("win_rate", "win_rate_length_controlled", "kl", "frontier_gap", "pair_accuracy")
-"""Metrics, beside ratios, of which a child's and its parent's are against different models, and have no difference."""
+HEADLINES = ("gold", "accuracy", "reward", "perplexity")
+"""What the card's metadata repeats of the evaluation, beside win rates."""
+AGAINST_PARENT = ("kl", "frontier_gap", "pair_accuracy")
+"""Metrics, beside ratios and win rates, of which a child's and its parent's are against different models, and have no
+difference."""
+WIN_RATES = (WIN_RATE, LENGTH_CONTROLLED)
 LIBRARIES = ("torch", "transformers", "peft")
 
 _NOTHING = "none"
@@ -193,7 +195,7 @@ def _lines(found: Evaluation) -> Iterator[list[str]]:
             continue
         line = [code(name), _number(metric.value), _interval(metric)]
         if found.parent:
-            against_parent = name in AGAINST_PARENT or name.endswith(RATIO)
+            against_parent = name in AGAINST_PARENT or name.endswith(RATIO) or name.startswith(WIN_RATES)
             before, gain = None if against_parent else found.before.get(name), gains.get(name)
             change = gain.value if gain else metric.value - before.value if before else None
             line += [_number(before.value) if before else "", "" if change is None else _number(change, signed=True)]
@@ -206,7 +208,7 @@ def _results(found: Evaluation) -> Iterator[Any]:
     from huggingface_hub import EvalResult
 
     prompts = next((card.source for card in found.manifest.data if card.role == "prompts"), found.manifest.stage)
-    for name in HEADLINES:
+    for name in (*HEADLINES, *(each for each in found.own if each.startswith(WIN_RATE))):
         if name in found.own:
             yield EvalResult(
                 task_type="text-generation",

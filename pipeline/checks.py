@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -56,9 +56,11 @@ def _servers(settings: Any, where: str) -> Iterator[tuple[str, Server]]:
     if isinstance(settings, Server):
         yield where, settings
     if isinstance(settings, BaseModel):
-        inner = ((name, getattr(settings, name)) for name in type(settings).model_fields)
+        inner: Iterable[tuple[Any, Any]] = ((name, getattr(settings, name)) for name in type(settings).model_fields)
+    elif isinstance(settings, dict):
+        inner = settings.items()
     elif isinstance(settings, list):
-        inner = ((str(place), each) for place, each in enumerate(settings))
+        inner = enumerate(settings)
     else:
         return
     for name, each in inner:

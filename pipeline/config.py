@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
-from pydantic import AfterValidator, Discriminator, Field, StrictBool, StrictInt, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StrictBool, StrictInt, Tag, model_validator
 
 from pipeline import gate
+from pipeline.figures import NAME, SETTINGS
 from pipeline.rules import Gold, Rule
 from pipeline.servers import JudgeServer
 from pipeline.settings import (
@@ -163,6 +164,25 @@ def _one_kind_of_share(shares: dict[str, Share]) -> dict[str, Share]:
 Mixture = Annotated[dict[Name, Share], Field(min_length=1), AfterValidator(_one_kind_of_share)]
 Data = Either[Name, Mixture]
 """A data source, or several with their shares."""
+
+
+def _no_single_rule(value: Any) -> Any:
+    if isinstance(value, dict) and "rule" in value:
+        raise ValueError("rules are a list, as in `[{rule: exact}]`")
+    return value
+
+
+def _rules_or_server(value: Any) -> str:
+    return "rules" if isinstance(value, list) else "server"
+
+
+Judge = Annotated[
+    Annotated[list[Rule], Field(min_length=1), Tag("rules")] | Annotated[JudgeServer, Tag("server")],
+    Discriminator(_rules_or_server),
+    BeforeValidator(_no_single_rule),
+]
+"""Rules, whose weighted sum is a response's score, or a server that is shown two responses."""
+JudgeName = Annotated[str, Field(pattern=rf"^{NAME}$")]
 
 Requirement = Annotated[str, AfterValidator(gate.checked)]
 """What a figure has to be, as `pipeline/gate.py` reads it."""
@@ -755,10 +775,11 @@ class EvaluateSettings(StageSettings, Decoding):
     models: Annotated[list[str], Field(min_length=1)]
     """The models; each is compared with its parent when that is among them."""
     reward: str | None = None
-    """Reward stage that scores the samples; the judge of win rates where there is neither `judge` nor `gold`."""
-    judge: JudgeServer | None = None
-    """OpenAI-compatible server that says which of a model's and its parent's responses is better; then win rates are by
-    it, and else by `gold` or, where there is none, by `reward` (`docs/comparison.md`)."""
+    """Reward stage that scores the samples, and so is a judge of win rates."""
+    judges: dict[JudgeName, Judge] = {}
+    """Judges of win rates beside `gold` and `reward`, by names of yours: rules as stages that learn from rewards take
+    them, `[{rule: length, words: 40}]`, or an OpenAI-compatible server that says which of a model's and its parent's
+    responses is better (`docs/comparison.md`)."""
     prompts: str
     """Data source of the prompts that are answered."""
     pairs: str | None = None
@@ -769,7 +790,7 @@ class EvaluateSettings(StageSettings, Decoding):
     """Evaluation suites: names of Baton's own or YAML files of yours (`docs/evaluation.md`)."""
     gold: Gold = "none"
     """Rule that judges the responses and knows which are correct: `world` is the embedded world's, `exact` and
-    `numeric` compare with the prompt's `answer` (`docs/rewards.md`)."""
+    `numeric` compare with the prompt's `answer` (`docs/rewards.md`). Also a judge of win rates."""
     best_of: Annotated[StrictInt, Field(ge=2)] | None = None
     """Responses to each prompt from which best-of-n's frontier is measured, up to this n, for every model that an
     adapter among `models` was trained from: what choosing by `reward` brings at which divergence, without training."""
@@ -788,6 +809,16 @@ class EvaluateSettings(StageSettings, Decoding):
     @model_validator(mode="after")
     def _sizes_fit(self) -> EvaluateSettings:
         _require_room(self.max_length, self.max_new_tokens)
+        return self
+
+    @model_validator(mode="after")
+    def _judges_are_different(self) -> EvaluateSettings:
+        for taken in SETTINGS:
+            if taken in self.judges:
+                raise ValueError(f"judges.{taken}: that is what the setting `{taken}` is called: take another name")
+        for name, judge in self.judges.items():
+            if isinstance(judge, list) and [rule.rule for rule in judge] == [self.gold]:
+                raise ValueError(f"judges.{name}: gold={self.gold} judges by this rule: leave one of them out")
         return self
 
     @model_validator(mode="after")

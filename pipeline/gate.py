@@ -13,11 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.figures import GAIN, RATIO
 from pipeline.manifest import Metric
 from pipeline.suggestion import suggest
-
-GAIN, RATIO = "_gain", "_ratio"
-"""What a metric's name ends with when it compares with the parent: by difference and by ratio, paired."""
 
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
 _GRAMMAR = re.compile(

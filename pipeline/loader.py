@@ -16,10 +16,11 @@ from pipeline import durable, redaction, references
 from pipeline.config import DataSource, RunSettings, StageSettings
 from pipeline.document import MAX_BYTES, SCALARS, Document, Location, Problem, override, parse
 from pipeline.errors import ConfigError
+from pipeline.figures import NAME
 from pipeline.references import STAGES
 from pipeline.rules import RULES
 from pipeline.suggestion import suggest
-from pipeline.suites import METHODS, NAME, PreferenceSuite, Suite, model_of
+from pipeline.suites import METHODS, PreferenceSuite, Suite, model_of
 from pipeline.terminal import printable
 
 CONFIGURATIONS = (".yaml", ".yml")

@@ -14,9 +14,6 @@ from pipeline.config import DataSource, Either
 from pipeline.rules import Gold, Rule
 from pipeline.settings import Fraction, Number, Positive
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9-]*"
-"""Names of suites: an underscore would look like a figure that belongs to a suite, as `suite.NAME_gain`."""
-
 
 def _greedy_or_warm(value: float) -> float:
     if 0 < value < 0.01:

@@ -29,11 +29,52 @@ def outcomes(own: Sequence[float], other: Sequence[float]) -> list[float]:
 
 
 @dataclass(frozen=True)
-class AccuracyTest:
-    """Whether two models differ in how often they are correct.
+class Judgement:
+    """What a judge says of two models' responses to the same prompts.
+
+    A judge that gives scores reads one response at a time: none is first, so there is no other order to ask it in, and
+    no verdict that could change with it.
 
     Attributes:
-        gained: Prompts on which the first is correct and the second is not.
+        outcomes: [prompts] of `WIN`, `TIE` or `LOSS` of the first model; None where an answer held no verdict.
+        changed: Pairs whose verdict changed with the order in which a judge read them; None for one that gives scores.
+    """
+
+    outcomes: Sequence[float | None]
+    changed: int | None = None
+
+    @property
+    def decided(self) -> list[float]:
+        """The outcomes that there are."""
+        return [outcome for outcome in self.outcomes if outcome is not None]
+
+    @property
+    def won(self) -> int:
+        """Prompts on which the judge prefers the first model."""
+        return self.outcomes.count(WIN)
+
+    @property
+    def tied(self) -> int:
+        """Prompts on which it prefers neither, or changed its verdict with the order."""
+        return self.outcomes.count(TIE)
+
+    @property
+    def lost(self) -> int:
+        """Prompts on which it prefers the other model."""
+        return self.outcomes.count(LOSS)
+
+    @property
+    def unread(self) -> int:
+        """Prompts on which it gave no verdict that could be read."""
+        return self.outcomes.count(None)
+
+
+@dataclass(frozen=True)
+class AccuracyTest:
+    """Whether two models differ in how often they are correct, or in how often a judge prefers them.
+
+    Attributes:
+        gained: Prompts on which the first is correct and the second is not, or the first is preferred.
         lost: The reverse.
         p: McNemar's exact p-value, two-sided.
         adjusted: The same after Holm's correction for all accuracies that are tested together.

@@ -11,13 +11,12 @@ import json
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 from data.schema import Prompt
 from pipeline.servers import VERDICTS, JudgeServer
 from reward.client import Client
-from reward.comparison import LOSS, TIE, WIN
+from reward.comparison import LOSS, TIE, WIN, Judgement
 
 ANSWER_BYTES = 1_000_000
 """Largest answer."""
@@ -25,19 +24,6 @@ ORNAMENTS = " \t*_`\"'.()[]"
 """What may stand around the verdict in its line."""
 CONTROL = re.compile(r"<(?=[<|\uff5c/\w])|\[(?=/?[A-Z_]+\])")
 """How control tokens of chat templates begin: `<|im_end|>`, `</s>`, `<<SYS>>`, `[INST]`."""
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What a judge says of two models' responses.
-
-    Attributes:
-        outcomes: [prompts] of `WIN`, `TIE` or `LOSS` of the first model; None where an answer held no verdict.
-        changed: Pairs whose verdict changed with the order.
-    """
-
-    outcomes: list[float | None]
-    changed: int
 
 
 class PairJudge:

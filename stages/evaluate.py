@@ -1,13 +1,13 @@
 """Compare models with their parents on held-out rows, each figure with a 95% interval.
 
 Every model answers the same held-out prompts, sampled from its own distribution unless the settings of decoding say
-otherwise. The answers are judged by a programmatic gold reward where the data has one, and by a reward model; a child
-is compared with its parent prompt by prompt, so the interval is that of the paired difference; so do wins, ties and
-losses, and tests of accuracies that are corrected for their number. The KL divergence to the reference is estimated on
-the model's own samples (the mean of log pi - log pi_ref over whole responses); other answers have none. Held-out text
-gives perplexity and bits per byte, held-out pairs the accuracy of the reward model and of each policy's implicit
-reward. With `best_of`, best-of-n sampling from a model is the bar for the adapters trained from it; `suites` measure
-what single questions ask (`stages/core/suites.py`).
+otherwise. The answers are judged by a programmatic gold reward where the data has one, by a reward model, and by the
+user's own rules and servers; a child is compared with its parent prompt by prompt, so the interval is that of the
+paired difference; so are wins, ties and losses by each judge, and tests that are corrected for their number. The KL
+divergence to the reference is estimated on the model's own samples (the mean of log pi - log pi_ref over whole
+responses); other answers have none. Held-out text gives perplexity and bits per byte, held-out pairs the accuracy of
+the reward model and of each policy's implicit reward. With `best_of`, best-of-n sampling from a model is the bar for
+the adapters trained from it; `suites` measure what single questions ask (`stages/core/suites.py`).
 
     python -m stages.evaluate CONFIG [key=value ...]
 """
@@ -25,15 +25,15 @@ from data.tree import Tree, preference_tree, usable
 from pipeline.config import EvaluateSettings
 from pipeline.contract import Context, Result
 from pipeline.errors import DataError
-from pipeline.gate import RATIO
+from pipeline.figures import RATIO
 from pipeline.manifest import DataCard, Metric
 from reward.best_of_n import Frontier, divergence
 from reward.intervals import mean_interval, proportion_interval, ratio_interval
-from reward.pair_judge import PairJudge
 from stages.core import device, loop, rows
 from stages.core.answers import PLAIN, Answers, answer
 from stages.core.comparison import Comparison, compare, corrected_tests
 from stages.core.documents import Likelihood, text_likelihoods
+from stages.core.judges import Judges, in_words
 from stages.core.lineup import Contestant, Lineup, parent_digest
 from stages.core.roles import REWARD, Roles
 from stages.core.scoring import exponential, logprobs, scores
@@ -85,8 +85,7 @@ def run(context: Context) -> Result:
     refuse_trained(context.data.values(), learnt, texts)
     models = {role: artifact for role, artifact in context.inputs.items() if role.startswith("models.")}
     lineup = Lineup(models, compute)
-    judge = lineup.judge(context.inputs["reward"]) if "reward" in context.inputs else None
-    pair_judge = PairJudge(settings.judge) if settings.judge else None
+    judges = Judges.named_in(context, lineup)
     cards: list[DataCard] = []
     material = Material(
         prompts=_held_out(context, "prompts", Prompt, cards),
@@ -94,11 +93,11 @@ def run(context: Context) -> Result:
         texts=_held_out(context, "text", Text, cards),
     )
     suites = Suites(context)
-    found = _evaluate(lineup, judge, pair_judge, material, suites, context)
-    if judge:
+    found = _evaluate(lineup, judges, material, suites, context)
+    if judges.reward:
         name = context.inputs["reward"].source
-        own = _judge_accuracy(judge, material.pairs, settings) if material.pairs else {}
-        found.metrics |= {name: measured} if (measured := own | suites.measure_judge(name, judge)) else {}
+        own = _judge_accuracy(judges.reward, material.pairs, settings) if material.pairs else {}
+        found.metrics |= {name: measured} if (measured := own | suites.measure_judge(name, judges.reward)) else {}
     _write(context, lineup, material.prompts, found, suites)
     warnings = _warnings(lineup, found, settings)
     for warning in warnings:
@@ -127,27 +126,21 @@ def _held_out(context: Context, role: str, kind: type[rows.Item], cards: list[Da
     return chosen
 
 
-def _evaluate(
-    lineup: Lineup,
-    judge: Roles | None,
-    pair_judge: PairJudge | None,
-    material: Material,
-    suites: Suites,
-    context: Context,
-) -> Findings:
-    settings, found = context.settings, Findings()
+def _evaluate(lineup: Lineup, judges: Judges, material: Material, suites: Suites, context: Context) -> Findings:
+    settings, found, prompts = context.settings, Findings(), material.prompts
     adapted = {each.parent for each in lineup.contestants.values() if each.artifact.kind == "adapter"}
     for done, (name, contestant) in enumerate(lineup.contestants.items(), 1):
-        found.answers[name] = answer(contestant, material.prompts, judge, settings, context.seed)
+        own = answer(contestant, prompts, judges.reward, settings, context.seed)
+        found.answers[name] = judges.score_by_rules(own, prompts)
         found.tokens += found.answers[name].tokens
         if settings.best_of and name in adapted:
             # Another seed: a parent's own figures and its frontier's are of different samples.
-            several = answer(contestant, material.prompts, judge, settings, context.seed + 1, settings.best_of)
+            several = answer(contestant, prompts, judges.reward, settings, context.seed + 1, settings.best_of)
             found.frontiers[name] = several.frontier()
             found.tokens += several.tokens
         if contestant.parent:
             parent = found.answers[contestant.parent]
-            found.comparisons[name] = compare(found.answers[name], parent, material.prompts, pair_judge)
+            found.comparisons[name] = compare(found.answers[name], parent, prompts, judges.pairs)
         found.metrics[name] = _metrics(contestant, lineup, found, material, settings) | suites.measure(contestant)
         context.progress({"model": name}, done=done, total=len(lineup.contestants))
     return found
@@ -164,10 +157,11 @@ def _warnings(lineup: Lineup, found: Findings, settings: EvaluateSettings) -> li
     if not settings.is_plain:
         warnings.append("no KL divergence is told: it is that of samples with `temperature` alone")
     warnings += [
-        f"{name}: {each.unread} of {each.asked} comparisons with its parent got no verdict that can be read: they are "
-        "in no win rate"
+        f"{name}: {said.unread} of {len(said.outcomes)} comparisons with its parent got no verdict of {judge} that can "
+        "be read: they are in no win rate"
         for name, each in found.comparisons.items()
-        if each.unread
+        for judge, said in each.judgements.items()
+        if said.unread
     ]
     return warnings
 
@@ -202,7 +196,7 @@ def _metrics(
 
 
 def _judged(own: Answers, prompts: Sequence[Prompt]) -> Metrics:
-    """Mean gold reward and reward, and accuracy over all prompts and by task, where the prompts name one."""
+    """Mean scores by judge, and accuracy over all prompts and by task, where the prompts name one."""
     shares = own.accuracies(prompts).items()
     return {
         **{name: mean_interval(values) for name, values in own.scores.items()},
@@ -286,13 +280,15 @@ def _write(context: Context, lineup: Lineup, prompts: Sequence[Prompt], found: F
     """`evaluation.json` for the report, `samples.jsonl` with one prompt a line and every model's answer, and what the
     suites write."""
     parents = {name: contestant.parent for name, contestant in lineup.contestants.items()}
-    tests = corrected_tests({name: each.correct | suites.pairs(name) for name, each in found.comparisons.items()})
+    tests = corrected_tests({name: each.tested | suites.pairs(name) for name, each in found.comparisons.items()})
+    # A family of their own: into however many categories a suite is cut, whole figures stay as clear as they are.
+    of_parts = corrected_tests({name: suites.parts(name) for name in found.comparisons})
     compared: dict[str, dict[str, Any]] = {
-        name: {"comparison": each.as_json(tests[name])} for name, each in found.comparisons.items()
+        name: {"comparison": each.as_json(tests[name] | of_parts[name])} for name, each in found.comparisons.items()
     }
     content = {
         "gold": context.settings.gold,
-        "judge": _judge_of_pairs(context.settings),
+        "judges": in_words(context),
         "models": {
             name: {"parent": parents.get(name), "metrics": _dumped(metrics)} | compared.get(name, {})
             for name, metrics in found.metrics.items()
@@ -304,13 +300,7 @@ def _write(context: Context, lineup: Lineup, prompts: Sequence[Prompt], found: F
     (context.directory / "evaluation.json").write_text(json.dumps(content, indent=1))
     with (context.directory / "samples.jsonl").open("w", encoding="utf-8") as stream:
         for number, prompt in enumerate(prompts):
-            stream.write(json.dumps(_sample(number, prompt, found.answers), ensure_ascii=False) + "\n")
-
-
-def _judge_of_pairs(settings: EvaluateSettings) -> str:
-    if settings.judge:
-        return settings.judge.model
-    return "reward" if settings.gold == "none" else "gold"
+            stream.write(json.dumps(_sample(number, prompt, found), ensure_ascii=False) + "\n")
 
 
 def _dumped(metrics: Metrics) -> dict[str, Any]:
@@ -328,12 +318,24 @@ def _points(frontier: Frontier) -> list[dict[str, Any]]:
     return points
 
 
-def _sample(number: int, prompt: Prompt, answers: Mapping[str, Answers]) -> dict[str, object]:
+def _sample(number: int, prompt: Prompt, found: Findings) -> dict[str, object]:
+    """One prompt: what each model answered, what the judges give that, and what they say of it and its parent's."""
+    answers = found.answers
+    scores = {
+        judge: {name: each.by_rules[judge][number] for name, each in answers.items()}
+        for judge in next(iter(answers.values())).by_rules
+    }
+    outcomes: dict[str, dict[str, float | None]] = {}
+    for name, comparison in found.comparisons.items():
+        for judge, said in comparison.judgements.items():
+            outcomes.setdefault(judge, {})[name] = said.outcomes[number]
     return {
         "prompt": [{"role": message.role, "content": message.content} for message in prompt.prompt],
         "responses": {name: each.texts[number] for name, each in answers.items()},
         "gold": {name: each.gold[number] for name, each in answers.items() if each.gold},
         "reward": {name: each.rewards[number] for name, each in answers.items() if each.rewards},
+        "scores": scores,
+        "outcomes": outcomes,
         "answer": prompt.facts.get("answer"),
     }
 

@@ -101,7 +101,7 @@ def manifest(name: str, **changes: Any) -> dict[str, Any]:
 
 def evaluation() -> dict[str, Any]:
     """Three models, each better than its parent."""
-    sft = {"gold": metric(0.5), "gold_gain": metric(0.4), "reward": metric(0.1), "win_rate": metric(0.9)}
+    sft = {"gold": metric(0.5), "gold_gain": metric(0.4), "reward": metric(0.1), "win_rate.gold": metric(0.9)}
     ppo = {
         "gold": metric(0.7),
         "gold_gain": metric(0.2),
@@ -113,7 +113,7 @@ def evaluation() -> dict[str, Any]:
         "sft": {"parent": "base", "metrics": sft},
         "ppo": {"parent": "sft", "metrics": ppo},
     }
-    return {"models": models, "gold": "world", "judge": "gold"}
+    return {"models": models, "gold": "world", "judges": {"gold": "the rule world"}}
 
 
 def sample(number: int, text: str = "It is four.") -> dict[str, Any]:

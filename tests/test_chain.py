@@ -292,7 +292,8 @@ def test_models_are_compared_with_their_parents_and_every_figure_has_an_interval
             assert metric["n"] >= 1
     for name in ("dpo", "ppo"):
         found = models[name]["metrics"].keys()
-        assert {"gold_gain", "reward_gain", "win_rate", "kl", "pair_accuracy", "bits_per_byte", "length"} <= found
+        assert {"gold_gain", "reward_gain", "kl", "pair_accuracy", "bits_per_byte", "length"} <= found
+        assert {"win_rate.gold", "win_rate.reward"} <= found
     assert "pair_accuracy" in models["reward"]["metrics"]
     samples = (run / "stages" / "evaluate" / "samples.jsonl").read_text().splitlines()
     assert all(json.loads(line)["responses"].keys() == {"base", "sft", "dpo", "ppo"} for line in samples)

@@ -532,7 +532,7 @@ def test_greedy_answers_are_evaluated_without_a_divergence(run: Path, capsys: py
     arguments = [f"stages.evaluate.{override}" for override in overrides]
     assert cli.execute(cli.app, ["run", str(run.parent / "chain.yaml"), "--only", "evaluate", *arguments]) == 0
     content = json.loads((run / "stages" / "evaluate" / "evaluation.json").read_text())
-    assert {"gold", "gold_gain", "win_rate"} <= content["models"]["dpo"]["metrics"].keys()
+    assert {"gold", "gold_gain", "win_rate.gold"} <= content["models"]["dpo"]["metrics"].keys()
     assert "kl" not in content["models"]["dpo"]["metrics"]
     assert "no KL divergence is told" in capsys.readouterr().out
     samples = (run / "stages" / "evaluate" / "samples.jsonl").read_text().splitlines()

@@ -95,7 +95,14 @@ def test_a_suite_s_document_that_will_be_pretrained_on_is_refused(
 @pytest.mark.parametrize(
     ("override", "where"),
     [
-        (f"stages.evaluate.judge={json.dumps(SERVER | {'model': 'm'})}", "stages.evaluate.judge.token_variable"),
+        (
+            f"stages.evaluate.judges={json.dumps({'other': SERVER | {'model': 'm'}})}",
+            "stages.evaluate.judges.other.token_variable",
+        ),
+        (
+            f"stages.evaluate.judges={json.dumps({'other': [{'rule': 'server', **SERVER}]})}",
+            "stages.evaluate.judges.other.0.token_variable",
+        ),
         (f"stages.ppo.rules={json.dumps([{'rule': 'server', **SERVER}])}", "stages.ppo.rules.0.token_variable"),
         ("", "stages.evaluate.suites.mine.rules.0.token_variable"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import exp
 
 import numpy as np
@@ -12,12 +13,12 @@ from data.schema import Message, Prompt
 from data.tree import Branch, Tree
 from pipeline import gate
 from pipeline.manifest import Metric
-from reward.comparison import mcnemar, prompts_needed
+from reward.comparison import Judgement, mcnemar, prompts_needed
 from reward.intervals import paired_difference, proportion_difference
 from reward.length_control import length_controlled
-from reward.pair_judge import Judgement, PairJudge
+from reward.pair_judge import PairJudge
 from stages.core.answers import Answers
-from stages.core.comparison import compare, corrected_tests
+from stages.core.comparison import Comparison, compare, corrected_tests
 from stages.core.documents import Likelihood
 from stages.evaluate import _of_text_against
 
@@ -40,6 +41,12 @@ def answers(gold: list[float], correct: list[float], texts: list[str], rewards: 
     return Answers(texts, trees, gold, correct, rewards or [])
 
 
+def counts(found: Comparison, judge: str) -> tuple[int, int, int, int]:
+    """What one judge says."""
+    said = found.judgements[judge]
+    return said.won, said.tied, said.lost, said.unread
+
+
 @pytest.fixture
 def both() -> tuple[Answers, Answers]:
     """A model and its parent, which is as good at facts and worse at sums."""
@@ -50,23 +57,23 @@ def both() -> tuple[Answers, Answers]:
 
 def test_gains_are_paired_and_wins_are_counted_by_gold(both: tuple[Answers, Answers]) -> None:
     own, parent = both
-    found = compare(own, parent, PROMPTS, None)
-    assert (found.won, found.tied, found.lost, found.unread) == (3, 9, 0, 0)
+    found = compare(own, parent, PROMPTS, {})
+    assert counts(found, "gold") == (3, 9, 0, 0)
     assert found.metrics["gold_gain"] == paired_difference(own.gold, parent.gold)
     assert found.metrics["accuracy_gain"].value == pytest.approx(5 / 12)
     assert found.metrics["accuracy.sums_gain"].value == pytest.approx(5 / 6)
     assert found.metrics["accuracy.facts_gain"].value == 0
     sums = proportion_difference([1.0] * 6, [0.0] * 5 + [1.0])
     assert found.metrics["accuracy.sums_gain"] == sums
-    assert found.metrics["win_rate"].value == pytest.approx((3 + 4.5) / 12)
+    assert found.metrics["win_rate.gold"].value == pytest.approx((3 + 4.5) / 12)
     longer = [len(a) - len(b) for a, b in zip(own.texts, parent.texts, strict=True)]
     won = [1.0] * 3 + [0.5] * 9
-    assert found.metrics["win_rate_length_controlled"] == length_controlled(won, longer)
+    assert found.metrics["win_rate_length_controlled.gold"] == length_controlled(won, longer)
     assert found.metrics["length_ratio"].value == pytest.approx((6 * 12 + 6 * 3) / (12 * 4))
 
 
 def test_a_task_of_one_prompt_has_a_test_and_no_gain(both: tuple[Answers, Answers]) -> None:
-    found = compare(*both, PROMPTS, None)
+    found = compare(*both, PROMPTS, {})
     assert "accuracy.rare_gain" not in found.metrics
     assert found.correct["accuracy.rare"] == ([0.0], [0.0])
 
@@ -76,15 +83,15 @@ def test_the_prompts_needed_are_named_only_where_nothing_is_clear(both: tuple[An
     unclear = answers([0.4, 0.6] * 6, [0.0] * 12, own.texts)
     other = answers([0.5, 0.4] * 6, [0.0] * 12, own.texts)
     differences = np.array(unclear.gold) - np.array(other.gold)
-    assert compare(unclear, other, PROMPTS, None).needed == {"gold": prompts_needed(differences, differences.mean())}
-    assert "accuracy" not in compare(own, parent, PROMPTS, None).needed
+    assert compare(unclear, other, PROMPTS, {}).needed == {"gold": prompts_needed(differences, differences.mean())}
+    assert "accuracy" not in compare(own, parent, PROMPTS, {}).needed
 
 
 def test_two_prompts_that_are_both_gained_are_no_clear_gain_in_accuracy_and_need_no_two_prompts_to_be_one() -> None:
     texts = ["a", "b"]
-    found = compare(answers([1.0] * 2, [1.0] * 2, texts), answers([0.0] * 2, [0.0] * 2, texts), PROMPTS[:2], None)
+    found = compare(answers([1.0] * 2, [1.0] * 2, texts), answers([0.0] * 2, [0.0] * 2, texts), PROMPTS[:2], {})
     assert not any(each.holds for each in gate.check({"dpo": {"accuracy": "> parent"}}, _named(found.metrics)))
-    mostly = compare(answers([], [1, 1, 0], ["a"] * 3), answers([], [0, 0, 0], ["a"] * 3), PROMPTS[:3], None)
+    mostly = compare(answers([], [1, 1, 0], ["a"] * 3), answers([], [0, 0, 0], ["a"] * 3), PROMPTS[:3], {})
     assert prompts_needed([1, 1, 0], 2 / 3) == 6
     assert mostly.needed["accuracy"] == 6
 
@@ -93,37 +100,68 @@ def _named(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
     return {f"dpo.{name}": each for name, each in metrics.items()}
 
 
-def test_without_a_gold_reward_the_reward_decides(both: tuple[Answers, Answers]) -> None:
+def test_the_reward_decides_without_a_gold_reward_and_beside_one(both: tuple[Answers, Answers]) -> None:
     own = answers([], [], both[0].texts, [1.0] * 12)
     parent = answers([], [], both[1].texts, [0.0] * 11 + [2.0])
-    found = compare(own, parent, PROMPTS, None)
-    assert (found.won, found.lost) == (11, 1)
+    found = compare(own, parent, PROMPTS, {})
+    assert counts(found, "reward") == (11, 0, 1, 0)
+    assert found.judgements.keys() == {"reward"}
     assert found.correct == {}
+    beside = compare(replace(both[0], rewards=own.rewards), replace(both[1], rewards=parent.rewards), PROMPTS, {})
+    assert counts(beside, "reward") == (11, 0, 1, 0)
+    assert counts(beside, "gold") == (3, 9, 0, 0)
 
 
 def test_without_any_judge_nothing_is_won(both: tuple[Answers, Answers]) -> None:
-    found = compare(answers([], [], both[0].texts), answers([], [], both[1].texts), PROMPTS, None)
+    found = compare(answers([], [], both[0].texts), answers([], [], both[1].texts), PROMPTS, {})
     assert found.metrics.keys() == {"length_ratio"}
-    assert found.asked == 0
+    assert found.judgements == found.tested == {}
 
 
-def test_a_judge_of_pairs_decides_before_all_and_pairs_it_did_not_decide_are_in_no_win_rate(
-    both: tuple[Answers, Answers],
-) -> None:
-    found = compare(*both, PROMPTS, Judge([1.0] * 2 + [0.0] * 5 + [0.5] * 2 + [None] * 3, changed=1))
-    assert (found.won, found.tied, found.lost, found.unread, found.changed) == (2, 2, 5, 3, 1)
-    assert found.metrics["win_rate"].n == found.metrics["win_rate_length_controlled"].n == 9
-    assert found.metrics["win_rate"].value == pytest.approx(3 / 9)
+def test_pairs_that_a_judge_of_pairs_did_not_decide_are_in_no_win_rate_of_it(both: tuple[Answers, Answers]) -> None:
+    judge = Judge([1.0] * 2 + [0.0] * 5 + [0.5] * 2 + [None] * 3, changed=1)
+    found = compare(*both, PROMPTS, {"gpt": judge})
+    assert counts(found, "gpt") == (2, 2, 5, 3)
+    assert found.metrics["win_rate.gpt"].n == found.metrics["win_rate_length_controlled.gpt"].n == 9
+    assert found.metrics["win_rate.gpt"].value == pytest.approx(3 / 9)
+    assert found.metrics["win_rate.gold"].n == 12
+    assert found.tested["win_rate.gpt"] == ([1.0] * 2 + [0.0] * 7, [0.0] * 2 + [1.0] * 5 + [0.0] * 2)
+
+
+def test_only_a_judge_of_pairs_is_counted_as_unread_or_changed(both: tuple[Answers, Answers]) -> None:
+    found = compare(*both, PROMPTS, {"gpt": Judge([1.0] * 11 + [None], changed=1)}).as_json({})
+    assert found["judges"] == {
+        "gold": {"won": 3, "tied": 9, "lost": 0},
+        "gpt": {"won": 11, "tied": 0, "lost": 0, "unread": 1, "changed": 1},
+    }
+
+
+def test_rules_judge_by_their_scores_and_each_judge_has_figures_of_its_own(both: tuple[Answers, Answers]) -> None:
+    own, parent = replace(both[0], by_rules={"short": [0.5] * 12}), replace(both[1], by_rules={"short": [1.0] * 12})
+    found = compare(own, parent, PROMPTS, {"gpt": Judge([1.0] * 12, changed=0)})
+    assert list(found.judgements) == ["gold", "gpt", "short"]
+    assert counts(found, "short") == (0, 0, 12, 0)
+    assert found.metrics["score.short_gain"].value == -0.5
+    assert [found.metrics[f"win_rate.{judge}"].value for judge in found.judgements] == [0.625, 1.0, 0.0]
+
+
+def test_the_prompts_needed_are_those_of_each_judge(both: tuple[Answers, Answers]) -> None:
+    outcomes = [1.0, 0.0, 0.5] * 3 + [1.0, 0.0, 1.0]
+    judges = {"gpt": Judge([*outcomes], changed=0), "clear": Judge([1.0] * 11 + [0.5], changed=0)}
+    needed = compare(*both, PROMPTS, judges).needed
+    assert needed["win_rate.gpt"] == prompts_needed(np.array(outcomes) - 0.5, np.mean(outcomes) - 0.5)
+    assert needed["win_rate.gold"] == needed["gold"]  # all differences are of one size
+    assert "win_rate.clear" not in needed
 
 
 def test_where_no_verdict_could_be_read_there_is_no_win_rate(both: tuple[Answers, Answers]) -> None:
-    found = compare(*both, PROMPTS, Judge([None] * 12, changed=0))
-    assert "win_rate" not in found.metrics
-    assert found.unread == 12
+    found = compare(*both, PROMPTS, {"gpt": Judge([None] * 12, changed=0)})
+    assert "win_rate.gpt" not in found.metrics | found.tested
+    assert counts(found, "gpt") == (0, 0, 0, 12)
 
 
 def test_accuracies_of_all_models_are_corrected_together(both: tuple[Answers, Answers]) -> None:
-    comparison = compare(*both, PROMPTS, None)
+    comparison = compare(*both, PROMPTS, {})
     correct = comparison.correct
     alone, together = corrected_tests({"dpo": correct}), corrected_tests({"dpo": correct, "ppo": correct})
     assert alone["dpo"]["accuracy.sums"].p == together["ppo"]["accuracy.sums"].p == mcnemar(5, 0)

@@ -11,11 +11,17 @@ import pytest
 import reports
 
 from pipeline import cli, difference
-from pipeline.difference import INDEPENDENT, NO_INTERVAL, OTHER_JUDGE, PAIRED, Change
+from pipeline.difference import INDEPENDENT, NO_INTERVAL, NOT_PAIRED, OTHER_JUDGE, PAIRED, Change
 from pipeline.errors import ArtifactError
 from pipeline.manifest import SCHEMA_VERSION
 from pipeline.store import RunDirectory
-from reward.intervals import mean_interval, proportion_interval
+from reward.intervals import (
+    mean_interval,
+    paired_difference,
+    proportion_difference,
+    proportion_interval,
+    ratio_interval,
+)
 
 PROMPTS = 40
 
@@ -28,18 +34,19 @@ def write_run(root: Path, seed: int, gain: float = 0.0, **judge: str) -> RunDire
     metrics = {f"{name}.gold": mean_interval(values) for name, values in gold.items()}
     metrics["ppo.gold_gain"] = mean_interval(gold["ppo"] - gold["sft"])
     wins = (gold["ppo"] > gold["sft"]) * 1.0
-    metrics |= {"ppo.win_rate": mean_interval(wins), "ppo.reward": mean_interval(3 * gold["ppo"])}
+    metrics |= {"ppo.win_rate.gold": mean_interval(wins), "ppo.reward": mean_interval(3 * gold["ppo"])}
     metrics["ppo.accuracy"] = proportion_interval(seed, PROMPTS)
     dumped = {name: metric.model_dump() for name, metric in metrics.items()} | {"ppo.rounds": {"value": float(seed)}}
     inputs = {"reward": {"source": "judge", "kind": "reward", "digest": reports.digest(judge.get("judge", "judge"))}}
     directory = reports.write_stage(root, "check", schema_version=SCHEMA_VERSION, metrics=dumped, inputs=inputs)
     models = {"sft": {"parent": None}, "ppo": {"parent": "sft"}}
-    (directory / "evaluation.json").write_text(json.dumps({"models": models, "judge": "gold"}))
+    (directory / "evaluation.json").write_text(json.dumps({"models": models, "judges": {"gold": "the rule world"}}))
     samples = [
         {
             "prompt": [{"role": "user", "content": f"Question {number}"}],
             "gold": {name: values[number] for name, values in gold.items()},
             "reward": {"ppo": 3 * gold["ppo"][number]},
+            "outcomes": {"gold": {"ppo": wins[number]}},
         }
         for number in range(PROMPTS)
     ]
@@ -64,7 +71,7 @@ def test_figures_on_the_same_prompts_are_compared_prompt_by_prompt(tmp_path: Pat
     }
     for metric, differences in by_hand.items():
         change = changes[metric]
-        assert (change.by, change.is_clear, change.change.n) == (PAIRED, True, PROMPTS)
+        assert (change.by, change.is_clear, change.change.n) == (PAIRED["prompt"], True, PROMPTS)
         assert change.change.value == pytest.approx(change.new.value - change.old.value) == np.mean(differences)
         resampled = np.random.default_rng(5).choice(differences, (4000, PROMPTS)).mean(1)
         assert (change.change.low, change.change.high) == pytest.approx(
@@ -88,13 +95,140 @@ def test_other_prompts_are_not_paired(tmp_path: Path) -> None:
     first, second = write_run(tmp_path / "a", 1), write_run(tmp_path / "b", 2)
     path = second.stage("check") / "samples.jsonl"
     path.write_text(path.read_text().replace("Question 7", "Question seven"))
-    assert found(first, second)["ppo.gold"].by == INDEPENDENT
+    assert found(first, second)["ppo.gold"].by == NOT_PAIRED["prompt"]
 
 
 def test_scores_of_different_reward_models_are_not_compared(tmp_path: Path) -> None:
     first, second = write_run(tmp_path / "a", 1), write_run(tmp_path / "b", 2, judge="other")
     changes = difference.changes(first, second)
     assert (changes[-1].metric, changes[-1].by, changes[-1].change.low) == ("ppo.reward", OTHER_JUDGE, None)
+
+
+JUDGED = ("win_rate.short", "win_rate_length_controlled.short", "score.short", "score.short_gain")
+
+
+def judged(root: Path, words: int, scores: list[float]) -> RunDirectory:
+    """A run whose evaluation is judged by rules of that many words, too."""
+    run = write_run(root, 1)
+    directory = run.stage("check")
+    metrics = {f"ppo.{name}": mean_interval(scores).model_dump() for name in JUDGED}
+    settings = {"gold": "world", "judges": {"short": [{"rule": "length", "words": words, "weight": 1.0}]}}
+    inputs = reports.manifest("check")["inputs"]
+    reports.write_stage(root, "check", schema_version=SCHEMA_VERSION, metrics=metrics, settings=settings, inputs=inputs)
+    samples = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
+    for sample, score in zip(samples, scores, strict=True):
+        sample["scores"] = {"short": {"ppo": score, "sft": 0.0}}
+        sample["outcomes"] = {"short": {"ppo": score}}
+    reports.write_lines(directory / "samples.jsonl", samples)
+    return run
+
+
+def test_scores_and_wins_by_rules_are_paired_by_prompt_and_not_compared_when_the_rules_are_others(
+    tmp_path: Path,
+) -> None:
+    scores = [[float(number % modulus == 0) for number in range(PROMPTS)] for modulus in (3, 2)]
+    old, new = judged(tmp_path / "a", 3, scores[0]), judged(tmp_path / "b", 3, scores[1])
+    same = found(old, new)
+    for name in ("win_rate.short", "score.short"):
+        assert (same[f"ppo.{name}"].by, same[f"ppo.{name}"].change) == (
+            PAIRED["prompt"],
+            proportion_difference(scores[1], scores[0]),
+        )
+    assert same["ppo.score.short_gain"].by == PAIRED["prompt"]
+    assert same["ppo.win_rate_length_controlled.short"].by == INDEPENDENT
+    others = found(old, judged(tmp_path / "c", 4, scores[1]))
+    assert {others[f"ppo.{name}"].by for name in JUDGED} == {OTHER_JUDGE}
+
+
+def with_suite(root: Path, numbers: dict[str, dict[str, float]], **others: Any) -> RunDirectory:
+    """A run with an evaluation that asked the rows of one suite: id -> model -> number; `others` by row's id."""
+    lines = []
+    for place, (row, scores) in enumerate(numbers.items()):
+        category = "ab"[place % 2]
+        parts = {"at 1": {model: score / 2 for model, score in scores.items()}}
+        lines.append({"id": row, "category": category, "scores": scores, "parts": parts} | others.get(row, {}))
+    metrics = {}
+    for model in ("sft", "ppo"):
+        for name, chosen in {"": lines, ".a": lines[::2], ".b": lines[1::2]}.items():
+            own = [line["scores"][model] for line in chosen]
+            weights = [line.get("weight", 1.0) for line in chosen]
+            weighted = [number * weight for number, weight in zip(own, weights, strict=True)]
+            metrics[f"{model}.suite.mine{name}"] = ratio_interval(weighted, weights)
+        metrics[f"{model}.suite.mine.at 1"] = mean_interval([line["scores"][model] / 2 for line in lines])
+    gains = [line["scores"]["ppo"] - line["scores"]["sft"] for line in lines]
+    weights = [line.get("weight", 1.0) for line in lines]
+    weighted = [gain * weight for gain, weight in zip(gains, weights, strict=True)]
+    metrics["ppo.suite.mine_gain"] = ratio_interval(weighted, weights)
+    dumped = {name: metric.model_dump() for name, metric in metrics.items()}
+    directory = reports.write_stage(root, "check", schema_version=SCHEMA_VERSION, metrics=dumped)
+    models = {"sft": {"parent": None}, "ppo": {"parent": "sft"}}
+    (directory / "evaluation.json").write_text(json.dumps({"models": models}))
+    (directory / "samples.jsonl").write_text("")
+    (directory / "suites").mkdir()
+    reports.write_lines(directory / "suites" / "mine.jsonl", lines)
+    return RunDirectory(root)
+
+
+def rows(seed: int, share: float, count: int = 30) -> dict[str, dict[str, float]]:
+    """Rows that each model answers rightly or not."""
+    chance = np.random.default_rng(seed)
+    drawn = chance.uniform(0, 1, (count, 2))
+    return {f"row {n}": {"sft": float(a < 0.5), "ppo": float(b < share)} for n, (a, b) in enumerate(drawn.tolist())}
+
+
+def test_suites_are_compared_row_by_row_by_their_ids_in_any_order(tmp_path: Path) -> None:
+    before, after = rows(1, 0.4), rows(2, 0.8)
+    turned = dict(reversed(after.items()))
+    order = {row: {"category": "ab"[place % 2]} for place, row in enumerate(before)}
+    changes = found(with_suite(tmp_path / "a", before), with_suite(tmp_path / "b", after))
+    old, new = ([each["ppo"] for each in side.values()] for side in (before, after))
+    assert {change.by for change in changes.values()} == {PAIRED["row"]}
+    assert changes["ppo.suite.mine"].change == proportion_difference(new, old)
+    assert changes["ppo.suite.mine.a"].change == proportion_difference(new[::2], old[::2])
+    assert changes["ppo.suite.mine.at 1"].change == paired_difference([n / 2 for n in new], [n / 2 for n in old])
+    gains = [[each["ppo"] - each["sft"] for each in side.values()] for side in (after, before)]
+    assert changes["ppo.suite.mine_gain"].change == paired_difference(*gains)
+    # 30 rows: of an even number, the last one would have the other category in the other order
+    again = found(with_suite(tmp_path / "a2", before, **order), with_suite(tmp_path / "c", turned, **order))
+    assert again["ppo.suite.mine"].change.value == pytest.approx(changes["ppo.suite.mine"].change.value)
+    assert again["ppo.suite.mine"].by == PAIRED["row"]
+
+
+def test_documents_are_compared_with_their_weights(tmp_path: Path) -> None:
+    bits = [{f"row {n}": {"sft": 2.0, "ppo": 1.0 + n / 10 + shift * n} for n in range(8)} for shift in (0.0, 0.1)]
+    weights = {f"row {n}": {"weight": 10.0 + n} for n in range(8)}
+    change = found(with_suite(tmp_path / "a", bits[0], **weights), with_suite(tmp_path / "b", bits[1], **weights))
+    by_hand = sum((10 + n) * 0.1 * n for n in range(8)) / sum(10 + n for n in range(8))
+    assert change["ppo.suite.mine"].by == PAIRED["row"]
+    assert change["ppo.suite.mine"].change.value == pytest.approx(by_hand)
+    other = weights | {"row 3": {"weight": 99.0}}
+    changes = found(with_suite(tmp_path / "c", bits[0], **weights), with_suite(tmp_path / "d", bits[1], **other))
+    assert changes["ppo.suite.mine"].by == NOT_PAIRED["row"]
+
+
+def test_suites_of_other_rows_say_so_and_keep_the_independent_intervals(tmp_path: Path) -> None:
+    before, after = rows(1, 0.4), rows(2, 0.8)
+    after["another"] = after.pop("row 29")
+    changes = found(with_suite(tmp_path / "a", before), with_suite(tmp_path / "b", after))
+    change = changes["ppo.suite.mine"]
+    assert change.by == NOT_PAIRED["row"]
+    assert change.change == difference._independent(change.old, change.new)
+    assert changes["ppo.suite.mine.a"].by == PAIRED["row"]  # the other category has the other row
+
+
+def test_lines_that_are_not_those_of_the_figure_are_not_paired(tmp_path: Path) -> None:
+    first, second = with_suite(tmp_path / "a", rows(1, 0.4)), with_suite(tmp_path / "b", rows(2, 0.8))
+    path = second.stage("check") / "suites" / "mine.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert found(first, second)["ppo.suite.mine"].by == INDEPENDENT
+
+
+def test_a_damaged_line_of_a_suite_is_named(tmp_path: Path) -> None:
+    first, second = with_suite(tmp_path / "a", rows(1, 0.4)), with_suite(tmp_path / "b", rows(2, 0.8))
+    with (second.stage("check") / "suites" / "mine.jsonl").open("a") as stream:
+        stream.write('{"id": "x", "scores": 3}\n')
+    with pytest.raises(ArtifactError, match=r"mine.jsonl:31: not what an evaluation writes"):
+        difference.changes(first, second)
 
 
 def test_the_largest_clear_changes_come_first(tmp_path: Path) -> None:
@@ -133,5 +267,5 @@ def test_the_command_prints_both_and_json(tmp_path: Path, capsys: pytest.Capture
     content: Any = json.loads(capsys.readouterr().out)
     assert content["differences"] == []
     first = content["changes"][0]
-    assert (lines[1].split()[2], True, PAIRED) == (first["metric"], first["clear"], first["by"])
+    assert (lines[1].split()[2], True, PAIRED["prompt"]) == (first["metric"], first["clear"], first["by"])
     assert first["change"]["value"] == pytest.approx(first["new"]["value"] - first["old"]["value"])

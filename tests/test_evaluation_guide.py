@@ -18,6 +18,7 @@ from pipeline import manifest as manifests
 from pipeline.manifest import Manifest
 from pipeline.suites import METHODS
 from reward.comparison import holm, mcnemar
+from reward.intervals import paired_difference, proportion_difference, ratio_interval
 
 pytestmark = pytest.mark.chain
 
@@ -121,6 +122,7 @@ def test_figures_are_those_of_the_lines_of_the_suite_s_file(finished: Path) -> N
         rows = lines(finished, name)
         if name in ("diary", "manners"):
             continue
+        assert not [row for row in rows if "weight" in row]
         for model in ("sft", "dpo"):
             numbers = [row["scores"][model] for row in rows]
             assert found[f"{model}.suite.{name}"].value == pytest.approx(sum(numbers) / len(numbers))
@@ -128,21 +130,44 @@ def test_figures_are_those_of_the_lines_of_the_suite_s_file(finished: Path) -> N
         assert gain == pytest.approx(sum(row["scores"]["dpo"] - row["scores"]["sft"] for row in rows) / len(rows))
     texts = [json.loads(line)["text"] for line in FILES["diary.jsonl"].splitlines()]
     sizes = [len(text.encode()) for text in texts]
+    assert [row["weight"] for row in lines(finished, "diary")] == sizes
     bits = sum(size * row["scores"]["dpo"] for size, row in zip(sizes, lines(finished, "diary"), strict=True))
     assert found["dpo.suite.diary"].value == pytest.approx(bits / sum(sizes))
 
 
-def test_suites_of_yes_and_no_are_tested_together_with_the_accuracies(finished: Path) -> None:
+def test_whole_suites_of_yes_and_no_are_tested_together_and_their_categories_by_themselves(finished: Path) -> None:
     content = json.loads((finished / "run" / "stages" / "evaluate" / "evaluation.json").read_text())
     tests = content["models"]["dpo"]["comparison"]["tests"]
-    assert tests.keys() == {"suite.capitals", "suite.names"}  # the prompts name no answer, so there is no accuracy
-    for name, test in tests.items():
-        scores = [row["scores"] for row in lines(finished, name.removeprefix("suite."))]
-        gained = sum(each["dpo"] > each["sft"] for each in scores)
-        lost = sum(each["dpo"] < each["sft"] for each in scores)
-        assert (test["gained"], test["lost"], test["p"]) == (gained, lost, mcnemar(gained, lost))
-    adjusted = holm([test["p"] for test in tests.values()])
-    assert [test["adjusted"] for test in tests.values()] == adjusted
+    whole = ["win_rate.reward", "suite.capitals", "suite.names"]  # the prompts name no answer: there is no accuracy
+    parts = ["suite.capitals.America", "suite.capitals.Europe"]
+    assert list(tests) == [*whole, *parts]
+    for name in [*whole[1:], *parts]:
+        suite, category = (*name.split(".")[1:], "")[:2]
+        rows = [row for row in lines(finished, suite) if category in ("", row.get("category"))]
+        gained = sum(row["scores"]["dpo"] > row["scores"]["sft"] for row in rows)
+        lost = sum(row["scores"]["dpo"] < row["scores"]["sft"] for row in rows)
+        assert (tests[name]["gained"], tests[name]["lost"]) == (gained, lost)
+        assert tests[name]["p"] == mcnemar(gained, lost)
+    for family in (whole, parts):
+        assert [tests[name]["adjusted"] for name in family] == holm([tests[name]["p"] for name in family])
+
+
+def test_gains_of_categories_and_temperatures_are_those_of_their_lines(finished: Path) -> None:
+    found = manifest(finished).metrics
+    for name in ("America", "Europe"):
+        (row,) = (row["scores"] for row in lines(finished, "capitals") if row["category"] == name)
+        gain = found[f"dpo.suite.capitals.{name}_gain"]
+        assert gain == proportion_difference([row["dpo"]], [row["sft"]])
+    for part in ("at 0.5", "at 1"):
+        rows = [row["parts"][part] for row in lines(finished, "sums")]
+        gain = found[f"dpo.suite.sums.{part}_gain"]
+        assert gain == paired_difference([row["dpo"] for row in rows], [row["sft"] for row in rows])
+        for model in ("sft", "dpo"):
+            assert found[f"{model}.suite.sums.{part}"].value == sum(row[model] for row in rows) / len(rows)
+    page = (finished / "run" / "report.html").read_text()
+    capitals = page.partition("<h3>capitals <small>")[2].partition("<h3>")[0]
+    assert capitals.count('<small class="gain') == 3
+    assert capitals.count("corrected") == 3
 
 
 def test_a_line_has_the_row_s_id_and_what_was_said(finished: Path) -> None:
@@ -184,6 +209,21 @@ def test_suites_are_data_of_the_manifest_and_a_changed_one_is_a_reason_to_run(
     suite.write_text(suite.read_text().replace("normalised: true", "normalised: false"))
     assert baton("plan", copy / "run.yaml") == 0
     assert "data suites.capitals.normalised: true -> false" in capsys.readouterr().out
+
+
+def test_two_runs_are_compared_row_by_row(finished: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert baton("run", copy / "run.yaml", "stages.dpo.steps=6", "stages.dpo.optimizer.learning_rate=0.05") == 0
+    capsys.readouterr()
+    assert baton("diff", finished / "run", copy / "run", "--json") == 0
+    changes = {each["metric"]: each for each in json.loads(capsys.readouterr().out)["changes"]}
+    suites = {name: each for name, each in changes.items() if name.startswith("dpo.suite.")}
+    assert {"dpo.suite.diary", "dpo.suite.diary_gain"} <= suites.keys()
+    assert {each["by"] for each in suites.values()} == {"paired by row"}
+    before, after = ({row["id"]: row for row in lines(root, "diary")} for root in (finished, copy))
+    weights = [row["weight"] for row in before.values()]
+    bits = [weights[n] * (after[key]["scores"]["dpo"] - before[key]["scores"]["dpo"]) for n, key in enumerate(before)]
+    assert changes["dpo.suite.diary"]["change"] == ratio_interval(bits, weights).model_dump()
+    assert changes["dpo.reward"]["by"] == "paired by prompt"  # the reward model came out the same
 
 
 def test_what_is_trained_on_is_refused_with_both_places(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

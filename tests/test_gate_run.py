@@ -12,8 +12,10 @@ import reports
 import reward_servers
 from test_pair_judge import completion, prefers
 
+from data.ngrams import words
 from pipeline import cli
 from pipeline import manifest as manifests
+from reward.comparison import holm
 
 pytestmark = pytest.mark.chain
 
@@ -181,54 +183,168 @@ def test_a_figure_that_is_missing_fails_and_says_so(
     assert f"{GATE}: sft.gold should be `> parent`, but was not compared with a parent's" in said
 
 
-def test_comparisons_count_wins_and_test_accuracies_as_samples_say(config: Path) -> None:
-    gold = [each["gold"] for each in samples(config.parent / "run")]
+def test_comparisons_count_wins_by_each_judge_and_test_them_as_samples_say(config: Path) -> None:
+    kept = samples(config.parent / "run")
+    assert evaluation(config.parent / "run")["judges"] == {
+        "gold": "the rule exact",
+        "reward": "the reward model reward",
+    }
     for model in ("dpo", "ppo"):
         found = evaluation(config.parent / "run")["models"][model]
-        won = sum(each[model] > each["sft"] for each in gold)
-        lost = sum(each[model] < each["sft"] for each in gold)
-        comparison = found["comparison"]
-        counts = (comparison["won"], comparison["tied"], comparison["lost"], comparison["unread"])
-        assert counts == (won, len(gold) - won - lost, lost, 0)
-        assert found["metrics"]["win_rate"]["value"] == pytest.approx(0.5 + (won - lost) / (2 * len(gold)))
-        test = comparison["tests"]["accuracy"]
-        assert (test["gained"], test["lost"]) == (won, lost)
-        assert 0 < test["p"] <= test["adjusted"] < 0.05
-        assert comparison["needed"] == {}
-        controlled = found["metrics"]["win_rate_length_controlled"]
-        assert controlled["low"] <= controlled["value"] <= controlled["high"]
+        for judge in ("gold", "reward"):
+            scores = [each[judge] for each in kept]
+            won = sum(each[model] > each["sft"] for each in scores)
+            lost = sum(each[model] < each["sft"] for each in scores)
+            counts = {"won": won, "tied": len(scores) - won - lost, "lost": lost}
+            assert found["comparison"]["judges"][judge] == counts
+            assert found["metrics"][f"win_rate.{judge}"]["value"] == pytest.approx(0.5 + (won - lost) / (2 * len(kept)))
+            outcomes = [each["outcomes"][judge][model] for each in kept]
+            assert [outcomes.count(each) for each in (1.0, 0.5, 0.0)] == list(counts.values())
+            test = found["comparison"]["tests"][f"win_rate.{judge}"]
+            assert (test["gained"], test["lost"]) == (won, lost)
+            assert 0 < test["p"] <= test["adjusted"] < 0.05
+            controlled = found["metrics"][f"win_rate_length_controlled.{judge}"]
+            assert controlled["low"] <= controlled["value"] <= controlled["high"]
+        assert found["comparison"]["needed"] == {}
+        test = found["comparison"]["tests"]["accuracy"]
+        won = found["comparison"]["judges"]["gold"]["won"]
+        assert (test["gained"], test["lost"]) == (won, found["comparison"]["judges"]["gold"]["lost"])
 
 
-def test_a_judge_s_verdicts_are_the_win_rate(config: Path, copy: Path) -> None:
+RULES = "{yes: [{rule: pattern, expression: Yes}], short: [{rule: length, words: 1}, {rule: exact, weight: -0.5}]}"
+"""Two judges that are rules, the second of which takes off for what the prompts' rows call right."""
+
+
+def test_rules_judge_beside_the_reward_model_where_nothing_is_gold(
+    config: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gate = "{dpo: {win_rate.yes: '> 0.5', score.yes: '> parent', win_rate.short: '> 0.5', win_rate.long: '> 0'}}"
+    changed = ["stages.evaluate.gold=none", f"stages.evaluate.judges={RULES}", f"{GATE}={gate}"]
+    assert baton("run", config, f"output={copy}", *changed) == 4
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{GATE}: dpo.win_rate.short should be `> 0.5`, but is " in said
+    assert (
+        f"{GATE}: dpo.win_rate.long should be `> 0`, but no such figure was measured; did you mean `win_rate.short`?"
+        in said
+    )
+    assert f"{GATE}: dpo.win_rate.yes" not in said
+    assert f"{GATE}: dpo.score.yes" not in said
+    found, kept = evaluation(copy), samples(copy)
+    assert found["judges"] == {
+        "reward": "the reward model reward",
+        "yes": "the rule pattern",
+        "short": "the rules length + -0.5 x exact",
+    }
+    for model in ("dpo", "ppo"):
+        own = found["models"][model]
+        for judge, by_hand in (("yes", _says_yes), ("short", _is_short_and_wrong)):
+            scores = [{name: by_hand(text) for name, text in each["responses"].items()} for each in kept]
+            assert [each["scores"][judge] for each in kept] == scores
+            won, lost = (sum(sign * each[model] > sign * each["sft"] for each in scores) for sign in (1, -1))
+            assert own["comparison"]["judges"][judge] == {"won": won, "tied": len(kept) - won - lost, "lost": lost}
+            rate = own["metrics"][f"win_rate.{judge}"]
+            assert rate["value"] == pytest.approx(0.5 + (won - lost) / (2 * len(kept)))
+            gain = own["metrics"][f"score.{judge}_gain"]
+            assert gain["value"] == pytest.approx(sum(each[model] - each["sft"] for each in scores) / len(kept))
+            assert gain["low"] <= gain["value"] <= gain["high"]
+            assert f"win_rate_length_controlled.{judge}" in own["metrics"]
+    tests = {
+        (model, name): each["p"]
+        for model in ("dpo", "ppo")
+        for name, each in found["models"][model]["comparison"]["tests"].items()
+    }
+    adjusted = dict(zip(tests, holm(list(tests.values())), strict=True))
+    assert len(tests) == 6
+    for (model, name), value in adjusted.items():
+        assert found["models"][model]["comparison"]["tests"][name]["adjusted"] == value
+    text = reports.Elements((copy / "report.html").read_text()).text
+    assert "yes is the rule pattern; short is the rules length + -0.5 x exact." in text
+    assert "By " not in text.partition("Lineage")[0]  # the verdict is by the reward model
+
+
+def _says_yes(text: str) -> float:
+    return float("Yes" in text)
+
+
+def _is_short_and_wrong(text: str) -> float:
+    count = len(words(text))
+    return min(1.0, max(0.0, 2.0 - count)) - 0.5 * (text.strip().casefold().rstrip(".!?,;: ") == "yes")
+
+
+def test_with_rules_alone_the_verdict_is_theirs(config: Path, copy: Path) -> None:
+    changed = ["stages.evaluate.gold=none", "stages.evaluate.reward=null", f"stages.evaluate.judges={RULES}"]
+    assert baton("run", config, f"output={copy}", *changed, f"{GATE}={{}}") == 0
+    verdict = json.loads((copy / "report.json").read_text())["verdict"]
+    assert (verdict["state"], verdict["metric"], verdict["parent"]) == ("better", "win_rate.yes", "sft")
+    assert verdict["sentence"].startswith(f"By yes, {verdict['stage']} is better than its parent sft: it wins ")
+
+
+def test_a_prompt_without_the_answer_that_a_judge_needs_is_named(
+    config: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copy / "unanswered.jsonl"
+    reports.write_lines(path, [{"prompt": f"Say {number}?"} for number in range(120)])
+    judge = ["stages.evaluate.gold=none", "stages.evaluate.judges={right: [{rule: exact}]}", f"{GATE}={{}}"]
+    change = [f"output={copy}", f"data.unanswered={{source: {path}, held_out: 0.5}}"]
+    assert baton("run", config, *change, *judge, "stages.evaluate.prompts=unanswered") == 3
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{path}:" in said
+    assert "the prompt has no `answer`, which the rule `exact` needs" in said
+
+
+@pytest.mark.parametrize(
+    ("judges", "said"),
+    [
+        ("{gold: [{rule: exact}]}", "judges.gold: that is what the setting `gold` is called: take another name"),
+        ("{right: [{rule: exact}]}", "judges.right: gold=exact judges by this rule: leave one of them out"),
+        ("{my_judge: [{rule: world}]}", "judges.my_judge: string should match pattern"),
+        ("{none: []}", "judges.none: list should have at least 1 item"),
+        ("{odd: [{rule: patern}]}", "judges.odd.0: unknown rule `patern`; did you mean `pattern`?"),
+        ("{odd: [{rule: length, word: 3}]}", "judges.odd.0.word: unknown setting; did you mean `words`?"),
+        ("{odd: {rule: length, words: 3}}", "judges.odd: rules are a list, as in `[{rule: exact}]`"),
+        ("{gpt: {url: 'http://localhost', hosts: [localhost], modle: m}}", "unknown setting; did you mean `model`?"),
+    ],
+)
+def test_a_mistake_in_the_judges_is_named(
+    config: Path, judges: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert baton("plan", config, f"stages.evaluate.judges={judges}") == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_server_s_verdicts_are_its_win_rate(config: Path, copy: Path) -> None:
     with reward_servers.serving(prefers("Nay.", otherwise="who knows")) as server:
         judge = f"{{url: '{server.url}', hosts: ['127.0.0.1:{server.server_port}'], model: judge-1}}"
-        assert baton("run", config, f"output={copy}", f"stages.evaluate.judge={judge}", f"{GATE}={{}}") == 0
+        assert baton("run", config, f"output={copy}", f"stages.evaluate.judges={{gpt: {judge}}}", f"{GATE}={{}}") == 0
     found = evaluation(copy)
-    assert found["judge"] == "judge-1"
+    assert found["judges"]["gpt"] == "the model judge-1"
     asked = 0
     for model in ("dpo", "ppo"):
         pairs = [(each["responses"][model], each["responses"]["sft"]) for each in samples(copy)]
         preferred = ["same" if a == b else ("Nay." in a) - ("Nay." in b) for a, b in pairs]
-        comparison, rate = found["models"][model]["comparison"], found["models"][model]["metrics"]["win_rate"]
-        assert comparison["won"] == preferred.count(1)
-        assert comparison["lost"] == preferred.count(-1) > 0
-        assert comparison["tied"] == preferred.count("same")
-        assert comparison["unread"] == preferred.count(0)
-        assert rate["high"] < 0.5
+        rate, said = found["models"][model]["metrics"]["win_rate.gpt"], found["models"][model]["comparison"]["judges"]
+        assert said["gpt"]["won"] == preferred.count(1)
+        assert said["gpt"]["lost"] == preferred.count(-1) > 0
+        assert said["gpt"]["tied"] == preferred.count("same")
+        assert said["gpt"]["unread"] == preferred.count(0)
+        assert said.keys() == {"gold", "reward", "gpt"}
+        assert rate["high"] < 0.5 < found["models"][model]["metrics"]["win_rate.gold"]["low"]
         asked += 2 * (len(pairs) - preferred.count("same"))
     assert len(server.bodies) == asked
     text = reports.Elements((copy / "report.html").read_text()).text
-    assert "judged by judge-1" in text
+    assert "gpt is the model judge-1" in text
 
 
 def test_verdicts_that_cannot_be_read_are_counted_and_warned_of(config: Path, copy: Path) -> None:
     with reward_servers.serving(reward_servers.says(completion("I cannot say."))) as server:
         judge = f"{{url: '{server.url}', hosts: ['127.0.0.1:{server.server_port}'], model: judge-1}}"
-        assert baton("run", config, f"output={copy}", f"stages.evaluate.judge={judge}", f"{GATE}={{}}") == 0
+        assert baton("run", config, f"output={copy}", f"stages.evaluate.judges={{gpt: {judge}}}", f"{GATE}={{}}") == 0
     found = evaluation(copy)["models"]["dpo"]
-    comparison = found["comparison"]
-    assert comparison["unread"] > 0
-    assert (comparison["won"], comparison["lost"]) == (0, 0)
-    assert found["metrics"]["win_rate"]["n"] == comparison["tied"]
+    said = found["comparison"]["judges"]["gpt"]
+    assert said["unread"] > 0
+    assert (said["won"], said["lost"]) == (0, 0)
+    assert found["metrics"]["win_rate.gpt"]["n"] == said["tied"]
+    assert [each["outcomes"]["gpt"]["dpo"] for each in samples(copy)].count(None) == said["unread"]
     warnings = manifests.load(copy / "stages" / "evaluate").warnings
-    assert [each for each in warnings if each.startswith(f"dpo: {comparison['unread']} of ")]
+    expected = f"dpo: {said['unread']} of {len(samples(copy))} comparisons with its parent got no verdict of gpt that "
+    assert [each for each in warnings if each.startswith(expected)]

@@ -36,6 +36,7 @@ DRIVER = {
     "card",
     "tracking",
     "difference",
+    "observations",
     "harness",
 }
 HEAVY = {"torch", "transformers", "datasets", "peft", "trl", "accelerate", "matplotlib", "huggingface_hub"}

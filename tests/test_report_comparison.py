@@ -17,9 +17,11 @@ from pipeline.config import EvaluateSettings
 from pipeline.manifest import Metric
 from pipeline.report.inputs import ModelEvaluation
 from pipeline.report.verdict import judge
+from pipeline.servers import JudgeServer
 
 GUIDE = (REPOSITORY / "docs" / "comparison.md").read_text(encoding="utf-8")
-COUNTS = {"won": 60, "tied": 25, "lost": 10, "unread": 5, "changed": 3, "needed": {}}
+TALLY = {"won": 60, "tied": 25, "lost": 10, "unread": 5, "changed": 3}
+COUNTS: dict[str, Any] = {"judges": {"gpt": TALLY}, "needed": {}}
 
 
 @pytest.fixture
@@ -52,13 +54,37 @@ def text_of(run: Path) -> str:
     return reports.Elements(page).text
 
 
-def test_win_rates_stand_beside_their_counts(run: Path) -> None:
-    rates = {"win_rate": reports.metric(0.7), "win_rate_length_controlled": reports.metric(0.6)}
-    evaluate(run, metrics=rates, comparison=COUNTS)
-    text = text_of(run)
-    assert "60 won, 25 tied, 10 lost, 5 without a verdict" in text
-    assert "win rate at equal lengths" in text
-    assert "60.0%[58.0%, 62.0%]" in text
+def test_every_line_of_win_rates_names_its_judge_beside_its_counts(run: Path) -> None:
+    rates = {f"win_rate.{judge}": reports.metric(rate) for judge, rate in (("gpt", 0.7), ("short", 0.4))}
+    rates["win_rate_length_controlled.gpt"] = reports.metric(0.6)
+    judges = {"gpt": TALLY, "short": {"won": 30, "tied": 20, "lost": 50}}
+    needed = {"win_rate.short": 1_234}
+    evaluate(run, metrics=rates, comparison={"judges": judges, "needed": needed})
+    lines = text_of(run).partition("Wins against the parent, by judge")[2].partition("Samples")[0].split("ppo")
+    gpt, short = (" ".join(each.split()) for each in lines[1:3])
+    assert gpt.startswith("against sftgpt 70.0%[68.0%, 72.0%]")
+    assert "60.0%[58.0%, 62.0%]" in gpt
+    assert "60 won, 25 tied, 10 lost, 5 without a verdict" in gpt
+    assert short.startswith("against sftshort 40.0%[38.0%, 42.0%]")
+    assert "30 won, 20 tied, 50 lost" in short
+    assert "1,234" in short
+    assert "without a verdict" not in short
+    assert "win rate by" not in text_of(run).partition("Wins against the parent")[0]
+
+
+def test_the_page_says_what_each_judge_is(run: Path) -> None:
+    evaluation = reports.evaluation() | {"judges": {"gold": "the rule world", "gpt": "the model judge-1"}}
+    (run / "stages" / "check" / "evaluation.json").write_text(json.dumps(evaluation))
+    assert "gold is the rule world; gpt is the model judge-1." in text_of(run)
+
+
+@pytest.mark.parametrize(("adjusted", "coloured"), [(0.01, True), (0.2, False)])
+def test_a_win_rate_is_coloured_only_when_it_stays_significant(run: Path, adjusted: float, coloured: bool) -> None:
+    tests = {"win_rate.gpt": {"p": 0.01, "adjusted": adjusted}}
+    evaluate(run, metrics={"win_rate.gpt": reports.metric(0.7)}, comparison=COUNTS | {"tests": tests})
+    page = reports.page(run)
+    assert bool(re.search(r'<span class="up">\s*70\.0%', page)) == coloured
+    assert f"p 0.010, corrected {adjusted:.3f}" in reports.Elements(page).text
 
 
 @pytest.mark.parametrize(
@@ -142,7 +168,7 @@ def test_a_second_evaluation_changes_neither_the_verdict_nor_the_table_and_adds_
 
 def _table(text: str) -> list[str]:
     """The words of the main table."""
-    table = text.partition("Each model against its parent")[2].partition("Accuracy by task")[0]
+    table = text.partition("Each model against its parent")[2].partition("Wins against the parent")[0]
     return table.partition("sft, ppo were")[0].split()
 
 
@@ -171,19 +197,18 @@ def test_an_unclear_verdict_says_how_many_prompts_would_tell() -> None:
         (
             Metric(value=0.7, low=0.6, high=0.8),
             "better",
-            "By the judge, dpo is better than its parent sft: it wins 70.0%",
+            "By gpt, dpo is better than its parent sft: it wins 70.0%",
         ),
         (Metric(value=0.3, low=0.2, high=0.4), "worse", "dpo is worse than its parent sft"),
         (Metric(value=0.55, low=0.45, high=0.65), "unclear", "dpo is not clearly different from its parent sft"),
     ],
 )
-def test_where_only_a_judge_of_pairs_was_asked_its_win_rate_is_the_verdict(
+def test_without_a_gold_or_learned_reward_the_win_rate_by_the_first_judge_is_the_verdict(
     rate: Metric, state: str, words: str
 ) -> None:
-    sft = ModelEvaluation(parent="base", metrics={"win_rate": Metric(value=0.99, low=0.98, high=1.0)})
-    verdict = judge(
-        {"base": ModelEvaluation(), "sft": sft, "dpo": ModelEvaluation(parent="sft", metrics={"win_rate": rate})}
-    )
+    sft = ModelEvaluation(parent="base", metrics={"win_rate.gpt": Metric(value=0.99, low=0.98, high=1.0)})
+    rates = {"win_rate.gpt": rate, "win_rate.short": Metric(value=0.1, low=0.0, high=0.2)}
+    verdict = judge({"base": ModelEvaluation(), "sft": sft, "dpo": ModelEvaluation(parent="sft", metrics=rates)})
     assert (verdict.state, verdict.stage) == (state, "dpo")
     assert words in verdict.sentence
 
@@ -220,11 +245,11 @@ def test_a_gate_that_somebody_spoiled_in_the_run_is_left_out(run: Path, required
 
 
 def test_the_settings_of_the_guide_are_valid() -> None:
-    judges = re.findall(r"```yaml\n    judge:\n(.*?)```", GUIDE, re.DOTALL)
+    judges = [yaml.safe_load(found) for found in re.findall(r"```yaml\n(    judges:.*?)```", GUIDE, re.DOTALL)]
     gates = [yaml.safe_load(found) for found in re.findall(r"```yaml\n(    require:.*?)```", GUIDE, re.DOTALL)]
-    settings = {"models": ["dpo"], "prompts": "prompts", "judge": yaml.safe_load(judges[0]), **gates[0]}
+    settings = {"models": ["dpo"], "prompts": "prompts", "judges": judges[0]["judges"], **gates[0]}
     made = EvaluateSettings.model_validate(settings)
-    assert made.judge is not None
+    assert [type(each) for each in made.judges.values()] == [JudgeServer, list, list]
     assert made.require.keys() == {"dpo", "reward"}
     for required in re.findall(r"\"([<>].*?)\"", GUIDE):
         gate.parse(required)

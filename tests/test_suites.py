@@ -89,14 +89,38 @@ def test_a_gain_in_yes_and_no_has_a_score_interval_and_its_pairs_are_kept(tmp_pa
     assert found["suite.mine_gain"] == proportion_difference([1.0, 1.0], [0.0, 0.0])
     (check,) = gate.check({"dpo": {"suite.mine": "> parent"}}, {f"dpo.{name}": each for name, each in found.items()})
     assert not check.holds
-    assert ledger.pairs == {"dpo": ([1.0, 1.0], [0.0, 0.0])}
+    assert ledger.pairs["dpo"] == {"suite.mine": ([1.0, 1.0], [0.0, 0.0])}
 
 
 def test_a_gain_in_means_has_the_bootstrap_s_interval_and_no_pairs_to_test(tmp_path: Path) -> None:
     suite = loader.suite(str(write_suite(tmp_path, samples=2, temperature=1)))[1]
     ledger, found = entered(suite, Scores({0: 1.0, 1: 0.5, 2: 0.5}), Scores({0: 0.5, 1: 0.0, 2: 0.5}))
     assert found["suite.mine_gain"] == paired_difference([1.0, 0.5, 0.5], [0.5, 0.0, 0.5])
-    assert ledger.pairs == {}
+    assert ledger.pairs["dpo"] == {}
+
+
+def test_every_category_has_a_gain_over_its_own_rows(tmp_path: Path) -> None:
+    suite = loader.suite(str(write_suite(tmp_path)))[1]
+    observed = [Observation(str(place), "even" if place % 2 == 0 else "odd", (place,)) for place in range(6)]
+    ledger = _Ledger("mine", suite, [], observed, None)
+    ledger.enter("sft", None, Scores(dict.fromkeys(range(6), 0.0) | {1: 1.0}))
+    found = ledger.enter("dpo", "sft", Scores({0: 1.0, 2: 1.0, 3: 0.0, 4: 0.0, 5: 1.0}))
+    assert found["suite.mine.even_gain"] == proportion_difference([1.0, 1.0, 0.0], [0.0] * 3)
+    assert found["suite.mine.odd_gain"] == proportion_difference([0.0, 1.0], [0.0, 0.0])
+    assert ledger.pairs["dpo"].keys() == {"suite.mine", "suite.mine.even", "suite.mine.odd"}
+    assert ledger.pairs["dpo"]["suite.mine.odd"] == ([0.0, 1.0], [0.0, 0.0])
+
+
+def test_categories_of_documents_have_a_gain_that_is_weighted_as_their_figure(tmp_path: Path) -> None:
+    suite = loader.suite(str(write_suite(tmp_path, method="likelihood", gold=None)))[1]
+    observed = [Observation(str(place), "ab"[place % 2], (place,)) for place in range(4)]
+    ledger = _Ledger("mine", suite, [], observed, None)
+    weights = {0: 10.0, 1: 1.0, 2: 30.0, 3: 1.0}
+    ledger.enter("sft", None, Scores({0: 2.0, 1: 1.0, 2: 1.0, 3: 1.0}, weights=weights))
+    found = ledger.enter("dpo", "sft", Scores({0: 1.0, 1: 1.0, 2: 0.5, 3: 1.0}, weights=weights))
+    assert found["suite.mine.a_gain"].value == pytest.approx((10 * -1.0 + 30 * -0.5) / 40)
+    assert ledger.pairs["dpo"] == {}
+    assert [line["weight"] for line in ledger.lines()] == [10.0, 1.0, 30.0, 1.0]
 
 
 def test_single_responses_at_several_temperatures_have_a_proportion_at_each(tmp_path: Path) -> None:
@@ -106,6 +130,7 @@ def test_single_responses_at_several_temperatures_have_a_proportion_at_each(tmp_
     assert found["suite.mine"] == mean_interval([0.5, 0.0])
     assert found["suite.mine.at 0.5"] == proportion_interval(1, 2)
     assert found["suite.mine.at 1"] == proportion_interval(0, 2)
+    assert found["suite.mine.at 1_gain"] == proportion_difference([0.0, 0.0], [0.0, 0.0])
     several = loader.suite(str(write_suite(tmp_path, temperature=[0.5, 1], samples=2)))[1]
     assert entered(several, own, own)[1]["suite.mine.at 1"] == mean_interval([0.0, 0.0])
 
@@ -237,6 +262,14 @@ def test_invariance_needs_groups(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "answer": "b", "group": "g"}, {"prompt": "c", "answer": "d"}]
     with pytest.raises(DataError, match="no `group`, which method=invariance needs") as caught:
         items_of(tmp_path, rows, method="invariance")
+    assert caught.value.where == f"{tmp_path}/mine.jsonl:2"
+
+
+@pytest.mark.parametrize("category", ["weight_gain", "aspect_ratio"])
+def test_a_category_that_is_called_like_a_comparison_is_refused_with_its_line(tmp_path: Path, category: str) -> None:
+    rows = [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "d", "category": category}]
+    with pytest.raises(DataError, match=f"'{category}' ends as the names of comparisons with a parent do") as caught:
+        items_of(tmp_path, rows)
     assert caught.value.where == f"{tmp_path}/mine.jsonl:2"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pipeline.figures import GAIN
 from pipeline.report.inputs import ModelEvaluation
 from pipeline.report.wording import with_interval
 
@@ -36,7 +37,7 @@ class Forest:
 
 def compare(models: Mapping[str, ModelEvaluation], metric: str) -> Forest | None:
     """Gains in `metric` of all models that have one with an interval; None when there is none."""
-    name = f"{metric}_gain"
+    name = f"{metric}{GAIN}"
     measured = [
         (model, found.parent, gain.low, gain, gain.high)
         for model, found in models.items()

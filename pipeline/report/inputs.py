@@ -45,11 +45,13 @@ class Sample(_Log):
     responses: dict[str, str]
     gold: dict[str, float | None] = {}
     reward: dict[str, float | None] = {}
+    scores: dict[str, dict[str, float | None]] = {}
+    """Of other judges, by name."""
     answer: Any = None
 
 
 class AccuracyTest(_Log):
-    """McNemar's test of an accuracy, or of a suite of yes and no, against the parent's."""
+    """McNemar's test of an accuracy, a win rate, or a suite of yes and no, against the parent's."""
 
     p: float
     adjusted: float
@@ -61,13 +63,19 @@ class AccuracyTest(_Log):
         return self.adjusted < LEVEL
 
 
-class Comparison(_Log):
-    """What a model's figures do not say of how it compares with its parent."""
+class Tally(_Log):
+    """How often a judge preferred a model to its parent, neither, or the parent, and how often it said nothing."""
 
     won: int
     tied: int
     lost: int
     unread: int = 0
+
+
+class Comparison(_Log):
+    """What a model's figures do not say of how it compares with its parent."""
+
+    judges: dict[str, Tally] = {}
     needed: dict[str, int] = {}
     """Metric whose change is not clear -> prompts that would show it, if it is as large as it seems."""
     tests: dict[str, AccuracyTest] = {}
@@ -124,7 +132,8 @@ class Evaluation(_Log):
     suites: dict[str, SuiteRecord] = {}
     """By name; their figures are among the models' metrics."""
     gold: str = "none"
-    judge: str = ""
+    judges: dict[str, str] = {}
+    """By name, what each is, in words."""
 
 
 class Look(_Log):

@@ -18,25 +18,25 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline import gate
+from pipeline.figures import GAIN, LENGTH_CONTROLLED, RATIO, SCORE, SETTINGS, SUITE, WIN_RATE
 from pipeline.manifest import Metric
 from pipeline.report import lineage, wording
 from pipeline.report.cell import Cell
 from pipeline.report.curves import Curve, draw_curves
 from pipeline.report.forest import compare, direction
 from pipeline.report.frontier import draw_frontiers
-from pipeline.report.inputs import Evaluation, ModelEvaluation, RunRecord, Sample, StageRecord
+from pipeline.report.inputs import Evaluation, ModelEvaluation, RunRecord, Sample
 from pipeline.report.marks import Piece, marked
-from pipeline.report.suites import of_suites, suites
+from pipeline.report.suites import suites
 from pipeline.report.summary import elsewhere, evaluated
+from pipeline.report.wins import described, wins
 from pipeline.terminal import printable_lines
 
 _HERE = Path(__file__).parent
-_REWARDS = ("gold", "reward", "win_rate", "win_rate_length_controlled")
-_COLUMNS = (*_REWARDS, "accuracy", "pair_accuracy", "perplexity", "bits_per_byte", "kl", "length")
-_ELSEWHERE = ("frontier_gap",)
-"""Shown in a table of their own."""
-_BETTER_IF_HIGH = ("gold", "reward", "accuracy")
+_COLUMNS = (*SETTINGS, "accuracy", "pair_accuracy", "perplexity", "bits_per_byte", "kl", "length")
+_ELSEWHERE = ("frontier_gap", SUITE, WIN_RATE, LENGTH_CONTROLLED)
+"""What the names begin with of figures that are shown in a table of their own."""
+_BETTER_IF_HIGH = (*SETTINGS, "accuracy", SCORE.rstrip("."))
 """Metrics, up to a dot, whose gains are shown and coloured."""
 _BETTER_IF_LOW = ("perplexity", "bits_per_byte")
 """Metrics whose ratios to the parent's are coloured; that of lengths is shown as it is."""
@@ -84,7 +84,8 @@ def render(run: RunRecord, summary: Mapping[str, Any]) -> str:
             tasks=_table(models, _tasks(models)),
             suites=suites(run),
             tested=any(model.comparison and model.comparison.tests for model in models.values()),
-            judges=_judges(run.stages.values()),
+            wins=wins(models),
+            judges=described(run),
             measured=_measured(run),
             frontiers=draw_frontiers(run),
             curves=_curves(run),
@@ -132,13 +133,14 @@ def _lineage(run: RunRecord) -> lineage.Drawing:
 def _columns(models: Mapping[str, ModelEvaluation]) -> list[str]:
     present = {name for model in models.values() for name in model.metrics}
     known = [name for name in _COLUMNS if name in present]
-    others = present - {*known, *_tasks(models), *_ELSEWHERE, *of_suites(present)}
-    return [*known, *sorted(name for name in others if not name.endswith((gate.GAIN, gate.RATIO)))]
+    others = present - {*known, *_tasks(models)}
+    shown = sorted(name for name in others if not name.startswith(_ELSEWHERE) and not name.endswith((GAIN, RATIO)))
+    return [*known, *shown]
 
 
 def _tasks(models: Mapping[str, ModelEvaluation]) -> list[str]:
     present = {name for model in models.values() for name in model.metrics}
-    return sorted(name for name in present if name.startswith("accuracy.") and not name.endswith(gate.GAIN))
+    return sorted(name for name in present if name.startswith("accuracy.") and not name.endswith(GAIN))
 
 
 def _table(models: Mapping[str, ModelEvaluation], columns: list[str]) -> list[Line]:
@@ -155,7 +157,7 @@ def _cell(column: str, model: ModelEvaluation) -> Cell:
     measured = model.metrics.get(column)
     if measured is None:
         return Cell(label)
-    gain = model.metrics.get(f"{column}{gate.GAIN}") if column.partition(".")[0] in _BETTER_IF_HIGH else None
+    gain = model.metrics.get(f"{column}{GAIN}") if column.partition(".")[0] in _BETTER_IF_HIGH else None
     cell = Cell(label, wording.number(column, measured.value), wording.interval(column, measured))
     if gain is not None:
         test = model.test(column)
@@ -166,11 +168,8 @@ def _cell(column: str, model: ModelEvaluation) -> Cell:
             direction=direction(gain.low, gain.high) if test is None or test.clear else "level",
             remark=wording.significance(test),
         )
-    if f"{column}{gate.RATIO}" in model.metrics:
-        return _with_ratio(cell, column, model.metrics[f"{column}{gate.RATIO}"])
-    if column in ("win_rate", "win_rate_length_controlled"):
-        remark = wording.tally(model.comparison) if model.comparison and column == "win_rate" else ""
-        return replace(cell, direction=direction(measured.low, measured.high, neutral=0.5), remark=remark)
+    if f"{column}{RATIO}" in model.metrics:
+        return _with_ratio(cell, column, model.metrics[f"{column}{RATIO}"])
     return cell
 
 
@@ -184,17 +183,6 @@ def _with_ratio(cell: Cell, column: str, ratio: Metric) -> Cell:
         gain_interval=wording.interval("ratio", ratio),
         direction=better,
     )
-
-
-def _judges(records: Iterable[StageRecord]) -> list[str]:
-    """Who decided the win rates, in words; empty when nobody did."""
-    spelled = {"gold": "the gold reward", "reward": "the learned reward model"}
-    judged = [
-        record.evaluation
-        for record in records
-        if record.evaluation and any("win_rate" in model.metrics for model in record.evaluation.models.values())
-    ]
-    return list(dict.fromkeys(spelled.get(each.judge, each.judge) for each in judged if each.judge))
 
 
 def _measured(run: RunRecord) -> list[tuple[str, list[tuple[Cell, int | None]]]]:
@@ -249,7 +237,7 @@ def _answer(sample: Sample, name: str, models: Mapping[str, ModelEvaluation]) ->
 
 
 def _scores(sample: Sample, name: str) -> Iterable[str]:
-    for metric, scores in (("gold", sample.gold), ("reward", sample.reward)):
+    for metric, scores in (("gold", sample.gold), ("reward", sample.reward), *sample.scores.items()):
         score = scores.get(name)
         if score is not None:
             yield f"{metric} {wording.brief(score, decimals=2)}"

@@ -4,17 +4,15 @@ reliability diagrams."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from pipeline.gate import GAIN
+from pipeline.figures import GAIN, SUITE
 from pipeline.report import wording
 from pipeline.report.cell import Cell
 from pipeline.report.forest import direction
 from pipeline.report.inputs import ModelEvaluation, RunRecord, SuiteRecord
 from pipeline.report.reliability import Reliability, draw_reliability
-
-PREFIX = "suite."
 
 
 @dataclass(frozen=True)
@@ -57,13 +55,8 @@ def suites(run: RunRecord) -> list[SuiteTable]:
     ]
 
 
-def of_suites(metrics: Iterable[str]) -> set[str]:
-    """Those of the metrics that belong to suites."""
-    return {name for name in metrics if name.startswith(PREFIX)}
-
-
 def _lines(name: str, suite: SuiteRecord, models: Mapping[str, ModelEvaluation]) -> Iterator[SuiteLine]:
-    whole = f"{PREFIX}{name}"
+    whole = f"{SUITE}{name}"
     present = dict.fromkeys(each for model in models.values() for each in model.metrics)
     parts = [each for each in present if each.startswith((f"{whole}.", f"{whole}_")) and not each.endswith(GAIN)]
     measured = {label: model for label, model in models.items() if whole in model.metrics}
@@ -78,7 +71,7 @@ def _calibration(
 ) -> Iterator[Reliability]:
     """A diagram for each reward model."""
     for number, (model, bins) in enumerate(sorted(suite.calibration.items())):
-        error = models[model].metrics.get(f"{PREFIX}{name}_calibration_error") if model in models else None
+        error = models[model].metrics.get(f"{SUITE}{name}_calibration_error") if model in models else None
         yield draw_reliability(model, bins, error, f"{salt}/{number}")
 
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from pipeline.figures import GAIN, SETTINGS, WIN_RATE
 from pipeline.manifest import Metric
 from pipeline.report.forest import direction
 from pipeline.report.inputs import ModelEvaluation
 from pipeline.report.wording import label, number, with_interval
 
 State = Literal["better", "unclear", "worse", "start is best", "no gain measured", "not evaluated"]
-_JUDGES = ("gold", "reward")
 _BY_SIDE: dict[str, tuple[State, str]] = {
     "up": ("better", "better than"),
     "down": ("worse", "worse than"),
@@ -52,13 +52,13 @@ class Verdict:
 
 
 def judge(models: Mapping[str, ModelEvaluation]) -> Verdict:
-    """Compare the best model, by gold reward where there is one, else by learned reward, else by the win rate, with its
-    parent.
+    """Compare the best model, by gold reward where there is one, else by learned reward, else by the win rate that the
+    first of other judges gives, with its parent.
 
     Args:
         models: Evaluated models by name.
     """
-    metric = next((each for each in _JUDGES if any(each in model.metrics for model in models.values())), None)
+    metric = next((each for each in SETTINGS if any(each in model.metrics for model in models.values())), None)
     if metric is None and (found := _by_win_rate(models)):
         return found
     if metric is None:
@@ -70,16 +70,21 @@ def judge(models: Mapping[str, ModelEvaluation]) -> Verdict:
 
 
 def _by_win_rate(models: Mapping[str, ModelEvaluation]) -> Verdict | None:
-    """What a judge of pairs alone says: of the models that nothing was trained from, the one that wins most."""
+    """What the first of other judges says: of the models that nothing was trained from, the one that wins most."""
     parents = {model.parent for model in models.values()}
-    last = {name: model for name, model in models.items() if "win_rate" in model.metrics and name not in parents}
+    rated = [each for model in models.values() for each in model.metrics if each.startswith(WIN_RATE)]
+    if not rated:
+        return None
+    metric = rated[0]
+    last = {name: model for name, model in models.items() if metric in model.metrics and name not in parents}
     if not last:
         return None
-    best = max(last, key=lambda name: (last[name].metrics["win_rate"].value, name))
-    rate, parent = last[best].metrics["win_rate"], last[best].parent
+    best = max(last, key=lambda name: (last[name].metrics[metric].value, name))
+    rate, parent = last[best].metrics[metric], last[best].parent
     state, words = _BY_SIDE[direction(rate.low, rate.high, neutral=0.5)]
-    wins = f"it wins {with_interval('win_rate', rate)} of the comparisons"
-    return Verdict(state, f"By the judge, {best} is {words} its parent {parent}: {wins}.", best, parent, "win_rate")
+    wins = f"it wins {with_interval(metric, rate)} of the comparisons"
+    judge = metric.removeprefix(WIN_RATE)
+    return Verdict(state, f"By {judge}, {best} is {words} its parent {parent}: {wins}.", best, parent, metric)
 
 
 def _against_parent(best: str, models: Mapping[str, ModelEvaluation], metric: str) -> Verdict:
@@ -88,7 +93,7 @@ def _against_parent(best: str, models: Mapping[str, ModelEvaluation], metric: st
     if model.parent is None and any(each.parent == best for each in models.values()):
         sentence = f"No stage improves on {best}, where it started: {level}."
         return Verdict("start is best", sentence, best, None, metric)
-    gain = model.metrics.get(f"{metric}_gain")
+    gain = model.metrics.get(f"{metric}{GAIN}")
     if model.parent is None or gain is None:
         sentence = f"{best} scores highest, {level}, but it was not compared with a parent."
         return Verdict("no gain measured", sentence, best, model.parent, metric)
@@ -114,7 +119,7 @@ def _weigh(best: str, parent: str, level: str, metric: str, gain: Metric) -> tup
 
 def over_optimised(model: ModelEvaluation) -> str | None:
     """The warning when the learned reward rose and the gold reward did not (Gao et al. 2022, 2210.10760)."""
-    learned, gold = model.metrics.get("reward_gain"), model.metrics.get("gold_gain")
+    learned, gold = model.metrics.get(f"reward{GAIN}"), model.metrics.get(f"gold{GAIN}")
     if learned is None or gold is None or learned.low is None or learned.low <= 0:
         return None
     if gold.low is None or gold.low > 0:

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.findings import PROMPT_CUT
+from pipeline.figures import LENGTH_CONTROLLED, SCORE, WIN_RATE
 from pipeline.manifest import DataCard, Metric
-from pipeline.report.inputs import AccuracyTest, Comparison
+from pipeline.report.inputs import AccuracyTest, Tally
 
 LONGEST = 2_000
-_SHARES = frozenset({"win_rate", "win_rate_length_controlled", "accuracy", "pair_accuracy"})
+_BY_JUDGE = {WIN_RATE: "win rate by", LENGTH_CONTROLLED: "win rate at equal lengths by", SCORE: "score by"}
+_SHARES = frozenset({"accuracy", "pair_accuracy", *(each.rstrip(".") for each in (WIN_RATE, LENGTH_CONTROLLED))})
 _DECIMALS = {"perplexity": 2, "reward": 2, "kl": 2, "length": 1, "vocabulary": 0}
 
 
@@ -22,11 +24,13 @@ def excerpt(text: str) -> str:
 
 
 def label(metric: str) -> str:
-    """A metric's name as a heading: `accuracy.sums` is `accuracy, sums`."""
+    """A metric's name as a heading: `accuracy.sums` is `accuracy, sums`, `win_rate.gold` is `win rate by gold`."""
+    for prefix, words in _BY_JUDGE.items():
+        if metric.startswith(prefix):
+            return f"{words} {metric.removeprefix(prefix)}"
     spelled = {
         **{"gold": "gold reward", "kl": "KL to reference", "reward": "learned reward"},
         "frontier_gap": "above best-of-n",
-        "win_rate_length_controlled": "win rate at equal lengths",
     }
     return spelled.get(metric, metric.replace(".", ", ").replace("_", " "))
 
@@ -70,10 +74,10 @@ def with_interval(metric: str, measured: Metric, *, signed: bool = False) -> str
     return f"{value} {interval(metric, measured, signed=signed)}".strip()
 
 
-def tally(comparison: Comparison) -> str:
+def tally(counts: Tally) -> str:
     """How often a model won against its parent, and how often nobody can say."""
-    counts = f"{comparison.won:,} won, {comparison.tied:,} tied, {comparison.lost:,} lost"
-    return counts + (f", {comparison.unread:,} without a verdict" if comparison.unread else "")
+    written = f"{counts.won:,} won, {counts.tied:,} tied, {counts.lost:,} lost"
+    return written + (f", {counts.unread:,} without a verdict" if counts.unread else "")
 
 
 def found(check: Mapping[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from data.batch import Layout
 from data.schema import Prompt
 from data.tree import Branch, Tree, prompt_tokens
 from pipeline.config import Decoding, EvaluateSettings
+from pipeline.figures import SCORE
 from pipeline.rules import Gold
 from reward.best_of_n import Frontier
 from reward.rules import Verdict, verdict
@@ -54,6 +55,7 @@ class Answers:
         gold: [prompts * n] by the rule that knows what is correct; empty without one.
         correct: [prompts * n] 1 where that rule says so; empty without one.
         rewards: [prompts * n] by the reward model; empty without one.
+        by_rules: Judge -> [prompts * n] what its rules give.
     """
 
     texts: list[str]
@@ -61,6 +63,7 @@ class Answers:
     gold: list[float]
     correct: list[float]
     rewards: list[float]
+    by_rules: Mapping[str, list[float]] = field(default_factory=dict)
 
     @property
     def judged(self) -> list[float]:
@@ -69,8 +72,10 @@ class Answers:
 
     @property
     def scores(self) -> dict[str, list[float]]:
-        """The gold rewards and the rewards, as far as there are any, by the names of their metrics."""
-        return {name: values for name, values in (("gold", self.gold), ("reward", self.rewards)) if values}
+        """What each judge that gives scores says, by the names of their metrics."""
+        given = {"gold": self.gold, "reward": self.rewards}
+        own = {name: values for name, values in given.items() if values}
+        return own | {f"{SCORE}{name}": values for name, values in self.by_rules.items()}
 
     @property
     def lengths(self) -> list[int]:

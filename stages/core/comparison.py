@@ -7,12 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data.schema import Prompt
-from pipeline.gate import GAIN, RATIO
+from pipeline.figures import GAIN, LENGTH_CONTROLLED, RATIO, SCORE, SETTINGS, WIN_RATE
 from pipeline.manifest import Metric
-from reward.comparison import LOSS, TIE, WIN, AccuracyTest, accuracy_tests, outcomes, prompts_needed
+from reward.comparison import (
+    LOSS,
+    TIE,
+    WIN,
+    AccuracyTest,
+    Judgement,
+    accuracy_tests,
+    outcomes,
+    prompts_needed,
+)
 from reward.intervals import mean_interval, paired_difference, proportion_difference, ratio_interval
 from reward.length_control import length_controlled
-from reward.pair_judge import Judgement, PairJudge
+from reward.pair_judge import PairJudge
 from stages.core.answers import Answers
 
 Pair = tuple[Sequence[float], Sequence[float]]
@@ -25,46 +34,48 @@ class Comparison:
 
     Attributes:
         metrics: Differences, ratios and win rates, with their intervals.
-        won: Prompts on which the judge prefers the model.
-        tied: Prompts on which it prefers neither, or the verdict changed with the order.
-        lost: Prompts on which it prefers the parent.
-        unread: Prompts on which the judge gave no verdict that could be read; they are in no win rate.
-        changed: Of the ties, those whose verdict changed with the order.
+        judgements: By judge.
         needed: Metric whose difference is not clear -> prompts that would show it, if it is as large as it seems.
         correct: Accuracy -> whether each prompt was answered correctly by the model and by its parent.
     """
 
     metrics: dict[str, Metric]
-    won: int = 0
-    tied: int = 0
-    lost: int = 0
-    unread: int = 0
-    changed: int = 0
+    judgements: dict[str, Judgement] = field(default_factory=dict)
     needed: dict[str, int] = field(default_factory=dict)
     correct: dict[str, Pair] = field(default_factory=dict)
 
     @property
-    def asked(self) -> int:
-        """Prompts on which the judge was asked."""
-        return self.won + self.tied + self.lost + self.unread
+    def tested(self) -> dict[str, Pair]:
+        """What McNemar's test takes: the accuracies, and of each win rate where the model wins and where its parent."""
+        wins: dict[str, Pair] = {
+            f"{WIN_RATE}{judge}": ([float(each == WIN) for each in decided], [float(each == LOSS) for each in decided])
+            for judge, found in self.judgements.items()
+            if (decided := found.decided)
+        }
+        return self.correct | wins
 
     def as_json(self, tests: Mapping[str, AccuracyTest]) -> dict[str, Any]:
         """What the report needs beside the metrics."""
-        counts = {name: getattr(self, name) for name in ("won", "tied", "lost", "unread", "changed")}
-        return {**counts, "needed": self.needed, "tests": {name: vars(test) for name, test in tests.items()}}
+        return {
+            "judges": {judge: _counts(found) for judge, found in self.judgements.items()},
+            "needed": self.needed,
+            "tests": {name: vars(test) for name, test in tests.items()},
+        }
 
 
-def compare(own: Answers, parent: Answers, prompts: Sequence[Prompt], judge: PairJudge | None) -> Comparison:
+def compare(
+    own: Answers, parent: Answers, prompts: Sequence[Prompt], pair_judges: Mapping[str, PairJudge]
+) -> Comparison:
     """Compare answers to the same prompts.
 
     Args:
         own: The model's.
         parent: Its parent's, in the same order.
         prompts: What was answered.
-        judge: Decides which of two answers is better; without one, the gold reward does, or else the reward.
+        pair_judges: Judges by name that are shown both answers, beside those that gave each a score.
 
     Raises:
-        ServerError: The judge is out of reach or breaks the protocol.
+        ServerError: A judge is out of reach or breaks the protocol.
     """
     correct = _paired(own.accuracies(prompts), parent.accuracies(prompts))
     # One prompt of a task has a test, of which nothing comes, and no interval.
@@ -72,17 +83,18 @@ def compare(own: Answers, parent: Answers, prompts: Sequence[Prompt], judge: Pai
     scores = _paired(own.scores, parent.scores)
     metrics = {f"{name}{GAIN}": paired_difference(*pair) for name, pair in scores.items()}
     metrics |= {f"{name}{GAIN}": proportion_difference(*pair) for name, pair in several.items()}
-    needed = {name: _needed(*pair, metrics[f"{name}{GAIN}"]) for name, pair in (scores | several).items()}
+    needed = {name: _needed(_differences(*pair), metrics[f"{name}{GAIN}"]) for name, pair in (scores | several).items()}
     metrics[f"length{RATIO}"] = ratio_interval(own.lengths, parent.lengths)
-    judgement = _judged(own, parent, prompts, judge)
-    decided = [outcome for outcome in judgement.outcomes if outcome is not None]
+    judgements = {name.removeprefix(SCORE): Judgement(outcomes(*pair)) for name, pair in scores.items()}
+    judgements |= {name: judge.compare(prompts, own.texts, parent.texts) for name, judge in pair_judges.items()}
+    judgements = dict(sorted(judgements.items(), key=_rank))
+    for judge, found in judgements.items():
+        if found.decided:
+            metrics |= _win_rates(judge, found, own, parent)
+            needed[f"{WIN_RATE}{judge}"] = _needed_to_win(found, metrics[f"{WIN_RATE}{judge}"])
     return Comparison(
-        metrics=metrics | _win_rates(own, parent, judgement),
-        won=decided.count(WIN),
-        tied=decided.count(TIE),
-        lost=decided.count(LOSS),
-        unread=len(judgement.outcomes) - len(decided),
-        changed=judgement.changed,
+        metrics=metrics,
+        judgements=judgements,
         needed={name: count for name, count in needed.items() if count is not None},
         correct=correct,
     )
@@ -102,38 +114,54 @@ def corrected_tests(compared: Mapping[str, Mapping[str, Pair]]) -> dict[str, dic
     return found
 
 
-def _judged(own: Answers, parent: Answers, prompts: Sequence[Prompt], judge: PairJudge | None) -> Judgement:
-    if judge:
-        return judge.compare(prompts, own.texts, parent.texts)
-    found: list[float | None] = [*outcomes(own.judged, parent.judged)]
-    return Judgement(found, changed=0)
+def _rank(judge: tuple[str, Judgement]) -> tuple[bool, bool]:
+    """The gold rule and the reward model come first, and judges of whole responses before the user's rules."""
+    name, found = judge
+    return name not in SETTINGS, found.changed is None
 
 
-def _win_rates(own: Answers, parent: Answers, judgement: Judgement) -> dict[str, Metric]:
+def _counts(found: Judgement) -> dict[str, int]:
+    """How often a judge preferred which model; only one that is asked in both orders can change its mind, or say
+    nothing that can be read."""
+    counts = {"won": found.won, "tied": found.tied, "lost": found.lost}
+    return counts if found.changed is None else counts | {"unread": found.unread, "changed": found.changed}
+
+
+def _win_rates(judge: str, found: Judgement, own: Answers, parent: Answers) -> dict[str, Metric]:
     """Of the prompts that were decided: the share won (a tie is half a win), and the same at equal lengths."""
-    if not judgement.outcomes:
-        return {}
-    decided = [
-        (outcome, float(len(mine) - len(other)))
-        for outcome, mine, other in zip(judgement.outcomes, own.texts, parent.texts, strict=True)
+    longer_by = [
+        float(len(mine) - len(other))
+        for outcome, mine, other in zip(found.outcomes, own.texts, parent.texts, strict=True)
         if outcome is not None
     ]
-    if not decided:
-        return {}
-    won, longer_by = zip(*decided, strict=True)
-    return {"win_rate": mean_interval(won), "win_rate_length_controlled": length_controlled(won, longer_by)}
+    return {
+        f"{WIN_RATE}{judge}": mean_interval(found.decided),
+        f"{LENGTH_CONTROLLED}{judge}": length_controlled(found.decided, longer_by),
+    }
 
 
 def _paired(own: Mapping[str, list[float]], parent: Mapping[str, list[float]]) -> dict[str, Pair]:
     return {name: (own[name], parent[name]) for name in own}
 
 
-def _needed(own: Sequence[float], parent: Sequence[float], gain: Metric) -> int | None:
+def _differences(own: Sequence[float], parent: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(own, parent, strict=True)]
+
+
+def _needed_to_win(found: Judgement, rate: Metric) -> int | None:
+    """Prompts that would show that one model is preferred; a tie says nothing for either."""
+    if rate.low is None or rate.high is None:
+        return None
+    above = Metric(value=rate.value - TIE, low=rate.low - TIE, high=rate.high - TIE)
+    return _needed([outcome - TIE for outcome in found.decided], above)
+
+
+def _needed(differences: Sequence[float], gain: Metric) -> int | None:
     """Prompts that would show a gain; None where it is clear already, or nothing can be said.
 
     Where there are so many already, they were not enough: with few prompts the normal approximation is no guide.
     """
     if gain.low is None or gain.high is None or not gain.low <= 0 <= gain.high:
         return None
-    count = prompts_needed([a - b for a, b in zip(own, parent, strict=True)], gain.value)
-    return count if count and count > len(own) else None
+    count = prompts_needed(differences, gain.value)
+    return count if count and count > len(differences) else None

@@ -2,7 +2,7 @@
 
 `suites/NAME.jsonl` has an observation a line, with every model's number, so that any two models can be compared row by
 row. A figure is called `suite.NAME`, by category `suite.NAME.CATEGORY`, and the gain over the parent on the same rows
-`suite.NAME_gain`.
+like the figure, with `_gain` behind it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from data import suite_rows
 from data.suite_rows import Item
 from pipeline.contract import Context
+from pipeline.figures import GAIN, SUITE
 from pipeline.manifest import DataCard, Metric
 from pipeline.suites import PreferenceSuite, Suite
 from reward import calibration
@@ -59,30 +60,33 @@ class _Ledger:
     """None where it is the reward model that is measured."""
     scores: dict[str, Scores] = field(default_factory=dict)
     calibration: dict[str, list[Bin]] = field(default_factory=dict)
-    pairs: dict[str, Pair] = field(default_factory=dict)
-    """Of a suite of yes and no: model -> its numbers and its parent's, of the rows that fit both."""
+    pairs: dict[str, dict[str, Pair]] = field(default_factory=dict)
+    """Model -> figures of yes and no -> its numbers and its parent's, of the rows that fit both."""
 
     @property
     def figure(self) -> str:
-        return f"suite.{self.name}"
+        return f"{SUITE}{self.name}"
 
     def enter(self, model: str, parent: str | None, found: Scores) -> Metrics:
-        """Keep what a model got; its figures, and the gain over its parent where that was entered before."""
+        """Keep what a model got; its figures, and their gains over its parent where that was entered before."""
         self.scores[model] = found
-        metrics = {
-            name: _mean(numbers, found.weights, yes_or_no=yes_or_no)
-            for name, numbers, yes_or_no in self._slices(found)
-            if numbers
-        }
+        self.pairs[model] = {}
         other = self.scores.get(parent) if parent else None
-        common = sorted(found.numbers.keys() & other.numbers.keys()) if other else []
-        if not other or not common:
-            return metrics
-        pair = [found.numbers[place] for place in common], [other.numbers[place] for place in common]
-        if self.suite.yes_or_no:
-            self.pairs[model] = pair
-        weights = [found.weights[place] for place in common if found.weights]
-        return metrics | {f"{self.figure}_gain": self._gain(*pair, weights)}
+        before = {name: numbers for name, numbers, _ in self._slices(other)} if other else {}
+        metrics = {}
+        for name, numbers, yes_or_no in self._slices(found):
+            if not numbers:
+                continue
+            metrics[name] = _mean(numbers, found.weights, yes_or_no=yes_or_no)
+            common = sorted(numbers.keys() & before.get(name, {}).keys())
+            if not common:
+                continue
+            pair = [numbers[place] for place in common], [before[name][place] for place in common]
+            weights = [found.weights[place] for place in common if found.weights]
+            metrics[f"{name}{GAIN}"] = _gain(*pair, weights, yes_or_no=yes_or_no)
+            if yes_or_no:
+                self.pairs[model][name] = pair
+        return metrics
 
     def _slices(self, found: Scores) -> Iterator[tuple[str, Numbers, bool]]:
         """Each figure with its numbers, and whether they are of yes and no."""
@@ -95,12 +99,6 @@ class _Ledger:
         for part, numbers in found.parts.items():
             yield f"{self.figure}.{part}", numbers, self.suite.part_yes_or_no
 
-    def _gain(self, own: Sequence[float], parent: Sequence[float], weights: Sequence[float]) -> Metric:
-        """The mean difference, weighted as the numbers are."""
-        if weights:
-            return _weighted([mine - theirs for mine, theirs in zip(own, parent, strict=True)], weights)
-        return proportion_difference(own, parent) if self.suite.yes_or_no else paired_difference(own, parent)
-
     def lines(self) -> Iterator[dict[str, Any]]:
         """An observation each, with every model's number and response."""
         for place, each in enumerate(self.observed):
@@ -110,12 +108,24 @@ class _Ledger:
             line["scores"] = {
                 model: found.numbers[place] for model, found in self.scores.items() if place in found.numbers
             }
+            if weights := [found.weights[place] for found in self.scores.values() if place in found.weights]:
+                line["weight"] = weights[0]
+            if parts := self._parts(place):
+                line["parts"] = parts
             said = {model: found.responses[place] for model, found in self.scores.items() if found.responses}
             if said and all(len(texts) == 1 for texts in said.values()):
                 line["responses"] = {model: texts[0] for model, texts in said.items()}
             elif said:
                 line["samples"] = {model: list(texts) for model, texts in said.items()}
             yield line
+
+    def _parts(self, place: int) -> dict[str, dict[str, float]]:
+        """One observation's numbers under single conditions, by model."""
+        parts: dict[str, dict[str, float]] = {}
+        for model, found in self.scores.items():
+            for part, numbers in found.parts.items():
+                parts.setdefault(part, {})[model] = numbers[place]
+        return parts
 
     def record(self) -> dict[str, Any]:
         """What a reader of the figures needs to know."""
@@ -184,8 +194,17 @@ class Suites:
         return found
 
     def pairs(self, model: str) -> dict[str, Pair]:
-        """Of suites of yes and no: figure -> a measured model's numbers and its parent's."""
-        return {ledger.figure: ledger.pairs[model] for ledger in self._ledgers if model in ledger.pairs}
+        """Of whole suites of yes and no: figure -> a measured model's numbers and its parent's."""
+        return {name: pair for ledger, name, pair in self._tested(model) if name == ledger.figure}
+
+    def parts(self, model: str) -> dict[str, Pair]:
+        """The same of their categories, and of single conditions."""
+        return {name: pair for ledger, name, pair in self._tested(model) if name != ledger.figure}
+
+    def _tested(self, model: str) -> Iterator[tuple[_Ledger, str, Pair]]:
+        for ledger in self._ledgers:
+            for name, pair in ledger.pairs.get(model, {}).items():
+                yield ledger, name, pair
 
     def write(self, directory: Path) -> None:
         """A file of each suite, with an observation a line."""
@@ -207,6 +226,13 @@ def _mean(numbers: Numbers, weights: Numbers, *, yes_or_no: bool) -> Metric:
     if yes_or_no:
         return proportion_interval(sum(value == 1.0 for value in values), len(values))
     return mean_interval(values)
+
+
+def _gain(own: Sequence[float], parent: Sequence[float], weights: Sequence[float], *, yes_or_no: bool) -> Metric:
+    """The mean difference, weighted as the numbers are."""
+    if weights:
+        return _weighted([mine - theirs for mine, theirs in zip(own, parent, strict=True)], weights)
+    return proportion_difference(own, parent) if yes_or_no else paired_difference(own, parent)
 
 
 def _weighted(values: Sequence[float], weights: Sequence[float]) -> Metric:

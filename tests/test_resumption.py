@@ -239,6 +239,7 @@ def test_a_stage_that_is_stopped_again_and_again_ends_as_one_that_is_not(
 def test_a_stage_that_was_stopped_after_its_last_step_trains_no_more(
     root: Path, whole: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, kind: str, after: str, step: str
 ) -> None:
+    expected = whole(kind)
     config = configured(root, kind, f"trained-{kind}")
     with monkeypatch.context() as patch:
         patch.setattr(after, lambda *arguments: fail())
@@ -248,7 +249,7 @@ def test_a_stage_that_was_stopped_after_its_last_step_trains_no_more(
     with monkeypatch.context() as patch:
         patch.setattr(step, lambda *arguments: fail())
         assert baton(config) == 0
-    assert_same(root / f"trained-{kind}" / "stages" / "stage", whole(kind))
+    assert_same(root / f"trained-{kind}" / "stages" / "stage", expected)
 
 
 KILLED = """

@@ -3,8 +3,10 @@
 TRL computes the loss; what goes in and what comes out is Baton's. The examples and their order are those of Baton's
 own stages, token for token (`stages/core/trl/text.py` says how); the adapter is stored as other stages store theirs,
 a reward model with its scalar head, centred. Trainers are configured and followed by a callback, nothing of theirs is
-overridden. Left out: trainers that need a second model, a server or prompts of their own (`docs/trl.md` names them),
-margins of preferences, and TRL's own evaluation and checkpoints.
+overridden. A stage that was stopped goes on exactly, as other stages do, in a new trainer on the rows that are left
+(`stages/core/trl/keeping.py`); those that keep more than that over their steps begin anew, and say so. Left out:
+trainers that need a second model, a server or prompts of their own (`docs/trl.md` names them), margins of preferences,
+and TRL's own evaluation and checkpoints.
 
     python -m stages.trl CONFIG [key=value ...]
 """
@@ -16,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback
 
 from data.template import ChatTemplate, tokenizer_record
-from pipeline.config import Optimizer, TrlSettings
+from pipeline.config import TrlSettings
 from pipeline.contract import Artifact, Context, Result
 from pipeline.errors import ConfigError
 from pipeline.manifest import Metric
@@ -29,9 +30,11 @@ from stages.core import device, loop, optim
 from stages.core.centring import centre
 from stages.core.device import Compute
 from stages.core.roles import POLICY, REFERENCE, REWARD, adaptation
+from stages.core.trained import Trained
 from stages.core.trl import arguments, models, results, rewards, rows
 from stages.core.trl.arguments import Classes
 from stages.core.trl.following import Follower
+from stages.core.trl.keeping import Keeper
 from stages.core.trl.rows import Material
 from stages.core.trl.text import text_tokenizer
 
@@ -52,11 +55,12 @@ def run(context: Context) -> Result:
     classes = arguments.classes(settings.trainer, settings.method)
     arguments.check(context, classes)
     material, template = _read(context, policy, compute)
-    follower = Follower(context, material.origins)
+    follower = Follower(context, material.origins, material.steps)
+    keeper = Keeper(context, follower)
     with tempfile.TemporaryDirectory(dir=context.directory) as scratch:
-        chosen = arguments.build(context, classes, compute, material.steps, Path(scratch))
-        job = _Job(context, policy, compute, material, template, Path(scratch))
-        metrics = job.train(classes, chosen, follower)
+        chosen = arguments.build(context, classes, compute, material.steps - follower.taken, Path(scratch))
+        job = _Job(context, policy, compute, material, template, Path(scratch), follower, keeper)
+        metrics = job.train(classes, chosen)
     compares = settings.method.compares and getattr(chosen, "beta", None) != 0
     return Result(
         kind=settings.produces,
@@ -80,37 +84,60 @@ class _Job:
         material: Material,
         template: ChatTemplate,
         scratch: Path,
+        follower: Follower,
+        keeper: Keeper,
     ) -> None:
         self.context, self.policy, self.compute = context, policy, compute
         self.material, self.template, self.scratch = material, template, scratch
+        self.follower, self.keeper = follower, keeper
         self.settings: TrlSettings = context.settings
 
-    def train(self, classes: Classes, chosen: Any, follower: Follower) -> dict[str, Metric]:
+    def train(self, classes: Classes, chosen: Any) -> dict[str, Metric]:
         """Train and store; returns what the held-out rows say of the result."""
         if self.settings.lora is None:
             model: Any = models.whole(self.policy, self.compute)
-            self._follow(classes, chosen, follower, model)
+            self._train(classes, chosen, model)
             return self._store_model(model)
         loop.seed_everything(self.context.seed)
         first = models.first_adapter(self.policy, self.settings.lora, self.compute, self.scratch / "first")
         scored = self.settings.produces == "reward"
         model = models.adapted(self.policy, first, self.compute, scored=scored)
-        self._follow(classes, chosen, follower, model)
+        self._train(classes, chosen, model)
         models.write_adapter(model, first, self.scratch / "trained")
         del model
         return self._store_reward() if scored else self._store_adapter()
 
-    def _follow(self, classes: Classes, chosen: Any, follower: Follower, model: Any) -> None:
+    def _train(self, classes: Classes, chosen: Any, model: Any) -> None:
+        """Take the steps that are left."""
+        trained = Trained(model.named_parameters(), self.settings.optimizer)
+        if self.follower.taken == self.material.steps:
+            self.keeper.take_up(trained)
+            return
+        trainer = self._trainer(classes, chosen, model, trained)
+        self.follower.count(model)
+        with self.keeper.steps(trained), arguments.expected_warnings(), arguments.refusals(self.context):
+            trainer.train()
+
+    def _trainer(self, classes: Classes, chosen: Any, model: Any, trained: Trained) -> Any:
+        """TRL's, on the rows that are left."""
         given: dict[str, Any] = {"model": model, "args": chosen, "train_dataset": self.material.dataset}
         if self.settings.method.samples:
             given["reward_funcs"] = rewards.functions(self.context, self.template, self.compute)
             model.generation_config.eos_token_id = self.template.stop_id
-        given["optimizers"] = _optimizers(model, self.settings.optimizer, self.material.steps)
+        given["optimizers"] = self._optimizers(trained)
+        given["callbacks"] = [self.follower, self.keeper]
         with arguments.expected_warnings(), arguments.refusals(self.context):
-            trainer = classes.trainer(**given, processing_class=text_tokenizer(self.template), callbacks=[follower])
-            trainer.remove_callback(PrinterCallback)
-            follower.count(model)
-            trainer.train()
+            trainer = classes.trainer(**given, processing_class=text_tokenizer(self.template))
+        trainer.remove_callback(PrinterCallback)
+        # Only now: what is computed of all rows beforehand is computed in the same batches.
+        trainer.train_dataset = trainer.train_dataset.skip(self.follower.taken * self.settings.examples_per_step)
+        return trainer
+
+    def _optimizers(self, trained: Trained) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        """Baton's optimizer of what is to be trained, and its schedule from the next step on."""
+        (optimizer,) = trained.optimizers
+        settings, taken, total = self.settings.optimizer, self.follower.taken, self.material.steps
+        return optimizer, LambdaLR(optimizer, lambda step: optim.scale(settings, taken + step, total))
 
     def _store_model(self, model: Any) -> dict[str, Metric]:
         reference = models.open_policy(self.policy, self.compute).base
@@ -148,12 +175,6 @@ class _Job:
         if self.settings.method.layout == "conversation":
             return results.loss_metrics(after, self.material.held_out)
         return results.implicit_metrics(after, before, self.material.held_out)
-
-
-def _optimizers(model: nn.Module, settings: Optimizer, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """Baton's optimizer of what is to be trained, and its schedule."""
-    (optimizer,) = optim.build(model.named_parameters(), settings)
-    return optimizer, LambdaLR(optimizer, lambda step: optim.scale(settings, step, steps))
 
 
 def _require_weights_to_train(context: Context, policy: Artifact) -> None:

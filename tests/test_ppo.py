@@ -192,7 +192,7 @@ def test_both_optimizers_have_the_published_epsilon_and_rates_of_their_own() -> 
     made = learner(rl.four_roles(), rl.settings(optimizer=Optimizer(learning_rate=1e-3), value_learning_rate=5e-3))
     assert made.value is not None
     for updater, rate in ((made.policy, 1e-3), (made.value, 5e-3)):
-        (optimizer,) = updater._optimizers
+        (optimizer,) = updater.optimizers
         assert {group["eps"] for group in optimizer.param_groups} == {1e-5}
         assert {group["lr"] for group in optimizer.param_groups} == {rate}
 

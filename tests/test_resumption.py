@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -33,13 +34,14 @@ torch.set_num_threads(1)
 RUN = (
     tiny.ONE_STAGE
     + """\
+  rankings: {{source: "{root}/rankings.jsonl", held_out: 0.2}}
 stages: {{stage: {stage}}}
 """
 )
 STAGES = {
     "pretrain": """{{kind: pretrain, tokenizer: {root}/made/stages/tokenizer, data: corpus, max_length: 32, steps: 6,
       examples_per_step: 16, optimizer: {{name: muon, learning_rate: 0.01}},
-      architecture: {{model_type: gpt2, n_embd: 32, n_layer: 2, n_head: 2, n_positions: 64, resid_pdrop: 0.2}}}}""",
+      architecture: {{model_type: gpt2, n_embd: 32, n_layer: 2, n_head: 2, n_positions: 256, resid_pdrop: 0.2}}}}""",
     "sft": """{{kind: sft, policy: {root}/made/stages/base, data: demonstrations, steps: 6, examples_per_step: 8,
       lora: {{rank: 4, variant: dora}}, optimizer: {{learning_rate: 0.01}}}}""",
     "reward": """{{kind: reward, policy: {root}/made/stages/base, data: preferences, epochs: 1.5, examples_per_step: 6,
@@ -53,13 +55,41 @@ STAGES = {
     "grpo": """{{kind: ppo, advantage: grpo, gold: world, kl_in: loss, kl_estimator: k3, {sampling}""",
     "rejection": """{{kind: rejection, {sampling}""",
     "online_dpo": """{{kind: online_dpo, {sampling}""",
+    "trl_sft": """{{trainer: SFT, policy: {root}/whole-pretrain/stages/stage, data: demonstrations, lora: null,
+      arguments: {{neftune_noise_alpha: 5}}, {trl}""",
+    "trl_dpo": """{{trainer: DPO, policy: {root}/whole-pretrain/stages/stage, data: preferences,
+      lora: {{rank: 4, variant: dora}}, arguments: {{disable_dropout: false, precompute_ref_log_probs: true}}, {trl}""",
+    "trl_dpo_of_an_adapter": """{{trainer: DPO, policy: {root}/whole-dpo/stages/stage, data: preferences,
+      lora: {{rank: 4}}, {trl}""",
+    "trl_reward": """{{trainer: Reward, policy: {root}/whole-pretrain/stages/stage, data: preferences,
+      lora: {{rank: 4}}, arguments: {{disable_dropout: false}}, {trl}""",
+    "trl_kto": """{{trainer: KTO, policy: {root}/made/stages/sft, data: preferences, lora: null, steps: 6,
+      {trl}""",
+    "trl_cpo": """{{trainer: CPO, policy: {root}/whole-pretrain/stages/stage, data: preferences,
+      lora: {{rank: 4}}, arguments: {{disable_dropout: false}}, {trl}""",
+    "trl_orpo": """{{trainer: ORPO, policy: {root}/whole-pretrain/stages/stage, data: preferences,
+      lora: {{rank: 4}}, arguments: {{disable_dropout: false}}, {trl}""",
+    "trl_tpo": """{{trainer: TPO, policy: {root}/whole-pretrain/stages/stage, data: rankings,
+      lora: {{rank: 4}}, arguments: {{disable_dropout: false}}, {trl}""",
+    "trl_grpo": """{{trainer: GRPO, arguments: {{num_generations: 2, beta: 0.1}}, {trl_sampling}""",
+    "trl_rloo": """{{trainer: RLOO, arguments: {{num_generations: 2}}, {trl_sampling}""",
+    "trl_gmpo": """{{trainer: GMPO, arguments: {{num_generations: 2, steps_per_generation: 1}}, {trl_sampling}""",
+    "trl_online_dpo": """{{trainer: OnlineDPO, {trl_sampling}""",
 }
 SAMPLING = """policy: {root}/made/stages/sft, data: prompts, steps: 6, examples_per_step: 6, samples_per_prompt: 2,
       rules: [{{rule: pattern, expression: "e"}}, {{rule: length, words: 1}}], max_new_tokens: 6,
       missing_eos_penalty: 0, evaluate_every: 2, evaluate_rows: 4, evaluate_samples: 2, lora: {{rank: 4}},
       optimizer: {{learning_rate: 0.02}}}}"""
 """Each goes over its rows more than once in six steps."""
+TRL = """kind: trl, epochs: 1.4, examples_per_step: 6, examples_per_batch: 2, max_length: 256,
+      optimizer: {{learning_rate: 0.01, schedule: linear}}}}"""
+"""The last step is not a full one."""
+TRL_SAMPLING = """kind: trl, policy: {root}/whole-pretrain/stages/stage, reward: {root}/made/stages/reward,
+      data: prompts, steps: 6, examples_per_step: 6, examples_per_batch: 2, max_new_tokens: 6, max_length: 256,
+      lora: {{rank: 4}}, optimizer: {{learning_rate: 0.02}}}}"""
 STEPS = 6
+TIMES = ("seconds", "step_time")
+"""Fields of the log that are never the same."""
 
 
 class Stop(Exception):
@@ -78,6 +108,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer, a base of twelve steps, a policy and a reward model in `made`."""
     made = tmp_path_factory.mktemp("resumption")
     config = tiny.write_chain(made)
+    rankings = [{"prompt": f"Is {n} odd?", "responses": [f"{n}.", "Yes.", "So it is."]} for n in range(30)]
+    (made / "rankings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rankings))
     assert baton(config, f"output={made}/made", "--until", "reward") == 0
     return made
 
@@ -89,7 +121,10 @@ def whole(root: Path) -> Callable[[str], Path]:
     def run(kind: str) -> Path:
         directory = root / f"whole-{kind}" / "stages" / "stage"
         if not directory.exists():
-            assert baton(configured(root, kind, f"whole-{kind}")) == 0
+            config = configured(root, kind, f"whole-{kind}")
+            for needed in re.findall(r"/whole-(\w+)/stages/", config.read_text()):
+                run(needed)
+            assert baton(config) == 0
         return directory
 
     return run
@@ -101,7 +136,8 @@ def baton(config: Path, *arguments: str) -> int:
 
 def configured(root: Path, kind: str, name: str) -> Path:
     config = root / f"{name}.yaml"
-    stage = STAGES[kind].format(root=root, sampling=SAMPLING.format(root=root))
+    shared = {"sampling": SAMPLING, "trl": TRL, "trl_sampling": TRL_SAMPLING}
+    stage = STAGES[kind].format(root=root, **{name: text.format(root=root) for name, text in shared.items()})
     config.write_text(RUN.format(root=root, name=name, stage=stage))
     return config
 
@@ -151,7 +187,7 @@ def kept(config: Path) -> Path:
 
 def records(directory: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
 def assert_same(directory: Path, expected: Path) -> None:
@@ -176,8 +212,9 @@ def test_a_stage_that_is_stopped_again_and_again_ends_as_one_that_is_not(
     expected = whole(kind)
     config = configured(root, kind, f"stopped-{kind}")
     assert len(records(expected)) == STEPS
-    # Sampling takes its time, and the other stages have been stopped everywhere.
-    for step in (2, STEPS) if "{sampling}" in STAGES[kind] else (1, 2, 5, STEPS):
+    # Sampling takes its time, as TRL does, and the other stages have been stopped everywhere.
+    takes_its_time = "sampling" in STAGES[kind] or (kind.startswith("trl") and kind != "trl_sft")
+    for step in (2, STEPS) if takes_its_time else (1, 2, 5, STEPS):
         assert run_until(config, step) is None
         found = checkpoints.last_step(kept(config))
         assert found == (step - 1 or None)
@@ -192,19 +229,27 @@ def test_a_stage_that_is_stopped_again_and_again_ends_as_one_that_is_not(
     assert not kept(config).exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "after", "step"),
+    [
+        ("sft", "stages.sft.loss_metrics", "stages.core.loop.Updater.step"),
+        ("trl_sft", "stages.core.trl.results.loss_metrics", "transformers.Trainer.train"),
+    ],
+)
 def test_a_stage_that_was_stopped_after_its_last_step_trains_no_more(
-    root: Path, whole: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    root: Path, whole: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, kind: str, after: str, step: str
 ) -> None:
-    config = configured(root, "sft", "trained")
+    expected = whole(kind)
+    config = configured(root, kind, f"trained-{kind}")
     with monkeypatch.context() as patch:
-        patch.setattr("stages.sft.loss_metrics", lambda *arguments: fail())
+        patch.setattr(after, lambda *arguments: fail())
         with pytest.raises(Stop):
             baton(config)
     assert checkpoints.last_step(kept(config)) == STEPS
     with monkeypatch.context() as patch:
-        patch.setattr("stages.core.loop.Updater.step", lambda *arguments: fail())
+        patch.setattr(step, lambda *arguments: fail())
         assert baton(config) == 0
-    assert_same(root / "trained" / "stages" / "stage", whole("sft"))
+    assert_same(root / f"trained-{kind}" / "stages" / "stage", expected)
 
 
 KILLED = """
@@ -218,21 +263,25 @@ sys.exit(cli.execute(cli.app, ["run", sys.argv[1]]))
 """
 
 
-def test_a_killed_process_loses_only_its_step(root: Path, whole: Callable[[str], Path]) -> None:
-    config = configured(root, "dpo", "killed")
+@pytest.mark.parametrize("kind", ["dpo", "trl_dpo"])
+def test_a_killed_process_loses_only_its_step(root: Path, whole: Callable[[str], Path], kind: str) -> None:
+    expected = whole(kind)
+    config = configured(root, kind, f"killed-{kind}")
     program = KILLED.format(tests=str(Path(__file__).parent))
     command = [sys.executable, "-c", program, str(config)]
     ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=False)
     assert ended.returncode == -9, ended.stderr.decode()
     assert checkpoints.last_step(kept(config)) == 3
     assert baton(config) == 0
-    assert_same(root / "killed" / "stages" / "stage", whole("dpo"))
+    assert_same(root / f"killed-{kind}" / "stages" / "stage", expected)
 
 
+@pytest.mark.parametrize("kind", ["reward", "trl_reward"])
 def test_a_signal_ends_the_step_and_leaves_a_checkpoint_whatever_the_interval(
-    root: Path, whole: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    root: Path, whole: Callable[[str], Path], kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = configured(root, "reward", "signalled")
+    expected = whole(kind)
+    config = configured(root, kind, f"signalled-{kind}")
     config.write_text(config.read_text().replace("checkpoint_minutes: 0", "checkpoint_minutes: 10"))
     assert run_until(config, 3, lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
     said = capsys.readouterr()
@@ -240,7 +289,41 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_whatever_the_interval(
     assert "training goes on from its checkpoint" in said.err
     assert [path.name for path in kept(config).iterdir()] == ["step-00000003"]
     assert baton(config) == 0
-    assert_same(root / "signalled" / "stages" / "stage", whole("reward"))
+    assert_same(root / f"signalled-{kind}" / "stages" / "stage", expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "reason"),
+    [
+        (
+            "trl_grpo",
+            ("trainer: GRPO, arguments: {", "trainer: GRPO, arguments: {num_iterations: 2, "),
+            "more steps than",
+        ),
+        ("trl_kto", ("trainer: KTO", "trainer: KTO, arguments: {sync_ref_model: true}"), "the reference moves"),
+        ("trl_online_dpo", ("trainer: OnlineDPO", "trainer: A2PO"), "what its prompts are worth"),
+    ],
+)
+def test_a_trainer_that_keeps_more_than_weights_says_that_it_begins_anew(
+    root: Path,
+    whole: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    change: tuple[str, str],
+    reason: str,
+) -> None:
+    whole("pretrain")
+    config = configured(root, kind, f"anew-{kind}")
+    config.write_text(config.read_text().replace(*change))
+    assert run_until(config, 2, lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
+    said = capsys.readouterr().out
+    (line,) = [
+        line for line in said.splitlines() if "stage: keeps no checkpoint, and begins anew if it is stopped" in line
+    ]
+    assert reason in line
+    assert "1/6" in said
+    assert "stopped after step" not in said
+    assert not kept(config).exists()
 
 
 def flip(path: Path) -> None:

@@ -440,9 +440,9 @@ def test_a_signal_stops_the_stage(
     from stages.core.trl.following import Follower
 
     monkeypatch.setattr(Follower, "on_log", lambda *given, **named: signal.raise_signal(signal.SIGTERM))
-    assert baton("run", config, f"output={copy}", "--only", "t_orpo", "--force", "t_orpo") == 128 + signal.SIGTERM
+    assert baton("run", config, f"output={copy}", "--only", "t_a2po", "--force", "t_a2po") == 128 + signal.SIGTERM
     assert "stopped by signal 15" in capsys.readouterr().err
-    assert manifest_of(copy, "t_orpo").digest == manifest_of(run, "t_orpo").digest
+    assert manifest_of(copy, "t_a2po").digest == manifest_of(run, "t_a2po").digest
     assert not list(copy.rglob("training_args.bin"))
 
 

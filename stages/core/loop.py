@@ -23,6 +23,7 @@ from pipeline.contract import Context
 from stages.core import checkpoint, guards, optim
 from stages.core.alarms import Alarms
 from stages.core.checkpoint import State, joined
+from stages.core.trained import Trained
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ Objective = Callable[[Sequence[Tree]], Iterable[Part]]
 """Yields the parts of one step's examples, one forward at a time."""
 
 
-class Updater:
+class Updater(Trained):
     """Turns parts into one optimizer step at a time."""
 
     def __init__(
@@ -54,10 +55,8 @@ class Updater:
         total_steps: int,
         epsilon: float = optim.EPSILON,
     ) -> None:
-        self._named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-        self._parameters = [parameter for _, parameter in self._named]
+        super().__init__(named, settings, epsilon)
         self._settings = settings
-        self._optimizers = optim.build(self._named, settings, epsilon)
         self.total = total_steps
         self.taken = 0
 
@@ -81,7 +80,7 @@ class Updater:
         norm = nn.utils.clip_grad_norm_(self._parameters, self._settings.clip_norm)
         guards.require_finite_gradient(norm, self.taken + 1, origins)
         factor = optim.scale(self._settings, self.taken, self.total)
-        for optimizer in self._optimizers:
+        for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self._settings.learning_rate * factor
             optimizer.step()
@@ -94,22 +93,10 @@ class Updater:
         """Let the learning rate go on as if so many steps had been taken."""
         self.taken += steps
 
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self._parameters[0].device
-
-    @property
-    def size(self) -> int:
-        """About as many bytes as its state has after a step."""
-        return sum(parameter.nbytes for parameter in self._parameters) + sum(map(optim.size, self._optimizers))
-
     def state(self) -> State:
-        """The weights, what the optimizers remember of them, and the number of steps: all that steps change."""
-        parts = {
-            f"optimizer{number}": optim.state_of(each, self._named) for number, each in enumerate(self._optimizers)
-        }
-        return joined({"weights": State(dict(self._named)), **parts}, taken=self.taken)
+        """Of what is trained, and the number of steps."""
+        trained = super().state()
+        return State(trained.tensors, {**trained.values, "taken": self.taken})
 
     def load_state(self, state: State) -> None:
         """Go on where another updater of the same parameters and settings was.
@@ -117,9 +104,7 @@ class Updater:
         Raises:
             ArtifactError: The state is of other parameters.
         """
-        checkpoint.fill(dict(self._named), state.part("weights"))
-        for number, optimizer in enumerate(self._optimizers):
-            optim.load_state(optimizer, self._named, state.part(f"optimizer{number}"))
+        super().load_state(state)
         self.taken = state.values["taken"]
 
 

@@ -1,1 +1,1 @@
-"""What makes a stage of a TRL trainer: tokens as text, rows as datasets, rewards as functions, adapters in and out."""
+"""What makes a stage of a TRL trainer: tokens as text, rows as datasets, rewards as functions, models, checkpoints."""

@@ -1,4 +1,4 @@
-"""The callback that follows a trainer of TRL: it logs, counts tokens, and stops before a broken step."""
+"""The callback that follows a trainer of TRL: it logs, counts tokens and steps, and stops before a broken step."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pipeline.contract import Context
 from stages.core import guards
+from stages.core.checkpoint import State
+from stages.core.trl.results import LAST_STEPS
 
 RENAMED = {"grad_norm": "gradient_norm"}
+RUNNING = "num_tokens"
+"""A figure that adds up over a trainer's steps."""
 
 
 class Follower(TrainerCallback):
@@ -21,17 +25,21 @@ class Follower(TrainerCallback):
 
     Args:
         context: The stage's.
-        origins: Where the examples are from, in the order in which the trainer takes them.
+        origins: Where the examples are from, in the order in which the stage takes them.
+        total: Steps of the stage.
 
     Attributes:
-        history: The figures of each step, by TRL's names.
+        taken: Steps of this trainer and of those that were stopped before it.
+        history: The figures of the last steps, by TRL's names.
         tokens: Tokens that went through the policy, padding included: in training, sampling and as a reference on the
             same base.
     """
 
-    def __init__(self, context: Context, origins: Sequence[str]) -> None:
-        self._context, self._origins = context, origins
+    def __init__(self, context: Context, origins: Sequence[str], total: int) -> None:
+        self._context, self._origins, self._total = context, origins, total
         self._counted = 0
+        self._earlier = 0.0
+        self.taken = 0
         self.history: list[dict[str, float]] = []
         self.tokens = 0
 
@@ -44,12 +52,22 @@ class Follower(TrainerCallback):
         embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
         embedding.register_forward_hook(note)
 
+    def state(self) -> State:
+        """What was counted and logged so far."""
+        return State(values={"taken": self.taken, "tokens": self.tokens, "history": self.history})
+
+    def load_state(self, state: State) -> None:
+        """Go on from such a state."""
+        self.taken, self.history = state.values["taken"], list(state.values["history"])
+        self.tokens = self._counted = state.values["tokens"]
+        self._earlier = self.history[-1].get(RUNNING, 0.0)
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         gradients = [each.grad for each in kwargs["model"].parameters() if each.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        guards.require_finite_gradient(norm, state.global_step + 1, self._rows(state.global_step))
+        guards.require_finite_gradient(norm, self.taken + 1, self._rows(self.taken))
 
     def on_log(
         self,
@@ -62,12 +80,16 @@ class Follower(TrainerCallback):
         if not logs or "loss" not in logs:  # the summary at the end
             return
         loss = torch.tensor(float(logs["loss"]))
-        guards.require_finite_loss(loss, state.global_step, self._rows(state.global_step - 1))
+        guards.require_finite_loss(loss, self.taken + 1, self._rows(self.taken))
+        self.taken += 1
         figures = {RENAMED.get(name, name): float(value) for name, value in logs.items() if name != "epoch"}
-        self.history.append({name: value for name, value in figures.items() if math.isfinite(value)})
-        record = {**self.history[-1], "tokens": self.tokens - self._counted}
+        if RUNNING in figures:
+            figures[RUNNING] += self._earlier
+        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+        self.history = [*self.history[1 - LAST_STEPS :], finite]
+        record = {**finite, "tokens": self.tokens - self._counted}
         self._counted = self.tokens
-        self._context.progress(record, done=state.global_step, total=state.max_steps)
+        self._context.progress(record, done=self.taken, total=self._total)
 
     def _rows(self, taken: int) -> Sequence[str]:
         """Where the examples of the step after so many are from."""

@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROMISES: dict[str, tuple[str, ...]] = {
-    "stages that are stopped again and again, once at every step, dropout on: weights, optimizers, metrics and logs "
-    "byte for byte those of one that is not": (
+    "stages that are stopped again and again (TRL's at some steps, others at each), dropout on: weights, optimizers, "
+    "metrics and logs byte for byte those of one that is not": (
         "test_resumption.py::test_a_stage_that_is_stopped_again_and_again_ends_as_one_that_is_not",
     ),
     "hand-over faults with hashes made anew: refused": (

@@ -8,8 +8,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,12 +43,28 @@ def file_sha256(path: Path) -> str:
 def on_all_cores(read: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
     """What a function that reads or hashes files finds for each item, in their order.
 
-    Both let go of the interpreter, so that threads share the work between the cores.
+    Both let go of the interpreter, so that threads share the work between the cores. Whoever is interrupted does not
+    wait for them, and neither does the end of the process: files are as large as disks.
     """
     if len(items) < 2:
         return list(map(read, items))
-    with ThreadPoolExecutor(_cpus()) as pool:
-        return list(pool.map(read, items))
+    results: list[Future[Found]] = [Future() for _ in items]
+    left = iter(list(zip(results, items, strict=True)))  # threads take from it in turn
+
+    def work() -> None:
+        for result, item in left:
+            try:
+                result.set_result(read(item))
+            except BaseException as error:  # it is the caller's
+                result.set_exception(error)
+
+    for _ in range(min(_cpus(), len(items))):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        return [result.result() for result in results]
+    finally:
+        for _ in left:  # nothing more is begun
+            pass
 
 
 def canonical(value: Any) -> str:

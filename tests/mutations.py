@@ -348,7 +348,7 @@ IN_TRAINING = (
     Mutation(
         "a gradient of TRL's that is not finite",
         "stages/core/trl/following.py",
-        "guards.require_finite_gradient(norm, state.global_step + 1, self._rows(state.global_step))",
+        "guards.require_finite_gradient(norm, self.taken + 1, self._rows(self.taken))",
         "pass",
         "test_trl.py::test_a_loss_that_is_not_finite_stops_the_stage",
     ),

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
 from pipeline import fingerprint
 
@@ -72,3 +76,30 @@ def test_the_environment_is_json_and_stable() -> None:
     assert json.loads(json.dumps(environment)) == environment
     assert environment["libraries"]["torch"]
     assert environment["cpus"] >= 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 50])
+def test_what_all_cores_find_is_in_the_order_of_the_items(count: int) -> None:
+    assert fingerprint.on_all_cores(str, range(count)) == list(map(str, range(count)))
+
+
+def test_an_error_on_another_core_is_the_callers() -> None:
+    with pytest.raises(ZeroDivisionError):
+        fingerprint.on_all_cores(lambda item: 1 // item, [1, 0, 1])
+
+
+INTERRUPTED = """
+import os, signal, threading
+from pipeline.fingerprint import on_all_cores
+
+def read(item):
+    os.kill(os.getpid(), signal.SIGINT)
+    threading.Event().wait()
+
+on_all_cores(read, range(3))
+"""
+
+
+def test_a_process_that_is_interrupted_does_not_wait_for_files_that_are_being_read() -> None:
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=REPOSITORY, check=False, timeout=60)
+    assert ended.returncode == -signal.SIGINT

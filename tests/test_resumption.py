@@ -300,6 +300,11 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_whatever_the_interval(
             ("trainer: GRPO, arguments: {", "trainer: GRPO, arguments: {num_iterations: 2, "),
             "more steps than",
         ),
+        (
+            "trl_grpo",
+            ("trainer: GRPO, arguments: {", "trainer: GRPO, arguments: {use_adaptive_entropy: true, "),
+            "the entropy of the steps before",
+        ),
         ("trl_kto", ("trainer: KTO", "trainer: KTO, arguments: {sync_ref_model: true}"), "the reference moves"),
         ("trl_online_dpo", ("trainer: OnlineDPO", "trainer: A2PO"), "what its prompts are worth"),
     ],
@@ -313,7 +318,7 @@ def test_a_trainer_that_keeps_more_than_weights_says_that_it_begins_anew(
     reason: str,
 ) -> None:
     whole("pretrain")
-    config = configured(root, kind, f"anew-{kind}")
+    config = configured(root, kind, f"anew-{reason.replace(' ', '-')}")
     config.write_text(config.read_text().replace(*change))
     assert run_until(config, 2, lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
     said = capsys.readouterr().out

@@ -21,8 +21,9 @@ INTRODUCTION = """\
 
 What Baton promises of a run directory, and how often it held when things were broken on purpose. Every figure is
 written by the command beside it; `make faults` runs them all. Processes are real ones that run the real functions;
-they are killed by `strace` on entering a system call, or by another process. All but the cost happens in memory
-(tmpfs), where a sync takes no time; the file system named is that of the temporary directory, which the cost is of.
+they are killed by `strace` on entering a system call, or by another process. All but the promises, the guards and the
+cost happens in memory (tmpfs), where a sync takes no time; these are in the temporary directory, of which the file
+system is named.
 
 * A stage or checkpoint is absent or complete and verified, whenever its process or the machine stops.
 * Exit code 0 means that what was published survives a power cut (Linux; other systems sync less).

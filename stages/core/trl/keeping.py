@@ -88,6 +88,8 @@ def _obstacle(settings: TrlSettings) -> str | None:
         return "A2PO samples what its prompts are worth before the first step"
     if given.get("sync_ref_model"):
         return "with sync_ref_model the reference moves"
+    if given.get("use_adaptive_entropy"):
+        return "with use_adaptive_entropy the bonus follows the entropy of the steps before"
     if given.get("num_iterations", 1) != 1 or per_step % (given.get("steps_per_generation") or per_step):
         return "responses are used in more steps than one"
     return None

@@ -70,6 +70,7 @@ def run(context: Context) -> Result:
         tokenizer=tokenizer_record(template.tokenizer),
         tokens=follower.tokens,
         compute=compute.record,
+        warnings=follower.alarms.warnings,
     )
 
 

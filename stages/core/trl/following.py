@@ -12,7 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pipeline.contract import Context
 from stages.core import guards
-from stages.core.checkpoint import State
+from stages.core.alarms import Alarms
+from stages.core.checkpoint import State, joined
 from stages.core.trl.results import LAST_STEPS
 
 RENAMED = {"grad_norm": "gradient_norm"}
@@ -33,6 +34,7 @@ class Follower(TrainerCallback):
         history: The figures of the last steps, by TRL's names.
         tokens: Tokens that went through the policy, padding included: in training, sampling and as a reference on the
             same base.
+        alarms: What watches the steps of trainers that do not sample.
     """
 
     def __init__(self, context: Context, origins: Sequence[str], total: int) -> None:
@@ -42,6 +44,7 @@ class Follower(TrainerCallback):
         self.taken = 0
         self.history: list[dict[str, float]] = []
         self.tokens = 0
+        self.alarms = Alarms()
 
     def count(self, model: nn.Module) -> None:
         """Count what goes through a model from now on, at its embedding."""
@@ -54,13 +57,14 @@ class Follower(TrainerCallback):
 
     def state(self) -> State:
         """What was counted and logged so far."""
-        return State(values={"taken": self.taken, "tokens": self.tokens, "history": self.history})
+        return joined({"alarms": self.alarms.state()}, taken=self.taken, tokens=self.tokens, history=self.history)
 
     def load_state(self, state: State) -> None:
         """Go on from such a state."""
         self.taken, self.history = state.values["taken"], list(state.values["history"])
         self.tokens = self._counted = state.values["tokens"]
         self._earlier = self.history[-1].get(RUNNING, 0.0)
+        self.alarms.load_state(state.part("alarms"))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -87,9 +91,19 @@ class Follower(TrainerCallback):
             figures[RUNNING] += self._earlier
         finite = {name: value for name, value in figures.items() if math.isfinite(value)}
         self.history = [*self.history[1 - LAST_STEPS :], finite]
-        record = {**finite, "tokens": self.tokens - self._counted}
+        told = len(self.alarms.warnings)
+        seen = self._watch(finite)
+        record = {**finite, "tokens": self.tokens - self._counted, **({"alarm": ", ".join(seen)} if seen else {})}
         self._counted = self.tokens
         self._context.progress(record, done=self.taken, total=self._total)
+        for line in self.alarms.warnings[told:]:
+            self._context.say(line)
+
+    def _watch(self, figures: Mapping[str, float]) -> Mapping[str, str]:
+        """What looks wrong in a step; losses of samples, and steps without a norm, say nothing of it."""
+        if self._context.settings.method.samples or "gradient_norm" not in figures:
+            return {}
+        return self.alarms.watch(figures, self.taken, self._rows(self.taken - 1))
 
     def _rows(self, taken: int) -> Sequence[str]:
         """Where the examples of the step after so many are from."""

@@ -116,6 +116,23 @@ def check(source: DataSource, kinds: tuple[str, ...]) -> None:
             target(reading, kinds)
 
 
+def prompts(source: DataSource) -> Iterator[Prompt]:
+    """The usable rows of a source that can be read as prompts, with what they say of the answers.
+
+    Raises:
+        DataError: the source is missing, unreadable or malformed.
+    """
+    for reading in scan(source, Findings()):
+        if reading.row is None:
+            continue
+        try:
+            row = convert(reading.row, "prompt", reading.layout)
+        except BadRow:  # those who use the rows say what is wrong with them
+            continue
+        assert isinstance(row, Prompt)
+        yield row
+
+
 def target(reading: Reading, kinds: tuple[str, ...]) -> RowKind:
     """The first of `kinds` that a row can be read as.
 

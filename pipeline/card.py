@@ -32,7 +32,8 @@ HEADLINES = ("gold", "accuracy", "reward", "perplexity")
 AGAINST_PARENT = ("kl", "frontier_gap", "pair_accuracy")
 """Metrics, beside ratios and win rates, of which a child's and its parent's are against different models, and have no
 difference."""
-WIN_RATES = (WIN_RATE, LENGTH_CONTROLLED)
+WIN_RATES = tuple(each.removesuffix(".") for each in (WIN_RATE, LENGTH_CONTROLLED))
+"""What the names of win rates begin with; evaluations of before there were several judges name none."""
 LIBRARIES = ("torch", "transformers", "peft")
 
 _NOTHING = "none"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from pydantic import BaseModel
@@ -10,8 +11,11 @@ from pydantic import BaseModel
 from pipeline import servers
 from pipeline.config import DataSource, EvaluateSettings, RunSettings, StageSettings, trained
 from pipeline.errors import ConfigError
+from pipeline.rules import WeightedRule
 from pipeline.servers import Server
-from pipeline.suites import GenerationSuite, InvarianceSuite, SampledSuite, Suite
+from pipeline.suites import SampledSuite, Suite
+
+_PROMPT = ("prompt",)
 
 
 def check(settings: RunSettings, name: str, data: Mapping[str, DataSource], *, others_run: bool) -> None:
@@ -26,8 +30,8 @@ def check(settings: RunSettings, name: str, data: Mapping[str, DataSource], *, o
 
     Raises:
         ConfigError: A server's token is not in the environment, or a suite's responses leave no room for a prompt.
-        DataError: A source is missing, rows do not fit the stage or the suite that will read them, or a prompt or text
-            of a test set or suite is trained on.
+        DataError: A source is missing, rows do not fit the stage or the suite that will read them, prompts do not hold
+            what a rule needs, or a prompt or text of a test set or suite is trained on.
     """
     from data import intake, read
 
@@ -38,6 +42,8 @@ def check(settings: RunSettings, name: str, data: Mapping[str, DataSource], *, o
             _check_suite(source, stage, f"stages.{name}.{role}")
         else:
             read.check(source, stage.kinds(role))
+            if stage.kinds(role) == _PROMPT and source.scheme != "hub":
+                _require_facts(stage, source)
     if others_run and isinstance(stage, EvaluateSettings):
         local = {known: source for known, source in settings.data.items() if source.scheme != "hub"}
         learnt = [local[each] for each in trained(settings) if each in local]
@@ -46,16 +52,15 @@ def check(settings: RunSettings, name: str, data: Mapping[str, DataSource], *, o
 
 
 def _require_tokens(settings: BaseModel, where: str) -> None:
-    for place, server in _servers(settings, where):
-        if server.token_variable:
-            servers.token(server.token_variable, f"{place}.token_variable")
+    for place, each in _within(settings, where):
+        if isinstance(each, Server) and each.token_variable:
+            servers.token(each.token_variable, f"{place}.token_variable")
 
 
-def _servers(settings: Any, where: str) -> Iterator[tuple[str, Server]]:
-    """All servers in settings, each with its place."""
-    if isinstance(settings, Server):
-        yield where, settings
+def _within(settings: Any, where: str) -> Iterator[tuple[str, BaseModel]]:
+    """All parts of settings, themselves included, each with its place."""
     if isinstance(settings, BaseModel):
+        yield where, settings
         inner: Iterable[tuple[Any, Any]] = ((name, getattr(settings, name)) for name in type(settings).model_fields)
     elif isinstance(settings, dict):
         inner = settings.items()
@@ -64,13 +69,50 @@ def _servers(settings: Any, where: str) -> Iterator[tuple[str, Server]]:
     else:
         return
     for name, each in inner:
-        yield from _servers(each, f"{where}.{name}")
+        yield from _within(each, f"{where}.{name}")
+
+
+def _require_facts(stage: StageSettings, source: DataSource) -> None:
+    """See that the first prompts that are judged by a rule that knows what is correct hold what it needs."""
+    from data import read
+    from data.split import is_held_out
+
+    gold, rules = _gold(stage), _knowing(stage)
+    if not (gold or rules):
+        return
+    evaluated = isinstance(stage, EvaluateSettings)
+    looks = min(read.CHECKED_ROWS, getattr(stage, "rows", read.CHECKED_ROWS)) if evaluated else read.CHECKED_ROWS
+    judged = (
+        (row, gold | rules if held_out else rules)
+        for row in read.prompts(source)
+        if (held_out := is_held_out(row, source.held_out)) or (rules and not evaluated)
+    )
+    for row, needed in islice(judged, looks):
+        _require_facts_of(row, needed)
+
+
+def _require_facts_of(row: Any, rules: Collection[str]) -> None:
+    from reward.rules import verdict
+
+    for rule in sorted(rules):
+        verdict(rule, row.facts, "", row.origin)
+
+
+def _gold(settings: BaseModel) -> set[str]:
+    return {getattr(settings, "gold", "none")} - {"none"}
+
+
+def _knowing(settings: BaseModel) -> set[str]:
+    """The rules in settings that read what a prompt's facts say is correct."""
+    from reward.rules import JUDGES
+
+    rules = (each for _, each in _within(settings, "") if isinstance(each, WeightedRule))
+    return {rule for each in rules if (rule := getattr(each, "rule", "")) in JUDGES}
 
 
 def _check_suite(suite: Suite, stage: StageSettings, where: str) -> None:
     """Read all rows of a suite: there are few, and each of them may be at fault."""
     from data import read, suite_rows
-    from reward.rules import verdict
 
     _require_tokens(suite, where)
     if isinstance(stage, EvaluateSettings) and isinstance(suite, SampledSuite):
@@ -78,11 +120,9 @@ def _check_suite(suite: Suite, stage: StageSettings, where: str) -> None:
     if suite.scheme == "hub":
         read.check(suite, suite.KINDS)
         return
-    items = suite_rows.read(suite).chosen
-    if isinstance(suite, GenerationSuite | InvarianceSuite) and suite.gold != "none":
-        rows: list[Any] = [item.row for item in items]
-        for row in rows:
-            verdict(suite.gold, row.facts, "", row.origin)
+    rules = _gold(suite) | _knowing(suite)
+    for item in suite_rows.read(suite).chosen:
+        _require_facts_of(item.row, rules)
 
 
 def _require_room(suite: SampledSuite, stage: EvaluateSettings, where: str) -> None:

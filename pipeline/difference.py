@@ -27,6 +27,12 @@ NOT_PAIRED = {"prompt": "independent intervals: other prompts", "row": "independ
 """The same, where they have not."""
 INDEPENDENT, NO_INTERVAL = "independent intervals", "no interval"
 OTHER_JUDGE = "another judge: not comparable"
+GOLD, ACCURACY = "gold", ".accuracy"
+"""The judge who says what is correct, and what the figure is called of how often it does."""
+SUITES = "suites."
+"""What the roles of suites begin with among an evaluation's data."""
+SCORING = ("method", "gold", "rules", "normalised", "measure", "n")
+"""Settings of a suite by which a row's number is made of what a model says."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ def _of_stage(stage: str, first: Path, second: Path) -> Iterator[Change]:
         now = new.metrics.get(name)
         if now is None or math.isclose(now.value, was.value, rel_tol=ROUNDING, abs_tol=ROUNDING):
             continue
-        if _judge(name) in others:
+        if _judges(name) & others:
             change, by = Metric(value=now.value - was.value), OTHER_JUDGE
         else:
             change, by = _change(was, now, before.get(name), after.get(name))
@@ -121,18 +127,35 @@ def _paired(old: Column, new: Column) -> Metric:
     return paired_difference(after, before)
 
 
-def _judge(name: str) -> str | None:
-    """The judge whose scores or verdicts a figure is made of; None where there is none."""
-    if f".{SUITE}" in name:
-        return None
+def _judges(name: str) -> set[str]:
+    """The judges whose scores or verdicts a figure is made of; a suite judges its own, by its name."""
+    _, _, suite = name.partition(f".{SUITE}")
+    if suite:
+        return {f"{SUITE}{suite.removesuffix(GAIN).partition('.')[0].partition('_')[0]}"}
     before, _, last = name.removesuffix(GAIN).rpartition(".")
+    if last == "frontier_gap":
+        return {*SETTINGS}
+    if f".{last}" == ACCURACY or f"{before}.".endswith(f"{ACCURACY}."):
+        return {GOLD}
     is_by_judge = last in SETTINGS or f"{before}.".endswith((SCORE, WIN_RATE, LENGTH_CONTROLLED))
-    return last if is_by_judge else None
+    return {last} if is_by_judge else set()
 
 
 def _other_judges(old: Manifest, new: Manifest) -> set[str]:
-    """Judges that are not the same in two evaluations."""
-    before, after = ({"gold": each.settings.get("gold")} | each.settings.get("judges", {}) for each in (old, new))
+    """Judges, and suites that score in another way, that are not the same in two evaluations."""
+    before, after = (
+        {GOLD: each.settings.get(GOLD)} | each.settings.get("judges", {}) | _scoring(each) for each in (old, new)
+    )
     models = [each.inputs["reward"].digest if "reward" in each.inputs else "" for each in (old, new)]
     changed = {name for name in before.keys() & after.keys() if before[name] != after[name]}
     return changed | ({"reward"} if models[0] != models[1] else set())
+
+
+def _scoring(evaluation: Manifest) -> dict[str, Any]:
+    """Suite -> the settings that say how it scores a row."""
+    suites = {
+        f"{SUITE}{role.removeprefix(SUITES)}": settings
+        for role, settings in evaluation.data_settings.items()
+        if role.startswith(SUITES)
+    }
+    return {name: {each: settings.get(each) for each in SCORING} for name, settings in suites.items()}

@@ -65,7 +65,7 @@ def run(tmp_path: Path) -> Path:
             measured = {"sft": (0.5, 0.1), "ppo": (0.7, 0.2)}
             for model, (gold, gain) in measured.items():
                 metrics |= {f"{model}.gold": reports.metric(gold), f"{model}.gold_gain": reports.metric(gain)}
-            for against_parent in ("win_rate.gold", "win_rate_length_controlled.gold", "perplexity_ratio"):
+            for against_parent in ("win_rate", "win_rate.gold", "win_rate_length_controlled.gold", "perplexity_ratio"):
                 metrics |= {f"ppo.{against_parent}": reports.metric(0.8), f"sft.{against_parent}": reports.metric(0.6)}
         reports.write_stage(tmp_path, name, schema_version=manifests.SCHEMA_VERSION, inputs=inputs, metrics=metrics)
     return tmp_path
@@ -93,11 +93,12 @@ def test_figures_stand_beside_the_parent_s_with_the_interval_of_the_change(run: 
     start = found.index("`gold`")
     assert found[start : start + 7] == ["`gold`", "0.7", "0.68 to 0.72", "0.5", "+0.2", "+0.18 to +0.22", "100"]
     # the parent's is against another
-    for name in ("`win_rate.gold`", "`win_rate_length_controlled.gold`", "`perplexity_ratio`"):
+    for name in ("`win_rate`", "`win_rate.gold`", "`win_rate_length_controlled.gold`", "`perplexity_ratio`"):
         start = found.index(name)
         assert found[start : start + 7] == [name, "0.8", "0.78 to 0.82", "", "", "", "100"]
     results = metadata["model-index"][0]["results"][0]["metrics"]
-    assert results == [{"type": "gold", "value": 0.7}, {"type": "win_rate.gold", "value": 0.8}]
+    values = {each["type"]: each["value"] for each in results}
+    assert values == {"gold": 0.7, "win_rate.gold": 0.8}
 
 
 def test_no_section_is_empty_and_none_without_content_is_there(run: Path) -> None:

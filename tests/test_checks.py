@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import tiny
 
+from data.schema import Message, Prompt
+from data.split import is_held_out
 from pipeline import cli
 
 RUN = """\
@@ -141,6 +143,48 @@ def test_the_last_row_of_a_suite_is_looked_at(
     write_suite(root, [*together, *double, last], **settings)
     assert plan(root) == 3
     assert message in said(capsys)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "stages.evaluate.gold=exact",
+        "stages.evaluate.judges={right: [{rule: length, words: 9}, {rule: exact}]}",
+        "stages.ppo.rules=[{rule: exact}]",
+        "stages.ppo.gold=exact",
+    ],
+)
+def test_prompts_without_what_a_rule_needs_are_missed_before_anything_runs(
+    root: Path, capsys: pytest.CaptureFixture[str], override: str
+) -> None:
+    asked = [{"prompt": f"Who is number {each}?"} for each in range(50)]
+    known = [{**row, "answer": "I."} for row in asked]
+    role = "stages.ppo.data=asked" if "ppo" in override else "stages.evaluate.prompts=asked"
+    data = f"data.asked={{source: {root}/asked.jsonl}}"
+    write_lines(root / "asked.jsonl", asked)
+    assert plan(root, data, role) == 0
+    assert plan(root, data, role, override) == 3
+    assert "the prompt has no `answer`, which the rule `exact` needs" in said(capsys)
+    write_lines(root / "asked.jsonl", known)
+    assert plan(root, data, role, override) == 0
+
+
+def test_rows_that_an_evaluation_does_not_ask_need_no_answer(root: Path) -> None:
+    rows = [Prompt((Message("user", f"Who is number {each}?"),)) for each in range(300)]
+    held_out = [each for each, row in enumerate(rows) if is_held_out(row, 0.1)]
+    known = {each: {"answer": "I."} for each in held_out[:3]}
+    asked = [{"prompt": row.prompt[0].content} | known.get(each, {}) for each, row in enumerate(rows)]
+    write_lines(root / "asked.jsonl", asked)
+    overrides = [f"data.asked={{source: {root}/asked.jsonl}}", "stages.evaluate.prompts=asked"]
+    overrides += ["stages.evaluate.gold=exact"]
+    assert plan(root, *overrides, "stages.evaluate.rows=3") == 0
+    assert plan(root, *overrides, "stages.evaluate.rows=4") == 3
+
+
+def test_the_last_row_of_a_suite_holds_what_its_rules_need(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_suite(root, [*QUESTIONS, {"prompt": "Who?"}], gold=None, rules=[{"rule": "exact"}])
+    assert plan(root) == 3
+    assert "mine.jsonl:41: the prompt has no `answer`, which the rule `exact` needs" in said(capsys)
 
 
 def test_a_suite_file_that_is_missing_is_named_with_what_to_do(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

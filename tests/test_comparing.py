@@ -96,6 +96,21 @@ def test_two_prompts_that_are_both_gained_are_no_clear_gain_in_accuracy_and_need
     assert mostly.needed["accuracy"] == 6
 
 
+def test_three_wins_of_three_are_no_clear_preference(both: tuple[Answers, Answers]) -> None:
+    judge = Judge([1.0] * 3 + [None] * 9, changed=0)
+    found = compare(*both, PROMPTS, {"gpt": judge})
+    rate, more = found.metrics["win_rate.gpt"], proportion_difference([1.0] * 3, [0.0] * 3)
+    assert (rate.value, rate.low, rate.high, rate.n) == (1.0, 0.5 + (more.low or 0) / 2, 1.0, 3)
+    assert rate.low < 0.5  # type: ignore[operator]
+    assert not any(each.holds for each in gate.check({"dpo": {"win_rate.gpt": "> 0.5"}}, _named(found.metrics)))
+
+
+def test_ties_alone_leave_a_preference_open(both: tuple[Answers, Answers]) -> None:
+    rate = compare(*both, PROMPTS, {"gpt": Judge([0.5] * 12, changed=0)}).metrics["win_rate.gpt"]
+    assert rate.value == 0.5
+    assert rate.low < 0.5 < rate.high  # type: ignore[operator]
+
+
 def _named(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
     return {f"dpo.{name}": each for name, each in metrics.items()}
 

@@ -206,6 +206,29 @@ def test_documents_are_compared_with_their_weights(tmp_path: Path) -> None:
     assert changes["ppo.suite.mine"].by == NOT_PAIRED["row"]
 
 
+@pytest.mark.parametrize(("words", "same"), [(3, True), (4, False)])
+def test_suites_that_score_in_another_way_are_not_compared(tmp_path: Path, words: int, same: bool) -> None:
+    runs = [with_suite(tmp_path / name, rows(seed, share)) for name, seed, share in (("a", 1, 0.4), ("b", 2, 0.8))]
+    for run, each in zip(runs, (3, words), strict=True):
+        metrics = json.loads((run.stage("check") / "manifest.json").read_text())["metrics"]
+        suite = {"method": "generation", "gold": "none", "rules": [{"rule": "length", "words": each}], "samples": each}
+        settings = {"suites.mine": suite}
+        reports.write_stage(run.root, "check", schema_version=SCHEMA_VERSION, metrics=metrics, data_settings=settings)
+    assert {change.by for change in found(*runs).values()} == {PAIRED["row"] if same else OTHER_JUDGE}
+
+
+@pytest.mark.parametrize("name", ["accuracy", "accuracy.sums", "accuracy_gain", "frontier_gap", "gold"])
+def test_what_another_rule_calls_correct_is_not_compared(tmp_path: Path, name: str) -> None:
+    runs = []
+    for gold, right in (("exact", 10), ("numeric", 30)):
+        metrics = {f"ppo.{name}": proportion_interval(right, PROMPTS).model_dump()}
+        reports.write_stage(
+            tmp_path / gold, "check", schema_version=SCHEMA_VERSION, metrics=metrics, settings={"gold": gold}
+        )
+        runs.append(RunDirectory(tmp_path / gold))
+    assert found(*runs)[f"ppo.{name}"].by == OTHER_JUDGE
+
+
 def test_suites_of_other_rows_say_so_and_keep_the_independent_intervals(tmp_path: Path) -> None:
     before, after = rows(1, 0.4), rows(2, 0.8)
     after["another"] = after.pop("row 29")

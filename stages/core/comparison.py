@@ -19,7 +19,7 @@ from reward.comparison import (
     outcomes,
     prompts_needed,
 )
-from reward.intervals import mean_interval, paired_difference, proportion_difference, ratio_interval
+from reward.intervals import paired_difference, proportion_difference, ratio_interval
 from reward.length_control import length_controlled
 from reward.pair_judge import PairJudge
 from stages.core.answers import Answers
@@ -135,9 +135,17 @@ def _win_rates(judge: str, found: Judgement, own: Answers, parent: Answers) -> d
         if outcome is not None
     ]
     return {
-        f"{WIN_RATE}{judge}": mean_interval(found.decided),
+        f"{WIN_RATE}{judge}": _win_rate(found.decided),
         f"{LENGTH_CONTROLLED}{judge}": length_controlled(found.decided, longer_by),
     }
+
+
+def _win_rate(decided: Sequence[float]) -> Metric:
+    """A half and half of how much more often the model wins than its parent; so the interval, like that of accuracies,
+    keeps a width where all prompts agree."""
+    more = proportion_difference([float(each == WIN) for each in decided], [float(each == LOSS) for each in decided])
+    low, high = (None if bound is None or len(decided) < 2 else TIE + bound / 2 for bound in (more.low, more.high))
+    return more.model_copy(update={"value": TIE + more.value / 2, "low": low, "high": high})
 
 
 def _paired(own: Mapping[str, list[float]], parent: Mapping[str, list[float]]) -> dict[str, Pair]:

@@ -87,10 +87,11 @@ def test_the_prompts_needed_are_named_only_where_nothing_is_clear(both: tuple[An
     assert "accuracy" not in compare(own, parent, PROMPTS, {}).needed
 
 
-def test_two_prompts_that_are_both_gained_are_no_clear_gain_in_accuracy_and_need_no_two_prompts_to_be_one() -> None:
+def test_two_prompts_that_are_both_gained_are_no_clear_gain_and_need_no_two_prompts_to_be_one() -> None:
     texts = ["a", "b"]
     found = compare(answers([1.0] * 2, [1.0] * 2, texts), answers([0.0] * 2, [0.0] * 2, texts), PROMPTS[:2], {})
-    assert not any(each.holds for each in gate.check({"dpo": {"accuracy": "> parent"}}, _named(found.metrics)))
+    required = {"dpo": {"accuracy": "> parent", "gold": "> parent"}}
+    assert [each.holds for each in gate.check(required, _named(found.metrics))] == [False, False]
     mostly = compare(answers([], [1, 1, 0], ["a"] * 3), answers([], [0, 0, 0], ["a"] * 3), PROMPTS[:3], {})
     assert prompts_needed([1, 1, 0], 2 / 3) == 6
     assert mostly.needed["accuracy"] == 6

@@ -434,6 +434,20 @@ def test_a_loss_that_is_not_finite_stops_the_stage(
 
 
 @pytest.mark.chain
+def test_a_training_from_which_nothing_is_learnt_is_told_of(
+    config: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change = ["stages.t_dpo.arguments={beta: 1e-9}", "stages.t_dpo.steps=4", f"output={copy}"]
+    assert baton("run", config, *change, "--only", "t_dpo") == 0
+    told = "alarm at step 3 (rows world:preferences:"
+    assert told in capsys.readouterr().out
+    (warning,) = manifest_of(copy, "t_dpo").warnings
+    assert warning.startswith(told)
+    assert "zero signal: the gradient norm was at most " in warning
+    assert [each.get("alarm") for each in records(copy, "t_dpo")] == [None, None, "zero_signal", "zero_signal"]
+
+
+@pytest.mark.chain
 def test_a_signal_stops_the_stage(
     config: Path, copy: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,7 +81,7 @@ def compare(
     # One prompt of a task has a test, of which nothing comes, and no interval.
     several = {name: pair for name, pair in correct.items() if len(pair[0]) > 1}
     scores = _paired(own.scores, parent.scores)
-    metrics = {f"{name}{GAIN}": paired_difference(*pair) for name, pair in scores.items()}
+    metrics = {f"{name}{GAIN}": _gain(*pair) for name, pair in scores.items()}
     metrics |= {f"{name}{GAIN}": proportion_difference(*pair) for name, pair in several.items()}
     needed = {name: _needed(_differences(*pair), metrics[f"{name}{GAIN}"]) for name, pair in (scores | several).items()}
     metrics[f"length{RATIO}"] = ratio_interval(own.lengths, parent.lengths)
@@ -98,6 +98,12 @@ def compare(
         needed={name: count for name, count in needed.items() if count is not None},
         correct=correct,
     )
+
+
+def _gain(own: Sequence[float], parent: Sequence[float]) -> Metric:
+    """The mean difference of scores; of yes and no as of accuracies, whose interval is wide for a few equal pairs."""
+    yes_or_no = len(own) > 1 and {*own, *parent} <= {0.0, 1.0}
+    return proportion_difference(own, parent) if yes_or_no else paired_difference(own, parent)
 
 
 def corrected_tests(compared: Mapping[str, Mapping[str, Pair]]) -> dict[str, dict[str, AccuracyTest]]:

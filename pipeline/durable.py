@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from pipeline import manifest as manifests
 from pipeline.errors import ArtifactError
-from pipeline.fingerprint import file_sha256, on_all_cores
+from pipeline.fingerprint import file_sha256, meanwhile
 from pipeline.manifest import OutputRecord
 from pipeline.seal import sealed
 
@@ -36,7 +36,10 @@ def inventory(directory: Path) -> list[OutputRecord]:
             raise ArtifactError("a stage may only leave regular files", where=path)
         # safetensors writes 0600, which would keep colleagues from reading the hand-over
         path.chmod(0o666 & ~_umask())
-        sync(path)
+    with meanwhile(file_sha256, paths) as hashed:  # the disk has its own work
+        for path in paths:
+            sync(path)
+        digests = hashed()
     outputs = [
         OutputRecord(
             path=path.relative_to(directory).as_posix(),
@@ -44,7 +47,7 @@ def inventory(directory: Path) -> list[OutputRecord]:
             sha256=digest,
             role="log" if path.name == "metrics.jsonl" or path.suffix == ".log" else "artifact",
         )
-        for path, digest in zip(paths, on_all_cores(file_sha256, paths), strict=True)
+        for path, digest in zip(paths, digests, strict=True)
     ]
     return sorted(outputs, key=lambda output: output.path)
 

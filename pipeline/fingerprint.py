@@ -11,6 +11,7 @@ import platform
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,13 +42,20 @@ def file_sha256(path: Path) -> str:
 
 
 def on_all_cores(read: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
-    """What a function that reads or hashes files finds for each item, in their order.
+    """What a function that reads or hashes files finds for each item, in their order."""
+    if len(items) < 2:
+        return list(map(read, items))
+    with meanwhile(read, items) as found:
+        return found()
+
+
+@contextmanager
+def meanwhile(read: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[Callable[[], list[Found]]]:
+    """Read or hash files while something else is done; what is yielded waits for all that was found, in order.
 
     Both let go of the interpreter, so that threads share the work between the cores. Whoever is interrupted does not
     wait for them, and neither does the end of the process: files are as large as disks.
     """
-    if len(items) < 2:
-        return list(map(read, items))
     results: list[Future[Found]] = [Future() for _ in items]
     left = iter(list(zip(results, items, strict=True)))  # threads take from it in turn
 
@@ -61,7 +69,7 @@ def on_all_cores(read: Callable[[Item], Found], items: Sequence[Item]) -> list[F
     for _ in range(min(_cpus(), len(items))):
         threading.Thread(target=work, daemon=True).start()
     try:
-        return [result.result() for result in results]
+        yield lambda: [result.result() for result in results]
     finally:
         for _ in left:  # nothing more is begun
             pass

@@ -22,6 +22,7 @@ from .page import Figure
 
 Part = Callable[[argparse.Namespace, Path], Iterator[Figure]]
 SECONDS_BETWEEN_LINES = 10.0
+QUICKSTART = Path("runs/quickstart")
 OTHERS = 5
 """Of the calls at which a run is killed, how many there are to one at which something else happens."""
 
@@ -239,7 +240,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the kills' times, or of the bits")
     parser.add_argument("--every", type=int, default=1, help="of the calls at which a run is broken, only every n-th")
     parser.add_argument("--gib", type=int, default=1, help="how much is published for its cost")
-    parser.add_argument("--run", type=Path, help="a finished run, for the share of its time that publishing took")
+    run = QUICKSTART if QUICKSTART.is_dir() else None
+    what = "a finished run, for the share of its time that publishing took (default: the quickstart's, if it is there)"
+    parser.add_argument("--run", type=Path, default=run, help=what)
     options = parser.parse_args()
     if options.count is not None and options.part not in ("kills", "bits"):
         parser.error("--count is for `kills` or `bits`")

@@ -491,6 +491,7 @@ def test_what_a_trainer_refuses_is_an_error_of_the_configuration(
         ("t_cpo", "arguments.loss_type=kto_pair", "stages.t_cpo: CPO refuses its settings: Support for kto_pair has"),
         ("t_dpo", "arguments.loss_type=sigmoyd", "stages.t_dpo: DPO refuses its settings: Unknown loss type: sigmoyd"),
         ("t_kto", "lora=null", "stages.t_kto.lora: `t_dpo` is an adapter"),
+        ("t_online", "arguments.beta=[0.1, 0.2]", "stages.t_online.arguments.beta: one for each epoch: a stage counts"),
     ]:
         assert baton("run", config, f"stages.{stage}.{change}", f"output={copy}", "--only", stage) == 2
         assert message in capsys.readouterr().err

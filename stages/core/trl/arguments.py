@@ -31,6 +31,8 @@ EXPECTED: dict[str, type[Warning]] = {
     "`(is_)?gradient_checkpointing": FutureWarning,
 }
 """Beginning of a warning's message -> its kind."""
+BY_EPOCH = {("OnlineDPO", "beta")}
+"""Arguments of trainers that may be a list, of which TRL takes one in each epoch."""
 REFUSING = ("trl", "transformers")
 """Packages that say what is wrong with arguments."""
 
@@ -75,6 +77,8 @@ def check(context: Context, found: Classes) -> None:
         if not any(_fits(each, types[name]) for each in (value, [value])):  # lists may be given as their only item
             what = f"{printable(repr(value))} is not {_readable(types[name])}"
             raise ConfigError(what, where=where, hint="see TRL's documentation of the argument")
+        if (context.settings.trainer, name) in BY_EPOCH and isinstance(value, list) and len(value) > 1:
+            raise ConfigError("one for each epoch: a stage counts steps", where=where, hint="give one number")
 
 
 def build(context: Context, found: Classes, compute: Compute, steps: int, directory: Path) -> Any:

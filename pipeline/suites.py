@@ -57,7 +57,7 @@ class Suite(DataSource):
 
 
 class LikelihoodSuite(Suite):
-    """Bits per byte of documents, each from its first token on; lower is better."""
+    """Bits per byte of documents, each from its first token on, and their perplexity; lower is better."""
 
     KINDS: ClassVar = ("text",)
     BETTER: ClassVar = "lower"

@@ -32,7 +32,7 @@ from reward.intervals import mean_interval, proportion_interval, ratio_interval
 from stages.core import device, loop, rows
 from stages.core.answers import PLAIN, Answers, answer
 from stages.core.comparison import Comparison, compare, corrected_tests
-from stages.core.documents import Likelihood, text_likelihoods
+from stages.core.documents import Likelihood, perplexity, text_likelihoods
 from stages.core.judges import Judges, in_words
 from stages.core.lineup import Contestant, Lineup, parent_digest
 from stages.core.roles import REWARD, Roles
@@ -256,9 +256,7 @@ def _of_text(own: Mapping[int, Likelihood]) -> Metrics:
         return {}
     documents = own.values()
     return {
-        "perplexity": exponential(
-            ratio_interval([each.loss for each in documents], [each.tokens for each in documents])
-        ),
+        "perplexity": perplexity(documents),
         "bits_per_byte": ratio_interval([each.bits for each in documents], [each.bytes for each in documents]),
     }
 

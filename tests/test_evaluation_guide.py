@@ -114,6 +114,7 @@ def test_every_model_has_figures_of_every_suite_and_a_child_its_gain(finished: P
         assert f"dpo.suite.{name}_gain" in found
         assert f"sft.suite.{name}_gain" not in found
     assert {"dpo.suite.capitals.America", "dpo.suite.sums.at 0.5", "dpo.suite.sums.at 1"} <= found.keys()
+    assert found["dpo.suite.diary_perplexity"].value > 1
 
 
 def test_figures_are_those_of_the_lines_of_the_suite_s_file(finished: Path) -> None:
@@ -218,6 +219,7 @@ def test_two_runs_are_compared_row_by_row(finished: Path, copy: Path, capsys: py
     changes = {each["metric"]: each for each in json.loads(capsys.readouterr().out)["changes"]}
     suites = {name: each for name, each in changes.items() if name.startswith("dpo.suite.")}
     assert {"dpo.suite.diary", "dpo.suite.diary_gain"} <= suites.keys()
+    assert suites.pop("dpo.suite.diary_perplexity")["by"] == "independent intervals"  # it is no mean of rows
     assert {each["by"] for each in suites.values()} == {"paired by row"}
     before, after = ({row["id"]: row for row in lines(root, "diary")} for root in (finished, copy))
     weights = [row["weight"] for row in before.values()]

@@ -317,6 +317,7 @@ def test_documents_cost_what_a_loop_over_their_tokens_says(tmp_path: Path, conte
     suite, items = items_of(tmp_path, rows, method="likelihood", gold=None)
     found = scorer(suite, items, SETTINGS, 0)(contestant)
     assert found.numbers.keys() == {0, 1}  # the third is longer than the model's positions
+    losses, predicted = [], 0
     for place in found.numbers:
         text = rows[place]["text"]
         tokens = models.tokenizer()(text, add_special_tokens=False)["input_ids"]
@@ -325,6 +326,9 @@ def test_documents_cost_what_a_loop_over_their_tokens_says(tmp_path: Path, conte
         nats = -sum(float(logits[at, token]) for at, token in enumerate(tokens[1:]))
         assert found.numbers[place] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
         assert found.weights[place] == len(text.encode())
+        losses.append(nats)
+        predicted += len(tokens) - 1
+    assert found.further["perplexity"].value == pytest.approx(math.exp(sum(losses) / predicted), rel=1e-5)
 
 
 def test_responses_at_temperature_0_are_the_same_with_any_seed(tmp_path: Path, contestant: Contestant) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from data.document_store import encoded
 from data.schema import Text
 from data.tree import Branch, Tree
+from pipeline.manifest import Metric
+from reward.intervals import ratio_interval
 from stages.core.models import LanguageModel
-from stages.core.scoring import logprobs
+from stages.core.scoring import exponential, logprobs
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ def text_likelihoods(
         tree.number: Likelihood(-found[tree.number][0], tree.reads, len(texts[tree.number].text.encode()))
         for tree in trees
     }
+
+
+def perplexity(found: Collection[Likelihood]) -> Metric:
+    """Of documents, per token that was predicted; comparable between models that make the same tokens of a text."""
+    return exponential(ratio_interval([each.loss for each in found], [each.tokens for each in found]))
 
 
 def text_trees(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int) -> list[Tree]:

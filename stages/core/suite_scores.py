@@ -12,6 +12,7 @@ import numpy as np
 from data.suite_rows import Item
 from data.tree import preference_tree, usable
 from pipeline.config import Decoding, EvaluateSettings
+from pipeline.manifest import Metric
 from pipeline.rules import Gold, Rule
 from pipeline.suites import (
     ChoiceSuite,
@@ -26,7 +27,7 @@ from reward import diversity
 from reward.mixture import RuleMixture
 from reward.rules import verdict
 from stages.core.answers import PLAIN, Responses, respond
-from stages.core.documents import text_likelihoods
+from stages.core.documents import perplexity, text_likelihoods
 from stages.core.lineup import Contestant
 from stages.core.roles import REWARD, Roles
 from stages.core.scoring import logprobs, scores
@@ -43,6 +44,7 @@ class Scores:
         numbers: Of all observations.
         parts: The same under single conditions, by what they are called: `at 0.5` is a temperature.
         weights: What the numbers count in their mean, where they do not count alike.
+        further: Other figures of the whole suite, by the ending of their names.
         responses: By observation; empty where nothing is answered.
         tokens: Sampled in all.
     """
@@ -50,6 +52,7 @@ class Scores:
     numbers: Numbers
     parts: Mapping[str, Numbers] = field(default_factory=dict)
     weights: Numbers = field(default_factory=dict)
+    further: Mapping[str, Metric] = field(default_factory=dict)
     responses: Sequence[Sequence[str]] = ()
     tokens: int = 0
 
@@ -123,6 +126,7 @@ def _likelihood(items: Sequence[Item], settings: EvaluateSettings, contestant: C
     return Scores(
         {place: each.bits / each.bytes for place, each in found.items()},
         weights={place: float(each.bytes) for place, each in found.items()},
+        further={"perplexity": perplexity(found.values())} if found else {},
     )
 
 

@@ -73,7 +73,7 @@ class _Ledger:
         self.pairs[model] = {}
         other = self.scores.get(parent) if parent else None
         before = {name: numbers for name, numbers, _ in self._slices(other)} if other else {}
-        metrics = {}
+        metrics = {f"{self.figure}_{ending}": metric for ending, metric in found.further.items()}
         for name, numbers, yes_or_no in self._slices(found):
             if not numbers:
                 continue

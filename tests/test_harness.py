@@ -214,7 +214,9 @@ def test_lm_eval_s_gsm8k_is_the_suite_s_row_by_row(
     assert alike in capsys.readouterr().out
 
 
-def test_the_suite_and_the_task_take_as_many_tokens() -> None:
+def test_the_suite_and_the_task_take_as_many_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BATON_DATA", str(tmp_path))
+
     class Task(yaml.SafeLoader):
         """Reads functions by their names."""
 

@@ -60,7 +60,7 @@ def main(work: Work, description: str | None, arguments: Sequence[str] | None = 
     chosen = _parser(work, description).parse_args(given)
     if not chosen.data.is_file():
         raise SystemExit(f"no {chosen.data}: set BATON_DATA to the folder with hh-rlhf, or give --data")
-    if "reference" in _nested(chosen.set):
+    if "reference" in nested(chosen.set):
         raise SystemExit("--set reference: the peer computes the reference in every step, and so must Baton's stage")
     with cache(chosen.cache) as directory:
         record = Comparison(work, chosen, directory).record()
@@ -130,7 +130,7 @@ class Comparison:
             learning_rate=chosen.learning_rate,
             device=chosen.device,
             dtype=chosen.dtype,
-            settings=_nested(chosen.set),
+            settings=nested(chosen.set),
             variant=variant,
             result=result,
         )
@@ -199,7 +199,7 @@ def _fastest(tried: Mapping[str, Mapping[str, Any]]) -> str:
     return max(ran, key=lambda name: ran[name]["tokens_per_second"])
 
 
-def _nested(given: Sequence[str]) -> dict[str, Any]:
+def nested(given: Sequence[str]) -> dict[str, Any]:
     """`a.b=c` as mappings; values are YAML."""
     found: dict[str, Any] = {}
     for each in given:

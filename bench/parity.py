@@ -2,7 +2,8 @@
 
 The first is what an `evaluate` stage keeps of a suite, `stages/NAME/suites/SUITE.jsonl`; the second what `baton eval`
 keeps of a task with the same rows, `evals/STAGE-DIGEST/TASK.json`. Prints of how many rows the responses are the same
-text, and of how many the verdicts are the same.
+text, and of how many the verdicts are the same. Rows are matched by their lines in the file that both read, which the
+suite knows by their ids: it asks the same row once, where the task asks it twice.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data import suite_rows
+from pipeline import loader
+from pipeline.suites import Suite
+
 
 @dataclass(frozen=True)
 class Parity:
@@ -22,12 +27,14 @@ class Parity:
 
     Attributes:
         rows: Compared, in the order of the file that both read.
+        alone: Rows that lm-eval took and the suite did not.
         right: In the suite, and in lm-eval.
         texts: Ids of the rows whose responses differ.
         verdicts: Ids of those whose verdicts differ.
     """
 
     rows: int
+    alone: int
     right: tuple[float, float]
     texts: tuple[str, ...]
     verdicts: tuple[str, ...]
@@ -37,25 +44,34 @@ class Parity:
         alike = f"{self.rows - len(self.texts):,} responses and {self.rows - len(self.verdicts):,} verdicts are alike"
         right = f"right are {self.right[0]:g} in the suite, {self.right[1]:g} in lm-eval"
         differ = "".join(f"\n  differs: {each}" for each in dict.fromkeys(self.texts + self.verdicts))
-        return f"{model}: of {self.rows:,} rows {alike}; {right}{differ}"
+        alone = f"; {self.alone:,} more in lm-eval alone" if self.alone else ""
+        return f"{model}: of {self.rows:,} rows {alike}; {right}{alone}{differ}"
 
 
-def compare(lines: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any]) -> Parity:
-    """Compare the rows that lm-eval took, its first ones, with the same rows of a suite.
+def compare(lines: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any], places: Mapping[str, int]) -> Parity:
+    """Compare the rows that lm-eval took with the same rows of a suite.
 
     Args:
         lines: Observations of a suite with one response each.
         evaluation: What `baton eval` kept.
+        places: Id of a row of the suite -> its place in the file, from 0.
     """
     model, (metric, *_) = evaluation["stage"], [name.partition(",")[0] for name in evaluation["figures"]]
+    ours = {places[line["id"]]: line for line in lines}
     samples = sorted(evaluation["samples"], key=lambda sample: sample["doc_id"])
-    pairs = list(zip(lines[: len(samples)], samples, strict=True))
+    pairs = [(ours[sample["doc_id"]], sample) for sample in samples if sample["doc_id"] in ours]
     return Parity(
         len(pairs),
+        len(samples) - len(pairs),
         (sum(line["scores"][model] for line, _ in pairs), sum(sample[metric] for _, sample in pairs)),
         tuple(line["id"] for line, sample in pairs if line["responses"][model] != sample["resps"][0][0]),
         tuple(line["id"] for line, sample in pairs if line["scores"][model] != sample[metric]),
     )
+
+
+def places_of(suite: Suite) -> dict[str, int]:
+    """Id of each row of a suite -> its place in the suite's file, from 0."""
+    return {item.id: int(item.row.origin.rpartition(":")[2]) - 1 for item in suite_rows.read(suite).chosen}
 
 
 def read(suite: Path, evaluation: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -69,9 +85,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.parity", description=__doc__)
     parser.add_argument("suite", type=Path, help="stages/NAME/suites/SUITE.jsonl of a run")
     parser.add_argument("evaluation", type=Path, help="evals/STAGE-DIGEST/TASK.json of a run")
+    parser.add_argument("--definition", help="the suite's YAML file (default: Baton's own suite of that name)")
     chosen = parser.parse_args()
     lines, evaluation = read(chosen.suite, chosen.evaluation)
-    sys.stdout.write(compare(lines, evaluation).sentence(evaluation["stage"]) + "\n")
+    _, suite = loader.suite(chosen.definition or chosen.suite.stem)
+    sys.stdout.write(compare(lines, evaluation, places_of(suite)).sentence(evaluation["stage"]) + "\n")
 
 
 if __name__ == "__main__":

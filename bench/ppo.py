@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import ppo_page, processes, shape
-from bench.comparison import PACKAGES, PAIRS, SIDES, cache, count
+from bench.comparison import PACKAGES, PAIRS, SIDES, cache, count, nested
 from bench.job import Job
 
 TRL = "1.12.0"
@@ -118,6 +118,7 @@ class Comparison:
         }
         if chosen.method == "rloo":
             settings |= {"advantage": "rloo", "samples_per_prompt": chosen.samples}
+        settings |= nested(chosen.set)
         return Job(
             kind="ppo",
             material=str(self._directory),
@@ -216,7 +217,8 @@ def _name(chosen: argparse.Namespace) -> str:
     dtype = f"-{chosen.dtype}" if chosen.dtype != "bfloat16" else ""
     model = f"-{Path(chosen.model).stem}" if chosen.model != "llama-14m" else ""
     quantization = f"-{chosen.quantization}" if chosen.quantization != "none" else ""
-    return chosen.method + device + dtype + model + quantization
+    settings = "".join(f"-{each.replace('=', '-')}" for each in chosen.set)
+    return chosen.method + device + dtype + model + quantization + settings
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -246,6 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--data", type=Path, default=PAIRS, help="preference pairs in any layout (default: hh-rlhf in BATON_DATA)")
     option("--cache", type=Path, help="where to keep bases and the old TRL (default: nowhere)")
     option("--output", type=Path, default=processes.RESULTS, help="where to write the results")
+    option("--set", action="append", default=[], metavar="NAME=VALUE", help="a further setting of Baton's stage")
     option("--variant", default="", help=f"the peer's way, instead of the fastest: {ways}")
     option("--only", choices=SIDES, help="run one side")
     return parser

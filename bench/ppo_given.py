@@ -19,7 +19,7 @@ from bench.rows import read
 from pipeline.config import PpoSettings
 from reward.head import ScalarHead
 
-LORA = {"rank": 16, "alpha": 32.0}
+LORA: dict[str, Any] = {"rank": 16, "alpha": 32.0}
 
 
 def settings(job: Job) -> PpoSettings:
@@ -32,7 +32,7 @@ def settings(job: Job) -> PpoSettings:
         "policy": "base",
         "reward": "reward",
         "data": "rows",
-        "lora": LORA,
+        "lora": lora(job),
         "steps": job.steps + 1,
         "evaluate_every": job.steps + 1,
         "evaluate_rows": 1,
@@ -42,7 +42,13 @@ def settings(job: Job) -> PpoSettings:
         "missing_eos_penalty": 0.0,
         "optimizer": {"learning_rate": job.learning_rate, "schedule": "constant", "warmup": 0.0},
     }
-    return PpoSettings.model_validate({**given, **job.settings})
+    return PpoSettings.model_validate({**job.settings, **given})
+
+
+def lora(job: Job) -> dict[str, Any]:
+    """The shape of Baton's adapters, the reward model's among them: only with the same layers have all roles others in
+    common."""
+    return LORA | job.settings.get("lora", {})
 
 
 def micro_batch(chosen: PpoSettings, responses: int) -> int:

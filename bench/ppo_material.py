@@ -32,7 +32,7 @@ from bench import material, processes
 from bench.base import context
 from bench.job import Job
 from bench.ours import stage_context
-from bench.ppo_given import merged_directory, settings
+from bench.ppo_given import lora, merged_directory, settings
 from data.mixture import stream
 from data.template import ChatTemplate
 from data.tokenizer import load_tokenizer
@@ -59,7 +59,7 @@ def make(job: Job, shape: Path, stored: Path, *, for_peer: bool) -> dict[str, An
         _train(
             dataclasses.replace(job, kind="sft", steps=SFT_STEPS, settings=settings), shape, stored, base_artifact(job)
         )
-    of_reward = dataclasses.replace(job, kind="reward", steps=job.reward_steps, settings={})
+    of_reward = dataclasses.replace(job, kind="reward", steps=job.reward_steps, settings={"lora": lora(job)})
     found = _train(of_reward, shape, stored, policy_artifact(job))
     if for_peer:
         _merge(job)

@@ -47,6 +47,11 @@ UNEQUAL = {
         "The reward is computed in a function that TRL calls.",
     ),
 }
+OTHER_WORK = (
+    "Settings of Baton's stage that are not its defaults: `{settings}`. The peer has no such; where they leave work "
+    "out, a ratio is no longer that of equal work."
+)
+"""Said of what was set."""
 
 
 def write(record: Mapping[str, Any]) -> str:
@@ -61,6 +66,7 @@ def write(record: Mapping[str, Any]) -> str:
         _tried(record),
         "\n".join(["Equal on both sides:", "", *(f"* {line.format(**_equal(record))}" for line in EQUAL)]),
         "" if alone else "\n".join(["Not equal:", "", *(f"* {line}" for line in UNEQUAL[method])]),
+        "" if options["set"] == "[]" else OTHER_WORK.format(settings=options["set"]),
         MEASURES.replace("\n", " "),
         "To repeat it:",
         f"    {record['command']}",

@@ -173,9 +173,14 @@ def _made(directory: Path, record: InputRecord) -> Manifest | None:
 
 
 def _metrics_of(evaluation: Manifest, name: str) -> dict[str, Metric]:
+    """A model's figures by their plain names; `a.b.gold` is none of the model `a` where there is a model `a.b`."""
     prefix = f"{name}."
+    known = (f"{model_name(each.source)}." for each in evaluation.inputs.values())
+    longer = tuple(each for each in known if each != prefix and each.startswith(prefix))
     return {
-        metric.removeprefix(prefix): value for metric, value in evaluation.metrics.items() if metric.startswith(prefix)
+        metric.removeprefix(prefix): value
+        for metric, value in evaluation.metrics.items()
+        if metric.startswith(prefix) and not metric.startswith(longer)
     }
 
 

@@ -11,8 +11,10 @@ from pydantic import BaseModel
 from pipeline import servers
 from pipeline.config import DataSource, EvaluateSettings, RunSettings, StageSettings, trained
 from pipeline.errors import ConfigError
+from pipeline.figures import GAIN, LENGTH_CONTROLLED, RATIO, SCORE, SETTINGS, SUITE, WIN_RATE
 from pipeline.rules import WeightedRule
 from pipeline.servers import Server
+from pipeline.suggestion import suggest
 from pipeline.suites import SampledSuite, Suite
 
 _PROMPT = ("prompt",)
@@ -29,7 +31,8 @@ def check(settings: RunSettings, name: str, data: Mapping[str, DataSource], *, o
             data, which takes as long as reading these: else the stage itself begins with that.
 
     Raises:
-        ConfigError: A server's token is not in the environment, or a suite's responses leave no room for a prompt.
+        ConfigError: A server's token is not in the environment, a figure is required that will not be measured, or a
+            suite's responses leave no room for a prompt.
         DataError: A source is missing, rows do not fit the stage or the suite that will read them, prompts do not hold
             what a rule needs, or a prompt or text of a test set or suite is trained on.
     """
@@ -37,6 +40,9 @@ def check(settings: RunSettings, name: str, data: Mapping[str, DataSource], *, o
 
     stage = settings.stages[name]
     _require_tokens(stage, f"stages.{name}")
+    if isinstance(stage, EvaluateSettings):
+        suites = {f"{SUITE}{role.partition('.')[2]}" for role, source in data.items() if isinstance(source, Suite)}
+        _require_figures(stage, suites, f"stages.{name}.require")
     for role, source in data.items():
         if isinstance(source, Suite):
             _check_suite(source, stage, f"stages.{name}.{role}")
@@ -55,6 +61,41 @@ def _require_tokens(settings: BaseModel, where: str) -> None:
     for place, each in _within(settings, where):
         if isinstance(each, Server) and each.token_variable:
             servers.token(each.token_variable, f"{place}.token_variable")
+
+
+def _require_figures(stage: EvaluateSettings, suites: Collection[str], where: str) -> None:
+    """See that every required figure is one that the stage measures; of which tasks and categories, its rows say."""
+    whole = _figures(stage) | set(suites)
+    parts = tuple(f"{figure}." for figure in whole if figure in suites or figure == "accuracy")
+    others = tuple(f"{figure}_" for figure in suites)
+    for model, wanted in stage.require.items():
+        for figure in wanted:
+            plain = figure.removesuffix(GAIN).removesuffix(RATIO)
+            if plain not in whole and not figure.startswith(parts + others):
+                what = f"the stage measures no such figure{suggest(figure, whole)}"
+                hint = "name one that its settings ask for; docs/comparison.md lists them"
+                raise ConfigError(what, where=f"{where}.{model}.{figure}", hint=hint)
+
+
+def _figures(stage: EvaluateSettings) -> set[str]:
+    """What the settings ask for, without suites."""
+    scores = {name for name in SETTINGS if getattr(stage, name) not in (None, "none")}
+    rules = {name for name, judge in stage.judges.items() if isinstance(judge, list)}
+    asked = {
+        "accuracy": stage.gold != "none",
+        "kl": stage.is_plain,
+        "frontier_gap": stage.best_of is not None,
+        "pair_accuracy": stage.pairs is not None,
+        "perplexity": stage.text is not None,
+        "bits_per_byte": stage.text is not None,
+    }
+    return {
+        "length",
+        *(figure for figure, measured in asked.items() if measured),
+        *scores,
+        *(f"{SCORE}{name}" for name in rules),
+        *(f"{kind}{name}" for name in (*scores, *stage.judges) for kind in (WIN_RATE, LENGTH_CONTROLLED)),
+    }
 
 
 def _within(settings: Any, where: str) -> Iterator[tuple[str, BaseModel]]:

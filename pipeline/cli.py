@@ -26,7 +26,7 @@ from pipeline.suggestion import suggest
 from pipeline.terminal import printable
 
 if TYPE_CHECKING:
-    from pipeline.difference import Change
+    from pipeline.difference import Change, OneSided
 
 app = typer.Typer(
     name="baton",
@@ -216,17 +216,19 @@ def diff(
 
     runs = inspection.run_of(first), inspection.run_of(second)
     found, changes = list(inspection.differences(*runs)), difference.changes(*runs)
+    one_sided = difference.one_sided(*runs)
     if as_json:
         named = [dict(zip(("stage", "name", "old", "new"), each, strict=True)) for each in found]
-        _print_json({"differences": named, "changes": [change.record() for change in changes]})
+        changed, others = ([each.record() for each in part] for part in (changes, one_sided))
+        _print_json({"differences": named, "changes": changed, "in_one_run": others})
         return
-    if not found and not changes:
+    if not found and not changes and not one_sided:
         _print("no difference")
     for stage, name, old, new in found:
         _print_line(f"{stage}: {name}: {planning.short(old)} -> {planning.short(new)}")
-    if changes:
+    if changes or one_sided:
         headings = ("", "stage", "figure", "old", "new", "change", "95% interval", "by")
-        _print(terminal.table(headings, map(_change_row, changes)))
+        _print(terminal.table(headings, [*map(_change_row, changes), *map(_one_sided_row, one_sided)]))
 
 
 @app.command()
@@ -499,6 +501,11 @@ def _change_row(change: Change) -> tuple[str, ...]:
     low, high = change.change.low, change.change.high
     interval = "" if low is None or high is None else f"[{low:+.4g}, {high:+.4g}]"
     return "*" if change.is_clear else "", change.stage, change.metric, *values, interval, change.by
+
+
+def _one_sided_row(found: OneSided) -> tuple[str, ...]:
+    values = ("" if each is None else f"{each.value:.4g}" for each in (found.old, found.new))
+    return "", found.stage, found.metric, *values, "", "", f"only in {'RUN_B' if found.old is None else 'RUN_A'}"
 
 
 def _is_of_another_version(problems: Sequence[str]) -> bool:

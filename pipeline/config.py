@@ -169,6 +169,9 @@ Data = Either[Name, Mixture]
 def _no_single_rule(value: Any) -> Any:
     if isinstance(value, dict) and "rule" in value:
         raise ValueError("rules are a list, as in `[{rule: exact}]`")
+    if not isinstance(value, dict | list):
+        server = "`{url: ..., hosts: [...], model: ...}`"
+        raise ValueError(f"a judge is a list of rules, as in `[{{rule: exact}}]`, or a server: {server}")
     return value
 
 

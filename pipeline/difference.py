@@ -23,7 +23,10 @@ from reward.intervals import paired_difference, proportion_difference, ratio_int
 
 PAIRED = {"prompt": "paired by prompt", "row": "paired by row"}
 """What was observed -> what the interval of a change rests on where both runs have the same."""
-NOT_PAIRED = {"prompt": "independent intervals: other prompts", "row": "independent intervals: other rows"}
+NOT_PAIRED = {
+    "prompt": "independent intervals: not all prompts the same",
+    "row": "independent intervals: not all rows the same",
+}
 """The same, where they have not."""
 INDEPENDENT, NO_INTERVAL = "independent intervals", "no interval"
 OTHER_JUDGE = "another judge: not comparable"
@@ -31,6 +34,8 @@ GOLD, ACCURACY = "gold", ".accuracy"
 """The judge who says what is correct, and what the figure is called of how often it does."""
 SUITES = "suites."
 """What the roles of suites begin with among an evaluation's data."""
+TRANSPORT = ("hosts", "token_variable", "timeout", "retries", "requests_at_once", "rows_per_request")
+"""Settings of a server that say how it is asked, and nothing about what it answers."""
 SCORING = ("method", "gold", "rules", "normalised", "measure", "n")
 """Settings of a suite by which a row's number is made of what a model says."""
 
@@ -68,15 +73,47 @@ class Change:
         return named | {each: getattr(self, each).model_dump() for each in ("old", "new", "change")}
 
 
+@dataclass(frozen=True)
+class OneSided:
+    """A figure that only one of two runs has of a stage that both published."""
+
+    stage: str
+    metric: str
+    old: Metric | None
+    new: Metric | None
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        sides = {name: each.model_dump() if each else None for name, each in (("old", self.old), ("new", self.new))}
+        return {"stage": self.stage, "metric": self.metric, **sides}
+
+
+def one_sided(first: RunDirectory, second: RunDirectory) -> list[OneSided]:
+    """Every figure that only one run has, of stages of both: measured there alone, or under another name.
+
+    Raises:
+        ArtifactError: A manifest cannot be read.
+    """
+    found = []
+    for stage in _shared(first, second):
+        old, new = (manifests.load(run.stage(stage)).metrics for run in (first, second))
+        found += [OneSided(stage, name, old.get(name), new.get(name)) for name in sorted(old.keys() ^ new.keys())]
+    return found
+
+
 def changes(first: RunDirectory, second: RunDirectory) -> list[Change]:
     """Every figure of stages of both runs that is not the same in both, the largest clear changes first.
 
     Raises:
         ArtifactError: What an evaluation wrote down cannot be read.
     """
-    shared = sorted(set(first.published()) & set(second.published()))
+    shared = _shared(first, second)
     found = [change for stage in shared for change in _of_stage(stage, first.stage(stage), second.stage(stage))]
     return sorted(found, key=lambda change: (*change.order, change.stage, change.metric))
+
+
+def _shared(first: RunDirectory, second: RunDirectory) -> list[str]:
+    return sorted(set(first.published()) & set(second.published()))
 
 
 def _of_stage(stage: str, first: Path, second: Path) -> Iterator[Change]:
@@ -144,7 +181,8 @@ def _judges(name: str) -> set[str]:
 def _other_judges(old: Manifest, new: Manifest) -> set[str]:
     """Judges, and suites that score in another way, that are not the same in two evaluations."""
     before, after = (
-        {GOLD: each.settings.get(GOLD)} | each.settings.get("judges", {}) | _scoring(each) for each in (old, new)
+        {GOLD: each.settings.get(GOLD)} | _alike(each.settings.get("judges", {})) | _scoring(each)
+        for each in (old, new)
     )
     models = [each.inputs["reward"].digest if "reward" in each.inputs else "" for each in (old, new)]
     changed = {name for name in before.keys() & after.keys() if before[name] != after[name]}
@@ -158,4 +196,18 @@ def _scoring(evaluation: Manifest) -> dict[str, Any]:
         for role, settings in evaluation.data_settings.items()
         if role.startswith(SUITES)
     }
-    return {name: {each: settings.get(each) for each in SCORING} for name, settings in suites.items()}
+    scoring = {name: {each: settings.get(each) for each in SCORING} for name, settings in suites.items()}
+    return {name: _alike(each) for name, each in scoring.items()}
+
+
+def _alike(judges: dict[str, Any]) -> dict[str, Any]:
+    """Judges by name, or settings of which rules are one, without what changes no verdict."""
+    return {name: _verdicts_of(judge) for name, judge in judges.items()}
+
+
+def _verdicts_of(judge: Any) -> Any:
+    if isinstance(judge, list):
+        return [_verdicts_of(rule) for rule in judge]
+    if isinstance(judge, dict):
+        return {name: value for name, value in judge.items() if name not in TRANSPORT}
+    return judge

@@ -118,8 +118,15 @@ def differences(first: RunDirectory, second: RunDirectory) -> Iterator[tuple[str
                 "absent" if new is None else "published",
             )
         else:
-            for change in changes(old, new):
+            for change in [*_one_sided_data(old, new), *changes(old, new)]:
                 yield name, *change
+
+
+def _one_sided_data(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """What only one of two stages read, taken out of both: a line each, and not one for each of its settings."""
+    for role in sorted(old["data"].keys() ^ new["data"].keys()):
+        was, now = (each["data"].pop(role, {}).get("source", "absent") for each in (old, new))
+        yield f"data.{role}", was, now
 
 
 def _state(run: RunDirectory, name: str, kind: str) -> dict[str, Any]:
@@ -211,7 +218,7 @@ def _entries(path: Path) -> Iterator[dict[str, Any]]:
 def _comparable(manifest: Manifest) -> dict[str, Any]:
     return {
         "settings": manifest.settings,
-        "data": manifest.data_settings,
+        "data": dict(manifest.data_settings),
         "inputs": {role: record.digest for role, record in manifest.inputs.items()},
         "environment": manifest.environment,
         "digest": manifest.digest,

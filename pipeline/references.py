@@ -88,7 +88,7 @@ def _check_required(document: Document, name: str, stage: Mapping[str, Any]) -> 
     if not isinstance(required, dict) or not isinstance(models, list):
         return
     known = [model_name(each) for each in models if isinstance(each, str)]
-    known += [reward] if isinstance(reward, str) else []
+    known += [model_name(reward)] if isinstance(reward, str) else []
     for model in required:
         if model not in known:
             location = ("stages", name, "require", model)

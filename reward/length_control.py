@@ -4,7 +4,8 @@ Judges like long responses, so a win rate may be a matter of length. As in Alpac
 2404.04475), the outcome of a comparison is explained by a logistic regression on the difference in length, and the win
 rate is read off where that is zero. Left out of theirs: the term for how hard each prompt is, which is fitted to many
 models at once, and with it the prompt's own share in the win rate; the regularisation chosen by cross-validation.
-Added: an interval.
+Added: an interval, of all win rates that the score test does not reject, whatever the slope. Unlike one that is read
+off the curvature at the best fit, it is not too sure of few prompts that agree.
 
 Where wins and lengths are perfectly separated, no finite regression fits best. So two pseudo-observations are added,
 a tie at either extreme of length, which together weigh as much as one prompt.
@@ -19,21 +20,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.manifest import Metric
+from reward.comparison import TIE
 from reward.intervals import CONFIDENCE, Values, finite
 
 Array = NDArray[np.float64]
+Observed = tuple[Array, Array, Array]
+"""Design [n + 2, 2], outcomes and weights, the pseudo-observations last."""
 
 PSEUDO_WEIGHT = 0.5
 """Of each of the two pseudo-observations."""
-_ITERATIONS = 100
+_ITERATIONS, _HALVINGS = 100, 40
 _TOLERANCE = 1e-10
+_CERTAIN = 20.0
+"""Logit beyond which no bound is looked for."""
 
 
 def length_controlled(outcomes: Values, longer_by: Values) -> Metric:
     """The win rate at equal lengths, with its interval.
 
-    The interval is that of the regression's intercept, on the logit scale, by the sandwich estimator (White 1982, doi
-    10.2307/1912526), which allows for ties.
+    The score test (Rao 1948, doi 10.1017/S0305004100023987) of an intercept has the slope that fits best with it, and
+    the variance that the outcomes would then have. Ties make that smaller, by as many as there are, or as there can be.
 
     Args:
         outcomes: [prompts] 1 for a win, 0.5 for a tie, 0 for a loss.
@@ -45,24 +51,21 @@ def length_controlled(outcomes: Values, longer_by: Values) -> Metric:
     won, differences = finite(outcomes, "outcomes"), finite(longer_by, "longer_by")
     if won.size != differences.size:
         raise ValueError(f"{won.size} outcomes and {differences.size} differences: they are not paired")
-    design, answers, weights = _observations(won, differences)
-    coefficients = _fit(design, answers, weights)
-    intercept = float(coefficients[0])
-    reach = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * sqrt(_variance(design, answers, weights, coefficients))
-    bounds = (intercept - reach, intercept + reach)
+    observed = _observations(won, differences)
+    intercept = float(_fit(*observed)[0])
     if won.size == 1:
         return Metric(value=_share(intercept), n=1)
-    low, high = map(_share, bounds)
+    ties = float((won == TIE).mean())
+    low, high = (_share(_bound(intercept, side, observed, ties)) for side in (-_CERTAIN, _CERTAIN))
     return Metric(value=_share(intercept), low=low, high=high, n=int(won.size))
 
 
-def _observations(won: Array, differences: Array) -> tuple[Array, Array, Array]:
-    """Design [n + 2, 2], outcomes and weights, the pseudo-observations last."""
+def _observations(won: Array, differences: Array) -> Observed:
     spread = differences.std()
     scaled = np.tanh(differences / spread) if spread > 0 else np.zeros_like(differences)
     places = np.concatenate([scaled, [-1.0, 1.0]])
     design = np.stack([np.ones_like(places), places], axis=1)
-    answers = np.concatenate([won, [0.5, 0.5]])
+    answers = np.concatenate([won, [TIE, TIE]])
     weights = np.concatenate([np.ones_like(won), [PSEUDO_WEIGHT, PSEUDO_WEIGHT]])
     return design, answers, weights
 
@@ -83,11 +86,43 @@ def _fit(design: Array, answers: Array, weights: Array) -> Array:
     return coefficients
 
 
-def _variance(design: Array, answers: Array, weights: Array, coefficients: Array) -> float:
-    """The intercept's, by the sandwich estimator."""
-    inverse = np.linalg.inv(_information(design, weights, coefficients))
-    scores = design * (weights * (answers - _expected(design, coefficients)))[:, None]
-    return float((inverse @ scores.T @ scores @ inverse)[0, 0])
+def _bound(inside: float, outside: float, observed: Observed, ties: float) -> float:
+    """Where, from the best fit outwards, the score test begins to reject the intercept."""
+    reach = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    for _ in range(_HALVINGS):
+        middle = (inside + outside) / 2
+        if abs(_score_test(middle, observed, ties)) < reach:
+            inside = middle
+        else:
+            outside = middle
+    return inside
+
+
+def _score_test(intercept: float, observed: Observed, ties: float) -> float:
+    """How many standard deviations the outcomes are above what they would be expected to be with this intercept."""
+    design, answers, weights = observed
+    places = design[:, 1]
+    expected = _expected(design, np.array([intercept, _slope(intercept, observed)]))
+    information = weights * expected * (1 - expected)
+    # What is left of the intercept's score once the slope has taken its part.
+    own = 1 - (information @ places) / (information @ places**2) * places
+    tied = np.minimum(ties, 2 * np.minimum(expected, 1 - expected))
+    variance = expected * (1 - expected) - tied / 4
+    return float((weights * own) @ (answers - expected) / sqrt((weights * own) ** 2 @ variance))
+
+
+def _slope(intercept: float, observed: Observed) -> float:
+    """The slope that fits best with an intercept, by bisection: the likelihood is concave."""
+    design, answers, weights = observed
+    low, high = -4 * _CERTAIN, 4 * _CERTAIN
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        expected = _expected(design, np.array([intercept, middle]))
+        if (weights * design[:, 1]) @ (answers - expected) > 0:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
 
 
 def _information(design: Array, weights: Array, coefficients: Array) -> Array:
@@ -101,7 +136,7 @@ def _loss(design: Array, answers: Array, weights: Array, coefficients: Array) ->
 
 
 def _expected(design: Array, coefficients: Array) -> Array:
-    return np.asarray(1 / (1 + np.exp(-design @ coefficients)))
+    return np.asarray(1 / (1 + np.exp(-(design @ coefficients).clip(-500, 500))))
 
 
 def _share(logit: float) -> float:

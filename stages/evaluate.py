@@ -25,7 +25,7 @@ from data.tree import Tree, preference_tree, usable
 from pipeline.config import EvaluateSettings
 from pipeline.contract import Context, Result
 from pipeline.errors import DataError
-from pipeline.figures import RATIO
+from pipeline.figures import GAIN, RATIO
 from pipeline.manifest import DataCard, Metric
 from reward.best_of_n import Frontier, divergence
 from reward.intervals import mean_interval, proportion_interval, ratio_interval
@@ -78,6 +78,8 @@ def run(context: Context) -> Result:
     Raises:
         DataError: There is no held-out row, or a prompt or text of a test set or suite is trained on.
         ArtifactError: A model is damaged or not what its manifest says.
+        ConfigError: A model has no room for a prompt before so long a response, or names are not distinct.
+        ServerError: A judge's server is out of reach from the beginning, or breaks the protocol.
     """
     settings, compute = context.settings, device.choose(context.device, context.dtype)
     loop.seed_everything(context.seed)
@@ -92,14 +94,16 @@ def run(context: Context) -> Result:
         pairs=_held_out(context, "pairs", Preference, cards),
         texts=_held_out(context, "text", Text, cards),
     )
+    _require_plain_tasks(material.prompts)
     suites = Suites(context)
+    judges.try_out(material.prompts)
     found = _evaluate(lineup, judges, material, suites, context)
-    if judges.reward:
-        name = context.inputs["reward"].source
-        own = _judge_accuracy(judges.reward, material.pairs, settings) if material.pairs else {}
-        found.metrics |= {name: measured} if (measured := own | suites.measure_judge(name, judges.reward)) else {}
+    if measured := _of_reward_model(judges, material.pairs, suites, settings):
+        found.metrics[judges.reward_name] = measured
     _write(context, lineup, material.prompts, found, suites)
     warnings = _warnings(lineup, found, settings)
+    warnings += [*_given_up("judge", judges.given_up), *_given_up("suite", suites.given_up)]
+    warnings += _cut({"prompts": {name: each.cut for name, each in found.answers.items() if each.cut}} | suites.cut)
     for warning in warnings:
         context.say(warning)
     return Result(
@@ -110,6 +114,23 @@ def run(context: Context) -> Result:
         compute=compute.record,
         warnings=warnings,
     )
+
+
+def _require_plain_tasks(prompts: Sequence[Prompt]) -> None:
+    for prompt in prompts:
+        if str(prompt.facts.get("task", "")).endswith((GAIN, RATIO)):
+            what = "task: its name ends as those of comparisons with a parent do"
+            raise DataError(what, where=prompt.origin, hint=f"end it neither in {GAIN} nor in {RATIO}")
+
+
+def _of_reward_model(
+    judges: Judges, pairs: Sequence[Preference], suites: Suites, settings: EvaluateSettings
+) -> Metrics:
+    """How often the reward model is right of held-out pairs, and what the suites that are about it say."""
+    if judges.reward is None:
+        return {}
+    own = _judge_accuracy(judges.reward, pairs, settings) if pairs else {}
+    return own | suites.measure_judge(judges.reward_name, judges.reward)
 
 
 def _held_out(context: Context, role: str, kind: type[rows.Item], cards: list[DataCard]) -> Sequence[rows.Item]:
@@ -140,7 +161,8 @@ def _evaluate(lineup: Lineup, judges: Judges, material: Material, suites: Suites
             found.tokens += several.tokens
         if contestant.parent:
             parent = found.answers[contestant.parent]
-            found.comparisons[name] = compare(found.answers[name], parent, prompts, judges.pairs)
+            of_pairs = judges.compare(found.answers[name], parent, prompts)
+            found.comparisons[name] = compare(found.answers[name], parent, prompts, of_pairs)
         found.metrics[name] = _metrics(contestant, lineup, found, material, settings) | suites.measure(contestant)
         context.progress({"model": name}, done=done, total=len(lineup.contestants))
     return found
@@ -164,6 +186,19 @@ def _warnings(lineup: Lineup, found: Findings, settings: EvaluateSettings) -> li
         if said.unread
     ]
     return warnings
+
+
+def _given_up(what: str, failed: Mapping[str, str]) -> list[str]:
+    return [f"the {what} {name} was given up, and has no further figures: {why}" for name, why in failed.items()]
+
+
+def _cut(prompts: Mapping[str, Mapping[str, int]]) -> list[str]:
+    return [
+        f"{name}: {count} prompts of {source} lost their beginning, where there was no room for a response: "
+        "raise max_length, if the model has the positions"
+        for source, by_model in prompts.items()
+        for name, count in by_model.items()
+    ]
 
 
 def _metrics(
@@ -320,7 +355,7 @@ def _sample(number: int, prompt: Prompt, found: Findings) -> dict[str, object]:
     """One prompt: what each model answered, what the judges give that, and what they say of it and its parent's."""
     answers = found.answers
     scores = {
-        judge: {name: each.by_rules[judge][number] for name, each in answers.items()}
+        judge: {name: each.by_rules[judge][number] for name, each in answers.items() if judge in each.by_rules}
         for judge in next(iter(answers.values())).by_rules
     }
     outcomes: dict[str, dict[str, float | None]] = {}

@@ -209,3 +209,41 @@ def test_where_nothing_is_to_be_trained_the_search_is_the_evaluation_s_own(root:
     config.write_text(before + evaluate)
     tiny.save_model(root / "other", "qwen2", ["Yes. No."] * 5)
     assert plan(root) == 0
+
+
+@pytest.mark.parametrize(
+    ("figure", "message"),
+    [
+        ("acuracy", "did you mean `accuracy`?"),
+        ("gold", "the stage measures no such figure"),
+        ("suite.mien", "did you mean `suite.mine`?"),
+        ("win_rate.shrt", "did you mean `win_rate.short`?"),
+        ("score.gpt", "did you mean `score.short`?"),
+        ("perplexity", "the stage measures no such figure"),
+    ],
+)
+def test_a_required_figure_that_nobody_measures_is_refused_before_anything_runs(
+    root: Path, capsys: pytest.CaptureFixture[str], figure: str, message: str
+) -> None:
+    judges = {"short": [{"rule": "length", "words": 3}], "gpt": SERVER | {"model": "m", "token_variable": None}}
+    settings = [f"stages.evaluate.judges={json.dumps(judges)}"]
+    rules = [] if figure == "gold" else ["stages.evaluate.gold=exact"]
+    required = json.dumps({"ppo": {figure: "> 0"}})
+    write_lines(
+        root / "chats.jsonl",
+        [{"prompt": f"Question {each}?", "completion": "Yes.", "answer": "Yes."} for each in range(50)],
+    )
+    assert plan(root, *settings, *rules, f"stages.evaluate.require={required}") == 2
+    found = said(capsys)
+    assert f"stages.evaluate.require.ppo.{figure}: " in found
+    assert message in found
+    assert "fix: " in found
+
+
+def test_every_figure_that_is_measured_can_be_required(root: Path) -> None:
+    judges = {"short": [{"rule": "length", "words": 3}], "gpt": SERVER | {"model": "m", "token_variable": None}}
+    figures = ["length", "kl", "suite.mine", "suite.mine.hard", "suite.mine_gain", "score.short", "length_ratio"]
+    figures += [f"{kind}.{judge}" for kind in ("win_rate", "win_rate_length_controlled") for judge in judges]
+    required = json.dumps({"ppo": dict.fromkeys(figures, "> 0")})
+    settings = f"stages.evaluate.judges={json.dumps(judges)}", f"stages.evaluate.require={required}"
+    assert plan(root, *settings) == 0

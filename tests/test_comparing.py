@@ -16,7 +16,6 @@ from pipeline.manifest import Metric
 from reward.comparison import Judgement, mcnemar, prompts_needed
 from reward.intervals import paired_difference, proportion_difference
 from reward.length_control import length_controlled
-from reward.pair_judge import PairJudge
 from stages.core.answers import Answers
 from stages.core.comparison import Comparison, compare, corrected_tests
 from stages.core.documents import Likelihood
@@ -24,16 +23,6 @@ from stages.evaluate import _of_text_against
 
 TASKS = ["sums"] * 6 + ["facts"] * 5 + ["rare"]
 PROMPTS = [Prompt((Message("user", str(number)),), {"task": task}) for number, task in enumerate(TASKS)]
-
-
-class Judge(PairJudge):
-    """Says what it is told to."""
-
-    def __init__(self, found: list[float | None], changed: int) -> None:
-        self.found, self.changed = found, changed
-
-    def compare(self, *_: object) -> Judgement:
-        return Judgement(self.found, self.changed)
 
 
 def answers(gold: list[float], correct: list[float], texts: list[str], rewards: list[float] | None = None) -> Answers:
@@ -98,7 +87,7 @@ def test_two_prompts_that_are_both_gained_are_no_clear_gain_and_need_no_two_prom
 
 
 def test_three_wins_of_three_are_no_clear_preference(both: tuple[Answers, Answers]) -> None:
-    judge = Judge([1.0] * 3 + [None] * 9, changed=0)
+    judge = Judgement([1.0] * 3 + [None] * 9, changed=0)
     found = compare(*both, PROMPTS, {"gpt": judge})
     rate, more = found.metrics["win_rate.gpt"], proportion_difference([1.0] * 3, [0.0] * 3)
     assert (rate.value, rate.low, rate.high, rate.n) == (1.0, 0.5 + (more.low or 0) / 2, 1.0, 3)
@@ -107,7 +96,7 @@ def test_three_wins_of_three_are_no_clear_preference(both: tuple[Answers, Answer
 
 
 def test_ties_alone_leave_a_preference_open(both: tuple[Answers, Answers]) -> None:
-    rate = compare(*both, PROMPTS, {"gpt": Judge([0.5] * 12, changed=0)}).metrics["win_rate.gpt"]
+    rate = compare(*both, PROMPTS, {"gpt": Judgement([0.5] * 12, changed=0)}).metrics["win_rate.gpt"]
     assert rate.value == 0.5
     assert rate.low < 0.5 < rate.high  # type: ignore[operator]
 
@@ -135,7 +124,7 @@ def test_without_any_judge_nothing_is_won(both: tuple[Answers, Answers]) -> None
 
 
 def test_pairs_that_a_judge_of_pairs_did_not_decide_are_in_no_win_rate_of_it(both: tuple[Answers, Answers]) -> None:
-    judge = Judge([1.0] * 2 + [0.0] * 5 + [0.5] * 2 + [None] * 3, changed=1)
+    judge = Judgement([1.0] * 2 + [0.0] * 5 + [0.5] * 2 + [None] * 3, changed=1)
     found = compare(*both, PROMPTS, {"gpt": judge})
     assert counts(found, "gpt") == (2, 2, 5, 3)
     assert found.metrics["win_rate.gpt"].n == found.metrics["win_rate_length_controlled.gpt"].n == 9
@@ -145,7 +134,7 @@ def test_pairs_that_a_judge_of_pairs_did_not_decide_are_in_no_win_rate_of_it(bot
 
 
 def test_only_a_judge_of_pairs_is_counted_as_unread_or_changed(both: tuple[Answers, Answers]) -> None:
-    found = compare(*both, PROMPTS, {"gpt": Judge([1.0] * 11 + [None], changed=1)}).as_json({})
+    found = compare(*both, PROMPTS, {"gpt": Judgement([1.0] * 11 + [None], changed=1)}).as_json({})
     assert found["judges"] == {
         "gold": {"won": 3, "tied": 9, "lost": 0},
         "gpt": {"won": 11, "tied": 0, "lost": 0, "unread": 1, "changed": 1},
@@ -154,7 +143,7 @@ def test_only_a_judge_of_pairs_is_counted_as_unread_or_changed(both: tuple[Answe
 
 def test_rules_judge_by_their_scores_and_each_judge_has_figures_of_its_own(both: tuple[Answers, Answers]) -> None:
     own, parent = replace(both[0], by_rules={"short": [0.5] * 12}), replace(both[1], by_rules={"short": [1.0] * 12})
-    found = compare(own, parent, PROMPTS, {"gpt": Judge([1.0] * 12, changed=0)})
+    found = compare(own, parent, PROMPTS, {"gpt": Judgement([1.0] * 12, changed=0)})
     assert list(found.judgements) == ["gold", "gpt", "short"]
     assert counts(found, "short") == (0, 0, 12, 0)
     assert found.metrics["score.short_gain"].value == -0.5
@@ -163,7 +152,7 @@ def test_rules_judge_by_their_scores_and_each_judge_has_figures_of_its_own(both:
 
 def test_the_prompts_needed_are_those_of_each_judge(both: tuple[Answers, Answers]) -> None:
     outcomes = [1.0, 0.0, 0.5] * 3 + [1.0, 0.0, 1.0]
-    judges = {"gpt": Judge([*outcomes], changed=0), "clear": Judge([1.0] * 11 + [0.5], changed=0)}
+    judges = {"gpt": Judgement([*outcomes], changed=0), "clear": Judgement([1.0] * 11 + [0.5], changed=0)}
     needed = compare(*both, PROMPTS, judges).needed
     assert needed["win_rate.gpt"] == prompts_needed(np.array(outcomes) - 0.5, np.mean(outcomes) - 0.5)
     assert needed["win_rate.gold"] == needed["gold"]  # all differences are of one size
@@ -171,7 +160,7 @@ def test_the_prompts_needed_are_those_of_each_judge(both: tuple[Answers, Answers
 
 
 def test_where_no_verdict_could_be_read_there_is_no_win_rate(both: tuple[Answers, Answers]) -> None:
-    found = compare(*both, PROMPTS, {"gpt": Judge([None] * 12, changed=0)})
+    found = compare(*both, PROMPTS, {"gpt": Judgement([None] * 12, changed=0)})
     assert "win_rate.gpt" not in found.metrics | found.tested
     assert counts(found, "gpt") == (0, 0, 0, 12)
 

@@ -217,6 +217,52 @@ def test_suites_that_score_in_another_way_are_not_compared(tmp_path: Path, words
     assert {change.by for change in found(*runs).values()} == {PAIRED["row"] if same else OTHER_JUDGE}
 
 
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"timeout": 5.0, "retries": 0, "hosts": ["a.example", "b.example"], "requests_at_once": 8}, True),
+        ({"token_variable": "KEY"}, True),
+        ({"model": "other"}, False),
+        ({"parameters": {"timeout": 3}}, False),
+    ],
+)
+def test_how_a_server_is_asked_makes_no_other_judge_of_it(tmp_path: Path, change: dict[str, Any], same: bool) -> None:
+    server = {"url": "https://a.example/v1", "hosts": ["a.example"], "model": "m", "timeout": 120.0, "parameters": {}}
+    runs = []
+    for name, settings, value in (("a", server, 0.5), ("b", server | change, 0.6)):
+        metrics = {"ppo.win_rate.gpt": {"value": value, "low": value - 0.1, "high": value + 0.1}}
+        judges = {"judges": {"gpt": settings}}
+        reports.write_stage(tmp_path / name, "check", schema_version=SCHEMA_VERSION, metrics=metrics, settings=judges)
+        runs.append(RunDirectory(tmp_path / name))
+    assert found(*runs)["ppo.win_rate.gpt"].by == (INDEPENDENT if same else OTHER_JUDGE)
+
+
+def test_what_only_one_run_has_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, metrics, data in (
+        ("a", {"ppo.win_rate": {"value": 0.5}, "ppo.gold": {"value": 0.5}}, {}),
+        (
+            "b",
+            {"ppo.win_rate.gold": {"value": 0.6}, "ppo.gold": {"value": 0.5}},
+            {"suites.mine": {"source": "mine", "n": 3}},
+        ),
+    ):
+        reports.write_stage(
+            tmp_path / name, "check", schema_version=SCHEMA_VERSION, metrics=metrics, data_settings=data
+        )
+    assert cli.execute(cli.app, ["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "check: data.suites.mine: absent -> mine" in lines
+    assert not [line for line in lines if line.startswith("check: data.suites.mine.")]
+    assert "check ppo.win_rate 0.5 only in RUN_A" in lines
+    assert "check ppo.win_rate.gold 0.6 only in RUN_B" in lines
+    assert cli.execute(cli.app, ["diff", str(tmp_path / "a"), str(tmp_path / "b"), "--json"]) == 0
+    content: Any = json.loads(capsys.readouterr().out)
+    assert [(each["metric"], each["old"] is None) for each in content["in_one_run"]] == [
+        ("ppo.win_rate", False),
+        ("ppo.win_rate.gold", True),
+    ]
+
+
 @pytest.mark.parametrize("name", ["accuracy", "accuracy.sums", "accuracy_gain", "frontier_gap", "gold"])
 def test_what_another_rule_calls_correct_is_not_compared(tmp_path: Path, name: str) -> None:
     runs = []

@@ -217,15 +217,11 @@ RULES = "{yes: [{rule: pattern, expression: Yes}], short: [{rule: length, words:
 def test_rules_judge_beside_the_reward_model_where_nothing_is_gold(
     config: Path, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gate = "{dpo: {win_rate.yes: '> 0.5', score.yes: '> parent', win_rate.short: '> 0.5', win_rate.long: '> 0'}}"
+    gate = "{dpo: {win_rate.yes: '> 0.5', score.yes: '> parent', win_rate.short: '> 0.5'}}"
     changed = ["stages.evaluate.gold=none", f"stages.evaluate.judges={RULES}", f"{GATE}={gate}"]
     assert baton("run", config, f"output={copy}", *changed) == 4
     said = " ".join(capsys.readouterr().err.split())
     assert f"{GATE}: dpo.win_rate.short should be `> 0.5`, but is " in said
-    assert (
-        f"{GATE}: dpo.win_rate.long should be `> 0`, but no such figure was measured; did you mean `win_rate.short`?"
-        in said
-    )
     assert f"{GATE}: dpo.win_rate.yes" not in said
     assert f"{GATE}: dpo.score.yes" not in said
     found, kept = evaluation(copy), samples(copy)
@@ -300,6 +296,7 @@ def test_a_prompt_without_the_answer_that_a_judge_needs_is_named(
         ("{none: []}", "judges.none: list should have at least 1 item"),
         ("{odd: [{rule: patern}]}", "judges.odd.0: unknown rule `patern`; did you mean `pattern`?"),
         ("{odd: [{rule: length, word: 3}]}", "judges.odd.0.word: unknown setting; did you mean `words`?"),
+        ("{odd: 3}", "judges.odd: a judge is a list of rules, as in `[{rule: exact}]`, or a server"),
         ("{odd: {rule: length, words: 3}}", "judges.odd: rules are a list, as in `[{rule: exact}]`"),
         ("{gpt: {url: 'http://localhost', hosts: [localhost], modle: m}}", "unknown setting; did you mean `model`?"),
     ],
@@ -329,9 +326,61 @@ def test_a_server_s_verdicts_are_its_win_rate(config: Path, copy: Path) -> None:
         assert said.keys() == {"gold", "reward", "gpt"}
         assert rate["high"] < 0.5 < found["models"][model]["metrics"]["win_rate.gold"]["low"]
         asked += 2 * (len(pairs) - preferred.count("same"))
-    assert len(server.bodies) == asked
+    tried_out = 2
+    assert len(server.bodies) == asked + tried_out
     text = reports.Elements((copy / "report.html").read_text()).text
     assert "gpt is the model judge-1" in text
+
+
+@pytest.mark.parametrize("judge", ["model: judge-1", "rule: server"])
+def test_a_judge_that_cannot_be_asked_is_an_error_before_anything_is_answered(
+    config: Path, copy: Path, capsys: pytest.CaptureFixture[str], judge: str
+) -> None:
+    with reward_servers.serving(reward_servers.says("none such", status=404)) as server:
+        where = f"url: '{server.url}', hosts: ['127.0.0.1:{server.server_port}']"
+        chosen = f"{{{judge}, {where}}}" if "model" in judge else f"[{{{judge}, {where}}}]"
+        assert baton("run", config, f"output={copy}", f"stages.evaluate.judges={{gpt: {chosen}}}", f"{GATE}={{}}") == 69
+    assert f"judges.gpt ({server.url}): it answered 404" in " ".join(capsys.readouterr().err.split())
+    assert len(server.bodies) <= 2
+
+
+@pytest.mark.parametrize("model", ["dpo", "ppo"])
+def test_a_judge_that_fails_later_costs_its_own_figures_alone(config: Path, copy: Path, model: str) -> None:
+    whole = evaluation(copy)["models"]
+    verdict, failure = completion("first"), reward_servers.says("gone", status=410)
+    first = sum(each["responses"]["dpo"] != each["responses"]["sft"] for each in samples(copy))
+    until = 3 if model == "dpo" else 2 + 2 * first + 1
+    answers = [reward_servers.says(verdict)] * until
+    with reward_servers.serving(*answers, failure) as server:
+        judge = f"{{url: '{server.url}', hosts: ['127.0.0.1:{server.server_port}'], model: m, requests_at_once: 1}}"
+        assert baton("run", config, f"output={copy}", f"stages.evaluate.judges={{gpt: {judge}}}", f"{GATE}={{}}") == 0
+        asked = len(server.bodies)
+    found = evaluation(copy)["models"]
+    for name in ("sft", "dpo", "ppo"):
+        metrics = dict(found[name]["metrics"])
+        by_judge = {each for each in metrics if each.endswith(".gpt")}
+        assert bool(by_judge) == (name == "dpo" and model == "ppo")
+        assert {each: value for each, value in metrics.items() if each not in by_judge} == whole[name]["metrics"]
+    assert asked <= until + 2
+    warnings = manifests.load(copy / "stages" / "evaluate").warnings
+    assert [each for each in warnings if each.startswith("the judge gpt was given up") and "410" in each]
+    assert "the judge gpt was given up" in reports.Elements((copy / "report.html").read_text()).text
+
+
+def test_a_reward_model_of_another_run_is_known_by_its_stage(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(config.parent / "run" / "stages", tmp_path / "elsewhere" / "stages")
+    elsewhere = tmp_path / "elsewhere" / "stages" / "reward"
+    copied = Path(shutil.copytree(config.parent / "run", tmp_path / "copy"))
+    gate, again = f"{GATE}={{reward: {{pair_accuracy: '> 0'}}}}", "stages.evaluate.rows=20"
+    assert baton("run", config, f"output={copied}", f"stages.evaluate.reward={elsewhere}", gate, again) == 0
+    assert "pair_accuracy" in evaluation(copied)["models"]["reward"]["metrics"]
+    shutil.rmtree(elsewhere.with_name("ppo"))
+    changed = f"stages.evaluate.reward={elsewhere.rename(elsewhere.with_name('ppo'))}"
+    capsys.readouterr()
+    assert baton("run", config, f"output={copied}", changed, f"{GATE}={{}}", "stages.evaluate.rows=21") == 2
+    assert "reward: the reward model and a model are both called `ppo`" in " ".join(capsys.readouterr().err.split())
 
 
 def test_verdicts_that_cannot_be_read_are_counted_and_warned_of(config: Path, copy: Path) -> None:

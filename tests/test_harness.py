@@ -226,19 +226,20 @@ def test_the_suite_and_the_task_take_as_many_tokens(monkeypatch: pytest.MonkeyPa
     assert yaml.load(text, Task)["generation_kwargs"]["max_gen_toks"] == suite.max_new_tokens  # type: ignore[attr-defined]
 
 
-def test_rows_that_differ_are_named() -> None:
+def test_rows_are_matched_by_their_lines_and_those_that_differ_are_named() -> None:
     lines = [
         {"id": name, "scores": {"sft": score}, "responses": {"sft": text}}
         for name, score, text in (("a", 1.0, "4"), ("b", 0.0, "5"), ("c", 1.0, "6"), ("d", 1.0, "7"))
     ]
     samples = [
         {"doc_id": number, "correct": score, "resps": [[text]]}
-        for number, score, text in ((2, 0.0, "6"), (0, 1.0, "4"), (1, 0.0, "50"))
+        for number, score, text in ((3, 0.0, "6"), (0, 1.0, "4"), (2, 0.0, "50"), (1, 1.0, "4"))
     ]
-    found = parity.compare(lines, {"stage": "sft", "figures": {"correct,none": 0.3}, "samples": samples})
-    assert found == parity.Parity(3, (2.0, 1.0), ("b",), ("c",))
+    evaluation = {"stage": "sft", "figures": {"correct,none": 0.3}, "samples": samples}
+    found = parity.compare(lines, evaluation, {"a": 0, "b": 2, "c": 3, "d": 4})
+    assert found == parity.Parity(3, 1, (2.0, 1.0), ("b",), ("c",))
     said = "sft: of 3 rows 2 responses and 2 verdicts are alike; right are 2 in the suite, 1 in lm-eval"
-    assert found.sentence("sft") == f"{said}\n  differs: b\n  differs: c"
+    assert found.sentence("sft") == f"{said}; 1 more in lm-eval alone\n  differs: b\n  differs: c"
 
 
 def test_gsm8k_runs_from_the_local_file(

@@ -37,14 +37,33 @@ def _slow_fit(won: Array, longer: Array) -> float:
 
 
 def _by_statsmodels(won: Array, longer: Array) -> tuple[float, float, float]:
-    places = np.concatenate([np.tanh(longer / longer.std()), [-1.0, 1.0]])
-    weights = np.concatenate([np.ones_like(won), [0.5, 0.5]])
-    model = sm.GLM(
-        np.concatenate([won, [0.5, 0.5]]), sm.add_constant(places), family=sm.families.Binomial(), var_weights=weights
-    )
+    answers, design, weights = _observed(won, longer)
+    model = sm.GLM(answers, design, family=sm.families.Binomial(), var_weights=weights)
     found = model.fit(tol=1e-12, cov_type="HC0")
     low, high = found.conf_int()[0]
     return tuple(1 / (1 + exp(-float(each))) for each in (found.params[0], low, high))  # type: ignore[return-value]
+
+
+def _observed(won: Array, longer: Array) -> tuple[Array, Array, Array]:
+    places = np.concatenate([np.tanh(longer / longer.std()), [-1.0, 1.0]])
+    weights = np.concatenate([np.ones_like(won), [0.5, 0.5]])
+    return np.concatenate([won, [0.5, 0.5]]), sm.add_constant(places), weights
+
+
+def _rejection(won: Array, longer: Array, rate: float) -> float:
+    """The score test of a win rate at equal lengths: the slope by statsmodels with the intercept as an offset, and the
+    covariance of both scores with each outcome's variance."""
+    answers, design, weights = _observed(won, longer)
+    offset = np.full_like(answers, log(rate / (1 - rate)))
+    slope = sm.GLM(answers, design[:, 1:], family=sm.families.Binomial(), var_weights=weights, offset=offset).fit()
+    expected = np.asarray(slope.fittedvalues)
+    ties = float((won == 0.5).mean())
+    tied = np.array([min(ties, 2 * p, 2 * (1 - p)) for p in expected])
+    scores = design.T @ (weights * (answers - expected))
+    covariance = (design.T * weights**2 * (expected * (1 - expected) - tied / 4)) @ design
+    fisher = (design.T * weights * expected * (1 - expected)) @ design
+    combined = np.array([1.0, -fisher[0, 1] / fisher[1, 1]])
+    return float(combined @ scores / np.sqrt(combined @ covariance @ combined))
 
 
 def test_it_agrees_with_a_slow_fit() -> None:
@@ -52,12 +71,22 @@ def test_it_agrees_with_a_slow_fit() -> None:
     assert length_controlled(won, longer).value == pytest.approx(_slow_fit(won, longer), abs=1e-6)
 
 
-@pytest.mark.parametrize("prompts", [30, 300, 5_000])
-def test_value_and_interval_agree_with_statsmodels(prompts: int) -> None:
+@pytest.mark.parametrize("prompts", [4, 30, 300])
+def test_the_interval_ends_where_the_score_test_rejects(prompts: int) -> None:
     won, longer = judged(prompts, 1, better=0.3, bias=1.0)
     found = length_controlled(won, longer)
-    assert (found.value, found.low, found.high) == pytest.approx(_by_statsmodels(won, longer), abs=1e-6)
     assert found.n == prompts
+    for bound, sign in ((found.low, 1), (found.high, -1)):
+        assert bound is not None
+        assert _rejection(won, longer, bound) == pytest.approx(sign * 1.959964, abs=1e-4)
+
+
+def test_with_many_prompts_value_and_interval_agree_with_statsmodels() -> None:
+    won, longer = judged(5_000, 1, better=0.3, bias=1.0)
+    found = length_controlled(won, longer)
+    value, low, high = _by_statsmodels(won, longer)
+    assert found.value == pytest.approx(value, abs=1e-6)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-4)
 
 
 def test_a_model_that_wins_by_length_alone_wins_half_at_equal_lengths() -> None:
@@ -79,6 +108,26 @@ def test_the_win_rate_at_equal_lengths_lies_in_95_of_100_intervals() -> None:
     assert 930 <= covered <= 970
 
 
+@pytest.mark.parametrize("prompts", [4, 8, 20])
+@pytest.mark.parametrize("better", [0.0, 1.0, 2.0])
+def test_few_prompts_leave_as_much_doubt_as_they_should(prompts: int, better: float) -> None:
+    truth = 1 / (1 + exp(-better))
+    found = [
+        length_controlled(*judged(prompts, 100 + seed, better=better, bias=0.5, ties=0.0)) for seed in range(1_000)
+    ]
+    covered = sum(each.low <= truth <= each.high for each in found if each.low is not None and each.high is not None)
+    assert covered >= 910
+
+
+@pytest.mark.parametrize("outcome", [0.0, 0.5, 1.0])
+def test_three_prompts_that_agree_do_not_settle_it(outcome: float) -> None:
+    found = length_controlled([outcome] * 3, [1.0, -2.0, 3.0])
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low < 0.5 < found.high
+    assert found.high - found.low > 0.4
+
+
 def test_the_unit_of_length_does_not_matter() -> None:
     won, longer = judged(80, 4, better=0.2, bias=0.5)
     assert length_controlled(won, 7 * longer).value == pytest.approx(length_controlled(won, longer).value)
@@ -94,7 +143,7 @@ def test_a_model_that_always_wins_has_a_rate_below_one_and_an_interval(longer: l
     found = length_controlled([1.0] * 150, longer)
     assert found.low is not None
     assert found.high is not None
-    assert 0.9 < found.low < found.value < found.high < 1
+    assert 0.75 < found.low < found.value < found.high < 1
 
 
 def test_wins_and_lengths_that_are_perfectly_separated_say_little() -> None:

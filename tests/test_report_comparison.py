@@ -213,6 +213,17 @@ def test_without_a_gold_or_learned_reward_the_win_rate_by_the_first_judge_is_the
     assert words in verdict.sentence
 
 
+@pytest.mark.parametrize(("adjusted", "state"), [(0.2, "unclear"), (0.03, "better")])
+def test_the_verdict_by_win_rate_asks_the_corrected_test(adjusted: float, state: str) -> None:
+    metrics = {"win_rate.gpt": Metric(value=0.6, low=0.52, high=0.68)}
+    tests = {"win_rate.gpt": {"gained": 60, "lost": 40, "p": 0.02, "adjusted": adjusted}}
+    comparison = {**COUNTS, "tests": tests}
+    child = ModelEvaluation.model_validate({"parent": "sft", "metrics": metrics, "comparison": comparison})
+    verdict = judge({"sft": ModelEvaluation(), "dpo": child})
+    assert verdict.state == state
+    assert f"p 0.020, corrected {adjusted:.3f}" in verdict.sentence
+
+
 def test_every_requirement_stands_beside_what_was_found(run: Path) -> None:
     metrics = {"ppo.gold_gain": reports.metric(0.2), "ppo.perplexity_ratio": reports.metric(1.2)}
     require(run, {"ppo": {"gold": "> parent", "perplexity": "< 1.1 x parent", "kl": "< 9"}}, metrics)

@@ -10,7 +10,7 @@ from pipeline.figures import GAIN, SETTINGS, WIN_RATE
 from pipeline.manifest import Metric
 from pipeline.report.forest import direction
 from pipeline.report.inputs import ModelEvaluation
-from pipeline.report.wording import label, number, with_interval
+from pipeline.report.wording import label, number, significance, with_interval
 
 State = Literal["better", "unclear", "worse", "start is best", "no gain measured", "not evaluated"]
 _BY_SIDE: dict[str, tuple[State, str]] = {
@@ -81,8 +81,11 @@ def _by_win_rate(models: Mapping[str, ModelEvaluation]) -> Verdict | None:
         return None
     best = max(last, key=lambda name: (last[name].metrics[metric].value, name))
     rate, parent = last[best].metrics[metric], last[best].parent
-    state, words = _BY_SIDE[direction(rate.low, rate.high, neutral=0.5)]
-    wins = f"it wins {with_interval(metric, rate)} of the comparisons"
+    test = last[best].test(metric)
+    # As in the table of wins: among many judges one interval excludes a half by chance.
+    side = direction(rate.low, rate.high, neutral=0.5) if test is None or test.clear else "level"
+    state, words = _BY_SIDE[side]
+    wins = f"it wins {with_interval(metric, rate)} of the comparisons" + (f", {significance(test)}" if test else "")
     judge = metric.removeprefix(WIN_RATE)
     return Verdict(state, f"By {judge}, {best} is {words} its parent {parent}: {wins}.", best, parent, metric)
 

@@ -11,6 +11,7 @@ from data.batch import Layout
 from data.schema import Prompt
 from data.tree import Branch, Tree, prompt_tokens
 from pipeline.config import Decoding, EvaluateSettings
+from pipeline.errors import ConfigError
 from pipeline.figures import SCORE
 from pipeline.rules import Gold
 from reward.best_of_n import Frontier
@@ -33,11 +34,13 @@ class Responses:
         prompts: Tokens of each prompt.
         samples: [prompts * n] those to one prompt side by side.
         texts: [prompts * n] without control tokens.
+        cut: Prompts that lost their beginning, since they left no room for a response.
     """
 
     prompts: list[tuple[int, ...]]
     samples: list[Sample]
     texts: list[str]
+    cut: int
 
     @property
     def tokens(self) -> int:
@@ -56,6 +59,7 @@ class Answers:
         correct: [prompts * n] 1 where that rule says so; empty without one.
         rewards: [prompts * n] by the reward model; empty without one.
         by_rules: Judge -> [prompts * n] what its rules give.
+        cut: Prompts that lost their beginning.
     """
 
     texts: list[str]
@@ -64,6 +68,7 @@ class Answers:
     correct: list[float]
     rewards: list[float]
     by_rules: Mapping[str, list[float]] = field(default_factory=dict)
+    cut: int = 0
 
     @property
     def judged(self) -> list[float]:
@@ -128,6 +133,7 @@ def answer(
         per_prompt: Responses to each prompt.
 
     Raises:
+        ConfigError: The model has no room for a prompt before so long a response.
         DataError: A prompt does not hold what the rule `gold` needs.
     """
     found = respond(
@@ -149,6 +155,7 @@ def answer(
         gold=[each.reward for each in verdicts],
         correct=[each.correct for each in verdicts],
         rewards=rewards(judge, asked, found.texts, ended, *sizes) if judge else [],
+        cut=found.cut,
     )
 
 
@@ -163,11 +170,19 @@ def respond(
     max_length: int,
     tokens_per_batch: int,
 ) -> Responses:
-    """Answer as a model; `stages/core/decoding.py` says how."""
+    """Answer as a model; `stages/core/decoding.py` says how.
+
+    Raises:
+        ConfigError: A response may be as long as all positions that the model has, which leaves none for a prompt.
+    """
     with contestant.use() as language_model, language_model.compute.autocast():
         template = language_model.template
-        longest = max(1, language_model.longest(max_length) - max_new_tokens)
-        tokens = [prompt_tokens(template, prompt.prompt, longest) for prompt in prompts]
+        longest = language_model.longest(max_length) - max_new_tokens
+        if longest < 1:
+            what = f"{contestant.name} has {language_model.positions} positions, which leaves no room for a prompt"
+            raise ConfigError(f"{what} before {max_new_tokens} tokens", where="max_new_tokens", hint="lower it")
+        whole = [template.prompt(prompt.prompt) for prompt in prompts]
+        tokens = [tuple(each[-longest:]) for each in whole]
         samples = decode(
             language_model.model,
             tokens,
@@ -178,7 +193,8 @@ def respond(
             tokens_per_batch=tokens_per_batch,
             per_prompt=per_prompt,
         )
-    return Responses(tokens, samples, [template.decode(each.tokens) for each in samples])
+    texts = [template.decode(each.tokens) for each in samples]
+    return Responses(tokens, samples, texts, cut=sum(len(each) > longest for each in whole))
 
 
 def rewards(

@@ -21,7 +21,6 @@ from reward.comparison import (
 )
 from reward.intervals import paired_difference, proportion_difference, ratio_interval
 from reward.length_control import length_controlled
-from reward.pair_judge import PairJudge
 from stages.core.answers import Answers
 
 Pair = tuple[Sequence[float], Sequence[float]]
@@ -63,19 +62,14 @@ class Comparison:
         }
 
 
-def compare(
-    own: Answers, parent: Answers, prompts: Sequence[Prompt], pair_judges: Mapping[str, PairJudge]
-) -> Comparison:
+def compare(own: Answers, parent: Answers, prompts: Sequence[Prompt], of_pairs: Mapping[str, Judgement]) -> Comparison:
     """Compare answers to the same prompts.
 
     Args:
         own: The model's.
         parent: Its parent's, in the same order.
         prompts: What was answered.
-        pair_judges: Judges by name that are shown both answers, beside those that gave each a score.
-
-    Raises:
-        ServerError: A judge is out of reach or breaks the protocol.
+        of_pairs: By judge, what those say that were shown both answers, beside those that gave each a score.
     """
     correct = _paired(own.accuracies(prompts), parent.accuracies(prompts))
     # One prompt of a task has a test, of which nothing comes, and no interval.
@@ -86,8 +80,7 @@ def compare(
     needed = {name: _needed(_differences(*pair), metrics[f"{name}{GAIN}"]) for name, pair in (scores | several).items()}
     metrics[f"length{RATIO}"] = ratio_interval(own.lengths, parent.lengths)
     judgements = {name.removeprefix(SCORE): Judgement(outcomes(*pair)) for name, pair in scores.items()}
-    judgements |= {name: judge.compare(prompts, own.texts, parent.texts) for name, judge in pair_judges.items()}
-    judgements = dict(sorted(judgements.items(), key=_rank))
+    judgements = dict(sorted((judgements | of_pairs).items(), key=_rank))
     for judge, found in judgements.items():
         if found.decided:
             metrics |= _win_rates(judge, found, own, parent)

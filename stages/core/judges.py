@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Self, TypeVar
 
 from data.schema import Prompt
 from pipeline.config import EvaluateSettings
 from pipeline.contract import Context
+from pipeline.errors import ConfigError, ServerError
+from pipeline.references import model_name
 from pipeline.rules import Rule
 from pipeline.servers import JudgeServer
+from reward.comparison import Judgement
 from reward.mixture import RuleMixture
 from reward.pair_judge import PairJudge
 from stages.core.answers import Answers
 from stages.core.lineup import Lineup
 from stages.core.roles import Roles
 
+Judge, Said = TypeVar("Judge"), TypeVar("Said")
+
 
 @dataclass(frozen=True)
 class Judges:
     """The judges that a stage names.
 
+    A server that answers at first and fails later is given up: what it said of some models stays, nobody asks it again,
+    and all else is measured, since answers that took hours are worth more than one judge.
+
     Attributes:
         reward: The reward model, in the role `reward`; None without one.
+        reward_name: What its own figures are under.
         rules: By name; they give each response a score, as the reward model does.
         pairs: By name; they are shown two responses.
+        given_up: Judges that failed, by name, and how.
     """
 
     reward: Roles | None
+    reward_name: str
     rules: Mapping[str, RuleMixture]
     pairs: Mapping[str, PairJudge]
+    given_up: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def named_in(cls, context: Context, lineup: Lineup) -> Self:
@@ -38,25 +51,71 @@ class Judges:
 
         Raises:
             ArtifactError: The reward model is damaged or not what its manifest says.
-            ConfigError: The environment does not hold the token that a server's settings name.
+            ConfigError: The environment does not hold the token that a server's settings name, or the reward model is
+                called like a model of the line-up, whose figures it would take the place of.
         """
-        chosen = context.settings.judges.items()
+        chosen, artifact = context.settings.judges.items(), context.inputs.get("reward")
+        name = model_name(artifact.source) if artifact else ""
+        if name in lineup.contestants:
+            hint = "copy one of them to a directory of another name"
+            raise ConfigError(f"the reward model and a model are both called `{name}`", where="reward", hint=hint)
         return cls(
-            reward=lineup.judge(context.inputs["reward"]) if "reward" in context.inputs else None,
+            reward=lineup.judge(artifact) if artifact else None,
+            reward_name=name,
             rules={name: RuleMixture(judge) for name, judge in chosen if isinstance(judge, list)},
             pairs={name: PairJudge(judge) for name, judge in chosen if isinstance(judge, JudgeServer)},
         )
+
+    def try_out(self, prompts: Sequence[Prompt]) -> None:
+        """Ask each judge about one prompt, so that a mistake in its settings shows before models answer any.
+
+        Raises:
+            DataError: The prompt does not hold what a rule needs; names the prompt's origin.
+            ServerError: A server is out of reach or breaks the protocol.
+        """
+        first = prompts[:1]
+        for name, rules in self.rules.items():
+            with _named(name):
+                rules.scores(first, _TRIED[:1])
+        for name, judge in self.pairs.items():
+            with _named(name):
+                judge.compare(first, *([text] for text in _TRIED))
 
     def score_by_rules(self, answers: Answers, prompts: Sequence[Prompt]) -> Answers:
         """The same answers, one to each prompt, with what the rules give them.
 
         Raises:
             DataError: A prompt does not hold what a rule needs; names the prompt's origin.
-            ServerError: A reward server is out of reach or breaks the protocol.
         """
-        return replace(
-            answers, by_rules={name: rules.scores(prompts, answers.texts) for name, rules in self.rules.items()}
-        )
+        return replace(answers, by_rules=self._asked(self.rules, lambda rules: rules.scores(prompts, answers.texts)))
+
+    def compare(self, own: Answers, parent: Answers, prompts: Sequence[Prompt]) -> dict[str, Judgement]:
+        """What those say that are shown a model's and its parent's response to each prompt."""
+        return self._asked(self.pairs, lambda judge: judge.compare(prompts, own.texts, parent.texts))
+
+    def _asked(self, judges: Mapping[str, Judge], ask: Callable[[Judge], Said]) -> dict[str, Said]:
+        said: dict[str, Said] = {}
+        for name, judge in judges.items():
+            if name in self.given_up:
+                continue
+            try:
+                said[name] = ask(judge)
+            except ServerError as error:
+                self.given_up[name] = f"{error.where}: {error.what}"
+        return said
+
+
+_TRIED = ("Yes.", "No.")
+"""Responses that judges are tried out on."""
+
+
+@contextmanager
+def _named(judge: str) -> Iterator[None]:
+    """Says in an error which judge it is about."""
+    try:
+        yield
+    except ServerError as error:
+        raise ServerError(error.what, where=f"judges.{judge} ({error.where})", hint=error.hint) from None
 
 
 def in_words(context: Context) -> dict[str, str]:

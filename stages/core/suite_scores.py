@@ -47,6 +47,7 @@ class Scores:
         further: Other figures of the whole suite, by the ending of their names.
         responses: By observation; empty where nothing is answered.
         tokens: Sampled in all.
+        cut: Prompts that lost their beginning, since they left no room for a response.
     """
 
     numbers: Numbers
@@ -55,6 +56,7 @@ class Scores:
     further: Mapping[str, Metric] = field(default_factory=dict)
     responses: Sequence[Sequence[str]] = ()
     tokens: int = 0
+    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -184,10 +186,10 @@ def _generation(
 ) -> Scores:
     by_temperature: dict[str, list[float]] = {}
     responses: list[list[str]] = [[] for _ in items]
-    tokens = 0
+    tokens = cut = 0
     for temperature in suite.temperatures:
         found = _responses(suite, items, settings, seed, contestant, temperature, suite.samples)
-        texts, tokens = found.texts, tokens + found.tokens
+        texts, tokens, cut = found.texts, tokens + found.tokens, found.cut
         numbers = judge([item for item in items for _ in range(suite.samples)], texts)
         by_temperature[f"at {temperature:g}"] = np.reshape(numbers, (len(items), -1)).mean(1).tolist()
         for place, own in enumerate(responses):
@@ -195,7 +197,7 @@ def _generation(
     means = np.mean(list(by_temperature.values()), axis=0).tolist()
     several = by_temperature if len(by_temperature) > 1 else {}
     parts = {name: dict(enumerate(each)) for name, each in several.items()}
-    return Scores(dict(enumerate(means)), parts, responses=responses, tokens=tokens)
+    return Scores(dict(enumerate(means)), parts, responses=responses, tokens=tokens, cut=cut)
 
 
 def _invariance(
@@ -210,7 +212,8 @@ def _invariance(
     numbers = judge(items, found.texts)
     together = [each.places for each in observations(suite, items)]
     agreed = {place: float(len({numbers[each] for each in rows}) == 1) for place, rows in enumerate(together)}
-    return Scores(agreed, responses=[[found.texts[each] for each in rows] for rows in together], tokens=found.tokens)
+    texts = [[found.texts[each] for each in rows] for rows in together]
+    return Scores(agreed, responses=texts, tokens=found.tokens, cut=found.cut)
 
 
 def _diversity(
@@ -220,7 +223,7 @@ def _diversity(
     found = _responses(suite, items, settings, seed, contestant, suite.temperature, suite.samples)
     together = [found.texts[start : start + suite.samples] for start in range(0, len(found.texts), suite.samples)]
     numbers = {place: measure(each, suite.n) for place, each in enumerate(together)}
-    return Scores(numbers, responses=together, tokens=found.tokens)
+    return Scores(numbers, responses=together, tokens=found.tokens, cut=found.cut)
 
 
 def _responses(

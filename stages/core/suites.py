@@ -16,6 +16,7 @@ from typing import Any
 from data import suite_rows
 from data.suite_rows import Item
 from pipeline.contract import Context
+from pipeline.errors import ServerError
 from pipeline.figures import GAIN, SUITE
 from pipeline.manifest import DataCard, Metric
 from pipeline.suites import PreferenceSuite, Suite
@@ -96,8 +97,8 @@ class _Ledger:
                 place: number for place, number in found.numbers.items() if self.observed[place].category == category
             }
             yield f"{self.figure}.{category}", chosen, self.suite.yes_or_no
-        for part, numbers in found.parts.items():
-            yield f"{self.figure}.{part}", numbers, self.suite.part_yes_or_no
+        for condition, numbers in found.parts.items():
+            yield f"{self.figure}.{condition}", numbers, self.suite.part_yes_or_no
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """An observation each, with every model's number and response."""
@@ -123,8 +124,8 @@ class _Ledger:
         """One observation's numbers under single conditions, by model."""
         parts: dict[str, dict[str, float]] = {}
         for model, found in self.scores.items():
-            for part, numbers in found.parts.items():
-                parts.setdefault(part, {})[model] = numbers[place]
+            for condition, numbers in found.parts.items():
+                parts.setdefault(condition, {})[model] = numbers[place]
         return parts
 
     def record(self) -> dict[str, Any]:
@@ -144,6 +145,9 @@ class Suites:
     Attributes:
         cards: What was read.
         tokens: Sampled so far.
+        cut: Suite -> model -> prompts that lost their beginning.
+        given_up: Suites whose reward server answered for one model and failed for another, by name, and how; they
+            measure no further model.
 
     Raises:
         DataError: Rows of a suite cannot be used.
@@ -155,6 +159,8 @@ class Suites:
         self._ledgers: list[_Ledger] = []
         self.cards: list[DataCard] = []
         self.tokens = 0
+        self.cut: dict[str, dict[str, int]] = {}
+        self.given_up: dict[str, str] = {}
         for role, suite in context.data.items():
             if isinstance(suite, Suite):
                 read = suite_rows.read(suite)
@@ -168,12 +174,25 @@ class Suites:
                 self.cards.append(rows.card(context, role, read.record, len(read.chosen), rows.HELD_OUT))
 
     def measure(self, contestant: Contestant) -> Metrics:
-        """A model's figures; parents come first."""
+        """A model's figures; parents come first.
+
+        Raises:
+            ServerError: A suite's reward server fails for the first model.
+        """
         found: Metrics = {}
         for ledger in self._ledgers:
-            if ledger.scorer:
-                scores = ledger.scorer(contestant)
+            if ledger.scorer and ledger.name not in self.given_up:
+                try:
+                    scores = ledger.scorer(contestant)
+                except ServerError as error:
+                    if not ledger.scores:
+                        where = f"{ROLE}{ledger.name} ({error.where})"
+                        raise ServerError(error.what, where=where, hint=error.hint) from None
+                    self.given_up[ledger.name] = f"{error.where}: {error.what}"
+                    continue
                 self.tokens += scores.tokens
+                if scores.cut:
+                    self.cut.setdefault(ledger.name, {})[contestant.name] = scores.cut
                 found |= ledger.enter(contestant.name, contestant.parent, scores)
         return found
 

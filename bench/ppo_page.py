@@ -48,8 +48,8 @@ UNEQUAL = {
     ),
 }
 OTHER_WORK = (
-    "Settings of Baton's stage that are not its defaults: `{settings}`. The peer has no such; where they leave work "
-    "out, a ratio is no longer that of equal work."
+    "Settings of Baton's stage that are not its defaults: `{settings}`. The peer's adapter has `lora.top_layers` too; "
+    "others it does not know, and where they leave work out, a ratio is not that of equal work."
 )
 """Said of what was set."""
 

@@ -24,7 +24,7 @@ from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, TrainerCallback
 
 from bench import processes
 from bench.job import Job
@@ -102,7 +102,7 @@ def train(job: Job, watch: Watch) -> dict[str, Any]:
         reward_model=classifier(job, dtype),
         value_model=classifier(job, torch.float32),
         train_dataset=Dataset.from_list([{"input_ids": prompt} for prompt in follower.drawn.prompts]),
-        peft_config=adapter() if what == "lora" else None,
+        peft_config=adapter(job) if what == "lora" else None,
     )
     trainer.dataloader = _in_order(trainer, job.examples_per_step)
     follower.follow(ppo_trainer, trainer.value_model, chosen.max_new_tokens, tokenizer.pad_token_id)
@@ -157,9 +157,11 @@ def shared_arguments(job: Job, chosen: PpoSettings) -> dict[str, Any]:
     }
 
 
-def adapter() -> LoraConfig:
-    """Such an adapter as Baton's policy has."""
+def adapter(job: Job) -> LoraConfig:
+    """Such an adapter as Baton's policy has, on the same of the base's layers."""
+    top, layers = settings(job).lora.top_layers, AutoConfig.from_pretrained(job.base).num_hidden_layers
     return LoraConfig(
+        layers_to_transform=list(range(layers - top, layers)) if top else None,
         task_type="CAUSAL_LM",
         r=LORA["rank"],
         lora_alpha=LORA["alpha"],

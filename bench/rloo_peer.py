@@ -64,7 +64,7 @@ def train(job: Job, watch: Watch) -> dict[str, Any]:
         args=arguments(job, chosen),
         train_dataset=Dataset.from_list([{"prompt": as_text(prompt)} for prompt in drawn.prompts]),
         processing_class=tokenizer,
-        peft_config=adapter(),
+        peft_config=adapter(job),
     )
     _follow(trainer, follower.phases)
     trainer.remove_callback(PrinterCallback)

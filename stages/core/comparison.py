@@ -80,7 +80,7 @@ def compare(own: Answers, parent: Answers, prompts: Sequence[Prompt], of_pairs: 
     needed = {name: _needed(_differences(*pair), metrics[f"{name}{GAIN}"]) for name, pair in (scores | several).items()}
     metrics[f"length{RATIO}"] = ratio_interval(own.lengths, parent.lengths)
     judgements = {name.removeprefix(SCORE): Judgement(outcomes(*pair)) for name, pair in scores.items()}
-    judgements = dict(sorted((judgements | of_pairs).items(), key=_rank))
+    judgements = dict(sorted({**judgements, **of_pairs}.items(), key=_rank))
     for judge, found in judgements.items():
         if found.decided:
             metrics |= _win_rates(judge, found, own, parent)

@@ -21,7 +21,8 @@ from stages.core.answers import Answers
 from stages.core.lineup import Lineup
 from stages.core.roles import Roles
 
-Judge, Said = TypeVar("Judge"), TypeVar("Said")
+Judge = TypeVar("Judge")
+Said = TypeVar("Said")
 
 
 @dataclass(frozen=True)

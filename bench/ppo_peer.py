@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, TrainerCallback
 
@@ -159,15 +159,24 @@ def shared_arguments(job: Job, chosen: PpoSettings) -> dict[str, Any]:
 
 def adapter(job: Job) -> LoraConfig:
     """Such an adapter as Baton's policy has, on the same of the base's layers."""
-    top, layers = settings(job).lora.top_layers, AutoConfig.from_pretrained(job.base).num_hidden_layers
+    top, config = settings(job).lora.top_layers, AutoConfig.from_pretrained(job.base)
+    layers = range(config.num_hidden_layers - top, config.num_hidden_layers) if top else None
     return LoraConfig(
-        layers_to_transform=list(range(layers - top, layers)) if top else None,
         task_type="CAUSAL_LM",
         r=LORA["rank"],
         lora_alpha=LORA["alpha"],
         lora_dropout=0.0,
-        target_modules="all-linear",
+        target_modules=_linear(config) if layers else "all-linear",
+        layers_to_transform=list(layers) if layers else None,
     )
+
+
+def _linear(config: Any) -> list[str]:
+    """What the linear layers of a decoder's layer are called: peft wants single layers chosen with names."""
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    found = {name.rpartition(".")[2] for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+    return sorted(found - {"lm_head"})
 
 
 def main() -> None:

@@ -550,7 +550,8 @@ class Rounds(Rewarded):
     """Programmatic reward of the held-out responses, which the policy is not trained on: it decides which checkpoint is
     handed on. Without one, the reward itself decides, and over-optimisation cannot be seen."""
     evaluate_every: Positive = 10
-    """Rounds between two looks at held-out prompts; the best checkpoint by their score is handed on."""
+    """Rounds between two looks at held-out prompts; the best checkpoint by their score is handed on. A policy that has
+    gone a nat further from the reference since the last look is looked at earlier."""
     evaluate_rows: Positive = 128
     """Held-out prompts to look at, at most."""
     evaluate_samples: Positive = 4

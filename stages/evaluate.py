@@ -101,9 +101,7 @@ def run(context: Context) -> Result:
     if measured := _of_reward_model(judges, material.pairs, suites, settings):
         found.metrics[judges.reward_name] = measured
     _write(context, lineup, material.prompts, found, suites)
-    warnings = _warnings(lineup, found, settings)
-    warnings += [*_given_up("judge", judges.given_up), *_given_up("suite", suites.given_up)]
-    warnings += _cut({"prompts": {name: each.cut for name, each in found.answers.items() if each.cut}} | suites.cut)
+    warnings = [*_warnings(lineup, found, settings), *_given_up(judges, suites), *_cut(found.answers, suites)]
     for warning in warnings:
         context.say(warning)
     return Result(
@@ -188,15 +186,19 @@ def _warnings(lineup: Lineup, found: Findings, settings: EvaluateSettings) -> li
     return warnings
 
 
-def _given_up(what: str, failed: Mapping[str, str]) -> list[str]:
-    return [f"the {what} {name} was given up, and has no further figures: {why}" for name, why in failed.items()]
+def _given_up(judges: Judges, suites: Suites) -> list[str]:
+    failed = {f"judge {name}": why for name, why in judges.given_up.items()}
+    failed |= {f"suite {name}": why for name, why in suites.given_up.items()}
+    return [f"the {name} was given up, and has no further figures: {why}" for name, why in failed.items()]
 
 
-def _cut(prompts: Mapping[str, Mapping[str, int]]) -> list[str]:
+def _cut(answers: Mapping[str, Answers], suites: Suites) -> list[str]:
+    counts = {"the held-out rows": {name: each.cut for name, each in answers.items() if each.cut}}
+    counts |= {f"the suite {name}": by_model for name, by_model in suites.cut.items()}
     return [
-        f"{name}: {count} prompts of {source} lost their beginning, where there was no room for a response: "
+        f"{name}: {count} prompts of {source} lost their beginning, since they left no room for a response: "
         "raise max_length, if the model has the positions"
-        for source, by_model in prompts.items()
+        for source, by_model in counts.items()
         for name, count in by_model.items()
     ]
 

@@ -12,6 +12,7 @@ from data.schema import Message, Prompt
 from data.tree import Branch, Tree
 from pipeline.config import EvaluateSettings
 from pipeline.contract import Artifact
+from pipeline.errors import ConfigError
 from reward.best_of_n import Frontier
 from stages.core.answers import PLAIN, Answers, answer
 from stages.core.lineup import Contestant
@@ -70,6 +71,20 @@ def test_one_answer_each_is_the_default_and_the_seed_decides_it(contestant: Cont
     assert len(first.texts) == 5
     assert first == again
     assert first.texts != other.texts
+
+
+def test_prompts_that_lose_their_beginning_are_counted(contestant: Contestant) -> None:
+    long = Prompt((Message("user", "word " * 60),), {"answer": "7"}, "prompts:9")
+    given = settings(max_length=60, reward=None)
+    assert answer(contestant, PROMPTS, None, given, seed=0).cut == 0
+    found = answer(contestant, [*PROMPTS, long], None, given, seed=0)
+    assert found.cut == 1
+    assert len(found.trees[-1].prompt) == 60 - 6
+
+
+def test_a_response_as_long_as_all_positions_is_refused(contestant: Contestant) -> None:
+    with pytest.raises(ConfigError, match="sft has 256 positions, which leaves no room for a prompt before 256 tokens"):
+        answer(contestant, PROMPTS, None, settings(max_new_tokens=256, reward=None), seed=0)
 
 
 def test_without_judges_there_are_no_figures(contestant: Contestant) -> None:

@@ -367,6 +367,46 @@ def test_a_judge_that_fails_later_costs_its_own_figures_alone(config: Path, copy
     assert "the judge gpt was given up" in reports.Elements((copy / "report.html").read_text()).text
 
 
+def suite_by_server(root: Path, server: reward_servers.Scripted) -> str:
+    """An override that adds a suite which a reward server judges."""
+    reports.write_lines(root / "served.jsonl", [{"prompt": f"Never heard {number}?"} for number in range(6)])
+    rule = {"rule": "server", "url": server.url, "hosts": [f"127.0.0.1:{server.server_port}"]}
+    (root / "served.yaml").write_text(
+        f"kind: suite\nmeasures: Length.\nsource: served.jsonl\nmethod: generation\nrules: {json.dumps([rule])}\n"
+    )
+    return f"stages.evaluate.suites=[{root / 'served.yaml'}]"
+
+
+def test_a_server_of_a_suite_that_fails_later_costs_its_own_figures_alone(
+    config: Path, copy: Path, tmp_path: Path
+) -> None:
+    with reward_servers.serving(reward_servers.lengths, reward_servers.says("gone", status=410)) as server:
+        suite = suite_by_server(tmp_path, server)
+        assert baton("run", config, f"output={copy}", suite, f"{GATE}={{}}") == 0
+        assert len(server.bodies) == 2
+    found, whole = evaluation(copy)["models"], evaluation(config.parent / "run")["models"]
+    assert [name for name, model in found.items() if "suite.served" in model["metrics"]] == ["sft"]
+    assert found["ppo"]["metrics"] == whole["ppo"]["metrics"]
+    warnings = manifests.load(copy / "stages" / "evaluate").warnings
+    assert [each for each in warnings if each.startswith("the suite served was given up") and "410" in each]
+
+
+def test_a_server_of_a_suite_that_cannot_be_asked_is_an_error_that_names_the_suite(
+    config: Path, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with reward_servers.serving(reward_servers.says("gone", status=410)) as server:
+        assert baton("run", config, f"output={copy}", suite_by_server(tmp_path, server), f"{GATE}={{}}") == 69
+    assert f"suites.served ({server.url}): it answered 410" in " ".join(capsys.readouterr().err.split())
+
+
+def test_prompts_that_are_cut_are_warned_of(config: Path, copy: Path) -> None:
+    narrow = ["stages.evaluate.max_length=14", "stages.evaluate.max_new_tokens=8"]
+    assert baton("run", config, f"output={copy}", *narrow, f"{GATE}={{}}") == 0
+    warnings = manifests.load(copy / "stages" / "evaluate").warnings
+    cut = [each for each in warnings if "prompts of the held-out rows lost their beginning" in each]
+    assert len(cut) == 3
+
+
 def test_a_reward_model_of_another_run_is_known_by_its_stage(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

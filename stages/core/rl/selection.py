@@ -27,6 +27,8 @@ SURE = 2.0
 """Standard errors by which the score must have fallen from its best to be believed."""
 NOTABLE = 0.02
 """Smallest fall that counts, in units of the score."""
+FAR = 1.0
+"""Nats of divergence that a policy may have gained since it was last looked at."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ class Selection:
     def best(self) -> Look:
         """The look with the highest mean score; of equal ones the first."""
         return max(self.looks, key=lambda look: look.score)
+
+    def is_due(self, kl: float) -> bool:
+        """Whether the policy has gone so far that it should be looked at, whatever the round: where a score falls, it
+        does so within a few rounds, in which the divergence grows quickly."""
+        return kl > self.looks[-1].kl + FAR
 
     def look(self, rounds: int) -> dict[str, float]:
         """Sample, score and remember; returns the figures for the record of the round, and the `tokens` that each role

@@ -163,7 +163,7 @@ class Training:
                 self._done += 1
                 raised = self._health.watch(figures)
                 last = self._done == settings.steps or any(each.name in settings.stop_on for each in raised)
-                if self._done % settings.evaluate_every == 0 or last:
+                if self._done % settings.evaluate_every == 0 or last or self.selection.is_due(figures["kl"]):
                     figures |= self._look()
                     raised += self._health.set_off("over_optimisation", self.selection.over_optimised)
                 self.tokens += int(figures["tokens"])

@@ -96,7 +96,7 @@ def test_what_is_rewarded_becomes_likelier(policy: Artifact, kind: str, changes:
     assert gain.value > 0.04
     assert gain.low is not None
     assert gain.low > 0
-    assert result.metrics["chosen_round"].value == 30
+    assert result.metrics["chosen_round"].value >= 20
     assert all(math.isfinite(value) for each in records for value in each.values())
 
 
@@ -194,12 +194,13 @@ def test_what_is_handed_on_is_measured_by_the_gold_rule_and_the_reward(policy: A
 
 def test_an_alarm_that_ends_the_training_has_the_policy_looked_at_first(policy: Artifact) -> None:
     _, records = train(
-        policy, advantage="grpo", kl_coefficient=0.0, optimizer={"learning_rate": 0.3, "warmup": 0.0}, steps=8,
-        update_epochs=3, stop_on=["ratio_explosion"], evaluate_every=100,
+        policy, advantage="rloo", kl_coefficient=0.0, optimizer={"learning_rate": 1.0, "warmup": 0.0}, steps=20,
+        update_epochs=4, stop_on=["ratio_explosion"], evaluate_every=100,
     )  # fmt: skip
+    assert len(records) < 20
     assert "held_out" in records[-1]
     looks = json.loads((policy.directory.parent / "out-1" / "looks.json").read_text())
-    assert [look["round"] for look in looks] == [0, len(records)]
+    assert looks[-1]["round"] == len(records)
 
 
 def test_a_training_without_held_out_prompts_says_so(policy: Artifact) -> None:

@@ -248,12 +248,15 @@ class _Runner:
     def _report(self, outcomes: list[Outcome], reconfigured: bool) -> None:
         from pipeline import report
 
-        path = self.directory.root / "report.html"
-        if reconfigured or any(outcome.ran for outcome in outcomes) or not path.exists():
-            path = report.write(self.directory.root)
+        root = self.directory.root
+        whole = (root / report.PAGE).exists() and (root / report.REPORT).exists()
+        if reconfigured or any(outcome.ran for outcome in outcomes) or not whole:
+            report.write(root)
         headings = ("stage", "kind", "", "seconds", "digest", "metrics")
         self.console.print(terminal.table(headings, map(_row, outcomes)))
-        self.console.print(f"report: {printable(str(path), None)}")
+        if sentence := report.sentence(root):
+            self.console.print(printable(sentence, None))
+        self.console.print(f"report: {printable(str(root / report.PAGE), None)}")
 
     def _check(self, outcomes: list[Outcome]) -> None:
         """Hold evaluations against what is required of them, whether or not they ran now."""

@@ -117,7 +117,10 @@ def samples(run: Path) -> list[Any]:
 
 def test_what_was_trained_for_passes_the_gate(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert baton("run", config) == 0
-    assert "evaluate: 4 of 4 requirements hold" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "evaluate: 4 of 4 requirements hold" in printed
+    sentence = json.loads((config.parent / "run" / "report.json").read_text())["verdict"]["sentence"]
+    assert sentence in printed.splitlines()
     assert "4 of 4 requirements hold" in (config.parent / "run" / "report.html").read_text()
 
 

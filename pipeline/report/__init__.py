@@ -10,9 +10,13 @@ import json
 from pathlib import Path
 
 from pipeline import durable, store
+from pipeline.errors import ArtifactError
 from pipeline.report.inputs import read
 from pipeline.report.page import render
 from pipeline.report.summary import summarise
+from pipeline.report.verdict import NOT_EVALUATED
+
+PAGE, REPORT = "report.html", "report.json"
 
 
 def write(run_directory: Path) -> Path:
@@ -27,12 +31,26 @@ def write(run_directory: Path) -> Path:
     run = read(run_directory)
     summary = summarise(run)
     page = render(run, summary)
-    path = run_directory / "report.html"
+    path = run_directory / PAGE
     with store.storage_errors(path):
         as_json = json.dumps(summary, indent=2, sort_keys=True, allow_nan=False)
-        durable.write_text(run_directory / "report.json", as_json + "\n")
+        durable.write_text(run_directory / REPORT, as_json + "\n")
         durable.write_text(path, page)
     return path
 
 
-__all__ = ["write"]
+def sentence(run_directory: Path) -> str:
+    """The first sentence of the report that is there; nothing where no model was evaluated.
+
+    Raises:
+        ArtifactError: There is no report, or it is damaged.
+    """
+    path = run_directory / REPORT
+    try:
+        found = json.loads(path.read_bytes())["verdict"]
+        return "" if found["state"] == NOT_EVALUATED else str(found["sentence"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"not a report: {error!r:.80}", where=path, hint="`baton report RUN` writes it") from error
+
+
+__all__ = ["PAGE", "REPORT", "sentence", "write"]

@@ -13,6 +13,7 @@ from pipeline.report.inputs import ModelEvaluation
 from pipeline.report.wording import label, number, significance, with_interval
 
 State = Literal["better", "unclear", "worse", "start is best", "no gain measured", "not evaluated"]
+NOT_EVALUATED: State = "not evaluated"
 _BY_SIDE: dict[str, tuple[State, str]] = {
     "up": ("better", "better than"),
     "down": ("worse", "worse than"),
@@ -62,7 +63,7 @@ def judge(models: Mapping[str, ModelEvaluation]) -> Verdict:
     if metric is None and (found := _by_win_rate(models)):
         return found
     if metric is None:
-        return Verdict("not evaluated", "Not evaluated: no responses were scored, so no stage can be called better.")
+        return Verdict(NOT_EVALUATED, "Not evaluated: no responses were scored, so no stage can be called better.")
     scored = {name: model.metrics[metric].value for name, model in models.items() if metric in model.metrics}
     best = max(scored, key=lambda name: (scored[name], name))
     found = _against_parent(best, models, metric)

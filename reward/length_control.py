@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from math import exp, sqrt
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +30,10 @@ Observed = tuple[Array, Array, Array]
 
 PSEUDO_WEIGHT = 0.5
 """Of each of the two pseudo-observations."""
-_ITERATIONS, _HALVINGS = 100, 40
+_ITERATIONS, _HALVINGS = 100, 20
 _TOLERANCE = 1e-10
-_CERTAIN = 20.0
-"""Logit beyond which no bound is looked for."""
+_CERTAIN = 16.0
+"""Distance of logits beyond which no bound is looked for."""
 
 
 def length_controlled(outcomes: Values, longer_by: Values) -> Metric:
@@ -56,7 +57,7 @@ def length_controlled(outcomes: Values, longer_by: Values) -> Metric:
     if won.size == 1:
         return Metric(value=_share(intercept), n=1)
     ties = float((won == TIE).mean())
-    low, high = (_share(_bound(intercept, side, observed, ties)) for side in (-_CERTAIN, _CERTAIN))
+    low, high = (_share(_bound(intercept, side, observed, ties)) for side in (-1, 1))
     return Metric(value=_share(intercept), low=low, high=high, n=int(won.size))
 
 
@@ -70,39 +71,50 @@ def _observations(won: Array, differences: Array) -> Observed:
     return design, answers, weights
 
 
-def _fit(design: Array, answers: Array, weights: Array) -> Array:
-    """Newton's method with halved steps: the coefficients of the largest likelihood, which is concave."""
+def _fit(design: Array, answers: Array, weights: Array, offset: float = 0.0) -> Array:
+    """Newton's method with halved steps: the coefficients of the largest likelihood, which is concave.
+
+    Args:
+        offset: A part of every logit that is known.
+    """
     coefficients = np.zeros(design.shape[1])
+    loss = _loss(offset + design @ coefficients, answers, weights)
     for _ in range(_ITERATIONS):
-        gradient = design.T @ (weights * (answers - _expected(design, coefficients)))
-        step = np.linalg.solve(_information(design, weights, coefficients), gradient)
-        while _loss(design, answers, weights, coefficients + step) > _loss(design, answers, weights, coefficients):
+        expected = _expected(offset + design @ coefficients)
+        information = (design * (weights * expected * (1 - expected))[:, None]).T @ design
+        step = np.linalg.solve(information, design.T @ (weights * (answers - expected)))
+        while (after := _loss(offset + design @ (coefficients + step), answers, weights)) > loss:
             if np.abs(step).max() < _TOLERANCE:
                 return coefficients
             step /= 2
-        coefficients = coefficients + step
+        coefficients, loss = coefficients + step, after
         if np.abs(step).max() < _TOLERANCE:
             break
     return coefficients
 
 
-def _bound(inside: float, outside: float, observed: Observed, ties: float) -> float:
+def _bound(intercept: float, side: Literal[-1, 1], observed: Observed, ties: float) -> float:
     """Where, from the best fit outwards, the score test begins to reject the intercept."""
     reach = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+
+    def holds(distance: float) -> bool:
+        return abs(_score_test(intercept + side * distance, observed, ties)) < reach
+
+    near, far = 0.0, 1.0
+    while far < _CERTAIN and holds(far):
+        near, far = far, 2 * far
     for _ in range(_HALVINGS):
-        middle = (inside + outside) / 2
-        if abs(_score_test(middle, observed, ties)) < reach:
-            inside = middle
-        else:
-            outside = middle
-    return inside
+        middle = (near + far) / 2
+        near, far = (middle, far) if holds(middle) else (near, middle)
+    return intercept + side * near
 
 
 def _score_test(intercept: float, observed: Observed, ties: float) -> float:
     """How many standard deviations the outcomes are above what they would be expected to be with this intercept."""
     design, answers, weights = observed
     places = design[:, 1]
-    expected = _expected(design, np.array([intercept, _slope(intercept, observed)]))
+    (slope,) = _fit(places[:, None], answers, weights, intercept)
+    expected = _expected(intercept + slope * places)
     information = weights * expected * (1 - expected)
     # What is left of the intercept's score once the slope has taken its part.
     own = 1 - (information @ places) / (information @ places**2) * places
@@ -111,32 +123,12 @@ def _score_test(intercept: float, observed: Observed, ties: float) -> float:
     return float((weights * own) @ (answers - expected) / sqrt((weights * own) ** 2 @ variance))
 
 
-def _slope(intercept: float, observed: Observed) -> float:
-    """The slope that fits best with an intercept, by bisection: the likelihood is concave."""
-    design, answers, weights = observed
-    low, high = -4 * _CERTAIN, 4 * _CERTAIN
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        expected = _expected(design, np.array([intercept, middle]))
-        if (weights * design[:, 1]) @ (answers - expected) > 0:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
-
-
-def _information(design: Array, weights: Array, coefficients: Array) -> Array:
-    expected = _expected(design, coefficients)
-    return (design * (weights * expected * (1 - expected))[:, None]).T @ design
-
-
-def _loss(design: Array, answers: Array, weights: Array, coefficients: Array) -> float:
-    logits = design @ coefficients
+def _loss(logits: Array, answers: Array, weights: Array) -> float:
     return float(weights @ (np.logaddexp(0.0, logits) - answers * logits))
 
 
-def _expected(design: Array, coefficients: Array) -> Array:
-    return np.asarray(1 / (1 + np.exp(-(design @ coefficients).clip(-500, 500))))
+def _expected(logits: Array) -> Array:
+    return np.asarray(1 / (1 + np.exp(-logits.clip(-500, 500))))
 
 
 def _share(logit: float) -> float:

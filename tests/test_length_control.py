@@ -103,20 +103,18 @@ def test_a_model_that_is_better_whatever_the_length_stays_better() -> None:
 
 def test_the_win_rate_at_equal_lengths_lies_in_95_of_100_intervals() -> None:
     truth = 1 / (1 + exp(-0.5))
-    found = [length_controlled(*judged(150, 100 + seed, better=0.5, bias=1.0, ties=0.0)) for seed in range(1_000)]
+    found = [length_controlled(*judged(150, 100 + seed, better=0.5, bias=1.0, ties=0.0)) for seed in range(500)]
     covered = sum(each.low <= truth <= each.high for each in found if each.low is not None and each.high is not None)
-    assert 930 <= covered <= 970
+    assert 465 <= covered <= 485
 
 
-@pytest.mark.parametrize("prompts", [4, 8, 20])
-@pytest.mark.parametrize("better", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("prompts", [4, 20])
+@pytest.mark.parametrize("better", [0.0, 2.0])
 def test_few_prompts_leave_as_much_doubt_as_they_should(prompts: int, better: float) -> None:
     truth = 1 / (1 + exp(-better))
-    found = [
-        length_controlled(*judged(prompts, 100 + seed, better=better, bias=0.5, ties=0.0)) for seed in range(1_000)
-    ]
+    found = [length_controlled(*judged(prompts, 100 + seed, better=better, bias=0.5, ties=0.0)) for seed in range(300)]
     covered = sum(each.low <= truth <= each.high for each in found if each.low is not None and each.high is not None)
-    assert covered >= 910
+    assert covered >= 273
 
 
 @pytest.mark.parametrize("outcome", [0.0, 0.5, 1.0])

@@ -27,6 +27,25 @@ VARIANTS = {
     "rloo": ("bfloat16", "float32"),
 }
 """The peer's ways, as `bench.ppo_peer` and `bench.rloo_peer` name them."""
+FIXED = (
+    "policy",
+    "reward",
+    "data",
+    "steps",
+    "evaluate_every",
+    "evaluate_rows",
+    "evaluate_samples",
+    "examples_per_step",
+    "samples_per_prompt",
+    "update_epochs",
+    "advantage",
+    "max_length",
+    "max_new_tokens",
+    "tokens_per_batch",
+    "missing_eos_penalty",
+    "optimizer",
+)
+"""Settings of Baton's stage that are no choice: the same on both sides, or options of their own."""
 OTHER_WORK = "full"
 """A way that trains more than Baton does: tried, but not what Baton is compared with."""
 
@@ -38,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not chosen.data.is_file():
         raise SystemExit(f"no {chosen.data}: set BATON_DATA to the folder with hh-rlhf, or give --data")
     _require_groups(chosen)
+    _require_free(chosen.set)
     if chosen.quantization != "none" and chosen.only != "ours":
         raise SystemExit(f"--quantization {chosen.quantization}: the peers cannot take such a base, add --only ours")
     with cache(chosen.cache) as directory:
@@ -209,6 +229,17 @@ def _fastest(tried: Mapping[str, Mapping[str, Any]]) -> str:
     if not ran:
         raise SystemExit("the peer did not run: " + "; ".join(f"{name}: {said}" for name, said in tried.items()))
     return min(ran, key=lambda name: ran[name]["seconds"])
+
+
+def _require_free(given: Sequence[str]) -> None:
+    """See that what was set is not given by the comparison, and can be part of a file's name."""
+    for name, value in nested(given).items():
+        if name in FIXED:
+            raise SystemExit(f"--set {name}: the comparison gives it; `--help` lists what can be chosen")
+        if name == "lora" and not isinstance(value, dict):
+            raise SystemExit("--set lora: set one of its parts, as in lora.top_layers=3")
+    if found := [each for each in given if "/" in each]:
+        raise SystemExit(f"--set {found[0]}: the results' files are called by what is set, and a name has no `/`")
 
 
 def _name(chosen: argparse.Namespace) -> str:

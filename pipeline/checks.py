@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline import servers
+from pipeline import gate, servers
 from pipeline.config import DataSource, EvaluateSettings, RunSettings, StageSettings, trained
 from pipeline.errors import ConfigError
 from pipeline.figures import GAIN, LENGTH_CONTROLLED, RATIO, SCORE, SETTINGS, SUITE, WIN_RATE
@@ -18,6 +18,12 @@ from pipeline.suggestion import suggest
 from pipeline.suites import SampledSuite, Suite
 
 _PROMPT = ("prompt",)
+_BOUNDS = {
+    "": "hold it against a number, as in `> 0.5`: there is no comparison of it with the parent's",
+    GAIN: "hold it against a number, `parent`, `parent + NUMBER` or `parent - NUMBER`: it is compared by difference",
+    RATIO: "hold it against a number, `parent` or `NUMBER x parent`: it is compared by ratio",
+}
+"""How a figure is compared with the parent's -> what to require of it."""
 
 
 def check(settings: RunSettings, name: str, data: Mapping[str, DataSource], *, others_run: bool) -> None:
@@ -66,15 +72,28 @@ def _require_tokens(settings: BaseModel, where: str) -> None:
 def _require_figures(stage: EvaluateSettings, suites: Collection[str], where: str) -> None:
     """See that every required figure is one that the stage measures; of which tasks and categories, its rows say."""
     whole = _figures(stage) | set(suites)
+    compared = {f"{figure}{suffix}" for figure in whole if (suffix := _against_parent(figure))}
     parts = tuple(f"{figure}." for figure in whole if figure in suites or figure == "accuracy")
     others = tuple(f"{figure}_" for figure in suites)
     for model, wanted in stage.require.items():
-        for figure in wanted:
-            plain = figure.removesuffix(GAIN).removesuffix(RATIO)
-            if plain not in whole and not figure.startswith(parts + others):
+        for figure, text in wanted.items():
+            place = f"{where}.{model}.{figure}"
+            if figure.startswith(parts + others):
+                continue
+            if figure not in whole | compared:
                 what = f"the stage measures no such figure{suggest(figure, whole)}"
                 hint = "name one that its settings ask for; docs/comparison.md lists them"
-                raise ConfigError(what, where=f"{where}.{model}.{figure}", hint=hint)
+                raise ConfigError(what, where=place, hint=hint)
+            suffixes = {"", _against_parent(figure)} if figure in whole else {""}
+            if suffixes.isdisjoint(gate.parse(text).figures):
+                raise ConfigError(f"`{text}` is no bound of this figure", where=place, hint=_BOUNDS[max(suffixes)])
+
+
+def _against_parent(figure: str) -> str:
+    """How a figure is compared with the parent's; empty where it is not, as those that are comparisons themselves."""
+    if figure in ("length", "perplexity", "bits_per_byte"):
+        return RATIO
+    return GAIN if figure in (*SETTINGS, "accuracy") or figure.startswith((SCORE, SUITE)) else ""
 
 
 def _figures(stage: EvaluateSettings) -> set[str]:

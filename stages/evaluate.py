@@ -27,10 +27,11 @@ from pipeline.contract import Context, Result
 from pipeline.errors import DataError
 from pipeline.figures import GAIN, RATIO
 from pipeline.manifest import DataCard, Metric
+from pipeline.suites import SampledSuite
 from reward.best_of_n import Frontier, divergence
 from reward.intervals import mean_interval, proportion_interval, ratio_interval
 from stages.core import device, loop, rows
-from stages.core.answers import PLAIN, Answers, answer
+from stages.core.answers import PLAIN, Answers, answer, room
 from stages.core.comparison import Comparison, compare, corrected_tests
 from stages.core.documents import Likelihood, perplexity, text_likelihoods
 from stages.core.judges import Judges, in_words
@@ -96,12 +97,14 @@ def run(context: Context) -> Result:
     )
     _require_plain_tasks(material.prompts)
     suites = Suites(context)
+    _require_room(lineup, context)
     judges.try_out(material.prompts)
     found = _evaluate(lineup, judges, material, suites, context)
     if measured := _of_reward_model(judges, material.pairs, suites, settings):
         found.metrics[judges.reward_name] = measured
     _write(context, lineup, material.prompts, found, suites)
-    warnings = [*_warnings(lineup, found, settings), *_given_up(judges, suites), *_cut(found.answers, suites)]
+    warnings = [*_warnings(lineup, found, settings), *_given_up(judges, suites, context.name)]
+    warnings += _cut(found.answers, suites)
     for warning in warnings:
         context.say(warning)
     return Result(
@@ -119,6 +122,17 @@ def _require_plain_tasks(prompts: Sequence[Prompt]) -> None:
         if str(prompt.facts.get("task", "")).endswith((GAIN, RATIO)):
             what = "task: its name ends as those of comparisons with a parent do"
             raise DataError(what, where=prompt.origin, hint=f"end it neither in {GAIN} nor in {RATIO}")
+
+
+def _require_room(lineup: Lineup, context: Context) -> None:
+    """See that every model has room for the prompts of all that it is asked, before the first one answers."""
+    settings, stage = context.settings, f"stages.{context.name}"
+    longest = {f"{stage}.max_new_tokens": settings.max_new_tokens}
+    asked = ((role, suite) for role, suite in context.data.items() if isinstance(suite, SampledSuite))
+    longest |= {f"{stage}.{role}.max_new_tokens": suite.max_new_tokens for role, suite in asked}
+    for contestant in lineup.contestants.values():
+        for where, max_new_tokens in longest.items():
+            room(contestant, settings.max_length, max_new_tokens, where)
 
 
 def _of_reward_model(
@@ -186,10 +200,13 @@ def _warnings(lineup: Lineup, found: Findings, settings: EvaluateSettings) -> li
     return warnings
 
 
-def _given_up(judges: Judges, suites: Suites) -> list[str]:
+def _given_up(judges: Judges, suites: Suites, stage: str) -> list[str]:
     failed = {f"judge {name}": why for name, why in judges.given_up.items()}
     failed |= {f"suite {name}": why for name, why in suites.given_up.items()}
-    return [f"the {name} was given up, and has no further figures: {why}" for name, why in failed.items()]
+    return [
+        f"the {name} was given up, and has no further figures: {why}; `--force {stage}` measures all again"
+        for name, why in failed.items()
+    ]
 
 
 def _cut(answers: Mapping[str, Answers], suites: Suites) -> list[str]:

@@ -228,3 +228,20 @@ def test_the_fastest_way_that_trains_an_adapter_is_taken() -> None:
     assert ppo._fastest(ways) == "lora-float32"
     with pytest.raises(SystemExit, match="the peer did not run"):
         ppo._fastest({"lora-bfloat16": {"failed": "no"}, "full-float32": {"seconds": 1.0}})
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("steps=99", "the comparison gives it"),
+        ("optimizer.learning_rate=0.5", "the comparison gives it"),
+        ("update_epochs=2", "the comparison gives it"),
+        ("lora=null", "set one of its parts"),
+        ("gold=a/b", "a name has no `/`"),
+    ],
+)
+def test_a_setting_that_would_not_be_what_is_measured_is_refused(tmp_path: Path, setting: str, message: str) -> None:
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("")
+    with pytest.raises(SystemExit, match=message):
+        ppo.main(["--data", str(data), "--set", setting, "--output", str(tmp_path)])

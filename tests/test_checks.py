@@ -247,3 +247,37 @@ def test_every_figure_that_is_measured_can_be_required(root: Path) -> None:
     required = json.dumps({"ppo": dict.fromkeys(figures, "> 0")})
     settings = f"stages.evaluate.judges={json.dumps(judges)}", f"stages.evaluate.require={required}"
     assert plan(root, *settings) == 0
+
+
+@pytest.mark.parametrize(
+    ("figure", "bound", "allowed"),
+    [
+        ("score.short", "< 1.05 x parent", "compared by difference"),
+        ("suite.mine", "> 2 x parent", "compared by difference"),
+        ("length", "> parent - 3", "compared by ratio"),
+        ("win_rate.short", "> parent", "no comparison of it with the parent's"),
+        ("kl", "< parent", "no comparison of it with the parent's"),
+        ("length_ratio", "< parent", "no comparison of it with the parent's"),
+        ("length_gain", "> 0", "the stage measures no such figure"),
+        ("kl_gain", "> 0", "the stage measures no such figure"),
+    ],
+)
+def test_a_bound_that_a_figure_is_never_held_against_is_refused_before_anything_runs(
+    root: Path, capsys: pytest.CaptureFixture[str], figure: str, bound: str, allowed: str
+) -> None:
+    judges = json.dumps({"short": [{"rule": "length", "words": 3}]})
+    required = json.dumps({"ppo": {figure: bound}})
+    assert plan(root, f"stages.evaluate.judges={judges}", f"stages.evaluate.require={required}") == 2
+    found = said(capsys)
+    assert f"stages.evaluate.require.ppo.{figure}: " in found
+    assert allowed in found
+
+
+@pytest.mark.parametrize(
+    ("figure", "bound"),
+    [("score.short", "> parent - 0.1"), ("suite.mine", "> parent"), ("length", "< 2 x parent"), ("length", "< parent")],
+)
+def test_a_figure_may_be_held_against_what_it_is_compared_by(root: Path, figure: str, bound: str) -> None:
+    judges = json.dumps({"short": [{"rule": "length", "words": 3}]})
+    required = json.dumps({"ppo": {figure: bound}})
+    assert plan(root, f"stages.evaluate.judges={judges}", f"stages.evaluate.require={required}") == 0

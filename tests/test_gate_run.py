@@ -366,8 +366,39 @@ def test_a_judge_that_fails_later_costs_its_own_figures_alone(config: Path, copy
         assert {each: value for each, value in metrics.items() if each not in by_judge} == whole[name]["metrics"]
     assert asked <= until + 2
     warnings = manifests.load(copy / "stages" / "evaluate").warnings
-    assert [each for each in warnings if each.startswith("the judge gpt was given up") and "410" in each]
+    said = [each for each in warnings if each.startswith("the judge gpt was given up") and "410" in each]
+    assert said
+    assert said[0].endswith("`--force evaluate` measures all again")
     assert "the judge gpt was given up" in reports.Elements((copy / "report.html").read_text()).text
+
+
+def test_the_verdict_names_the_models_that_its_judge_did_not_see(config: Path, copy: Path) -> None:
+    different = sum(each["responses"]["dpo"] != each["responses"]["sft"] for each in samples(copy))
+    answers = [prefers("Yes.", otherwise="tie")] * (2 + 2 * different)
+    alone = ["stages.evaluate.gold=none", "stages.evaluate.reward=null", f"{GATE}={{}}"]
+    with reward_servers.serving(*answers, reward_servers.says("gone", status=410)) as server:
+        judge = f"{{url: '{server.url}', hosts: ['127.0.0.1:{server.server_port}'], model: m, requests_at_once: 1}}"
+        assert baton("run", config, f"output={copy}", f"stages.evaluate.judges={{gpt: {judge}}}", *alone) == 0
+    verdict = json.loads((copy / "report.json").read_text())["verdict"]
+    assert (verdict["stage"], verdict["state"]) == ("dpo", "better")
+    assert verdict["caution"] == "gpt has no verdict of ppo."
+
+
+def test_a_suite_that_leaves_a_model_no_room_is_named_before_any_model_answers(
+    config: Path, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reports.write_lines(tmp_path / "long.jsonl", [{"prompt": "Never heard?", "answer": "no"}])
+    (tmp_path / "long.yaml").write_text(
+        "kind: suite\nmeasures: All.\nsource: long.jsonl\nmethod: generation\ngold: exact\nmax_new_tokens: 128\n"
+    )
+    suites = f"stages.evaluate.suites=[{tmp_path / 'long.yaml'}]"
+    with reward_servers.serving(reward_servers.lengths) as server:
+        rule = f"[{{rule: server, url: '{server.url}', hosts: ['127.0.0.1:{server.server_port}']}}]"
+        judges = f"stages.evaluate.judges={{by: {rule}}}"
+        assert baton("run", config, f"output={copy}", suites, judges, f"{GATE}={{}}") == 2
+        assert not server.bodies
+    said = " ".join(capsys.readouterr().err.split())
+    assert "stages.evaluate.suites.long.max_new_tokens: sft has 128 positions, which leaves no room" in said
 
 
 def suite_by_server(root: Path, server: reward_servers.Scripted) -> str:

@@ -64,6 +64,19 @@ def test_the_policy_that_did_best_is_put_back_bit_for_bit() -> None:
     assert made.metrics["chosen_round"].value == 2
 
 
+def test_a_policy_that_stands_still_is_not_looked_at_again_however_far_its_rounds_are_from_held_out_prompts() -> None:
+    made = selection(rl.four_roles(), answers("four", "no"), "exact")
+    made.look(0)
+    far = made.looks[0].kl + 10.0
+    assert made.is_due(far)
+    made.look(1, far)
+    assert not made.is_due(far)
+    assert made.is_due(far + 1.1)
+    other = selection(rl.four_roles(), answers("four", "no"), "exact")
+    other.load_state(made.state())
+    assert not other.is_due(far)
+
+
 def test_of_equal_scores_the_earlier_policy_is_kept() -> None:
     made = selection(rl.four_roles(), answers("four", "no"), "exact")
     for number in range(3):

@@ -63,7 +63,8 @@ def judge(models: Mapping[str, ModelEvaluation]) -> Verdict:
     if metric is None and (found := _by_win_rate(models)):
         return found
     if metric is None:
-        return Verdict(NOT_EVALUATED, "Not evaluated: no responses were scored, so no stage can be called better.")
+        sentence = "Not evaluated: no judge compared a stage with its parent, so none can be called better."
+        return Verdict(NOT_EVALUATED, sentence)
     scored = {name: model.metrics[metric].value for name, model in models.items() if metric in model.metrics}
     best = max(scored, key=lambda name: (scored[name], name))
     found = _against_parent(best, models, metric)
@@ -88,7 +89,10 @@ def _by_win_rate(models: Mapping[str, ModelEvaluation]) -> Verdict | None:
     state, words = _BY_SIDE[side]
     wins = f"it wins {with_interval(metric, rate)} of the comparisons" + (f", {significance(test)}" if test else "")
     judge = metric.removeprefix(WIN_RATE)
-    return Verdict(state, f"By {judge}, {best} is {words} its parent {parent}: {wins}.", best, parent, metric)
+    sentence = f"By {judge}, {best} is {words} its parent {parent}: {wins}."
+    unjudged = [name for name, model in models.items() if model.parent and metric not in model.metrics]
+    caution = f"{judge} has no verdict of {', '.join(unjudged)}." if unjudged else ""
+    return Verdict(state, sentence, best, parent, metric, caution=caution)
 
 
 def _against_parent(best: str, models: Mapping[str, ModelEvaluation], metric: str) -> Verdict:

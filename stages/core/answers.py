@@ -177,10 +177,7 @@ def respond(
     """
     with contestant.use() as language_model, language_model.compute.autocast():
         template = language_model.template
-        longest = language_model.longest(max_length) - max_new_tokens
-        if longest < 1:
-            what = f"{contestant.name} has {language_model.positions} positions, which leaves no room for a prompt"
-            raise ConfigError(f"{what} before {max_new_tokens} tokens", where="max_new_tokens", hint="lower it")
+        longest = room(contestant, max_length, max_new_tokens, "max_new_tokens")
         whole = [template.prompt(prompt.prompt) for prompt in prompts]
         tokens = [tuple(each[-longest:]) for each in whole]
         samples = decode(
@@ -195,6 +192,20 @@ def respond(
         )
     texts = [template.decode(each.tokens) for each in samples]
     return Responses(tokens, samples, texts, cut=sum(len(each) > longest for each in whole))
+
+
+def room(contestant: Contestant, max_length: int, max_new_tokens: int, where: str) -> int:
+    """Tokens of the longest prompt that a model can answer at such length.
+
+    Raises:
+        ConfigError: There are none; names the setting, which is at `where`.
+    """
+    model = contestant.roles.base
+    longest = model.longest(max_length) - max_new_tokens
+    if longest < 1:
+        what = f"{contestant.name} has {model.positions} positions, which leaves no room for a prompt"
+        raise ConfigError(f"{what} before {max_new_tokens} tokens", where=where, hint="lower it")
+    return longest
 
 
 def rewards(

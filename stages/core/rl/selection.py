@@ -28,7 +28,7 @@ SURE = 2.0
 NOTABLE = 0.02
 """Smallest fall that counts, in units of the score."""
 FAR = 1.0
-"""Nats of divergence that a policy may have gained since it was last looked at."""
+"""Nats of divergence that rounds may have gained since the policy was last looked at."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class Selection:
         self._roles, self._look_at, self._rewards, self._collector = roles, look_at, rewards, collector
         self._gold = gold
         self.looks: list[Look] = []
+        self._met = 0.0
         self.kept: dict[str, Tensor] = {}
 
     @property
@@ -84,12 +85,25 @@ class Selection:
 
     def is_due(self, kl: float) -> bool:
         """Whether the policy has gone so far that it should be looked at, whatever the round: where a score falls, it
-        does so within a few rounds, in which the divergence grows quickly."""
-        return kl > self.looks[-1].kl + FAR
+        does so within a few rounds, in which the divergence grows quickly.
 
-    def look(self, rounds: int) -> dict[str, float]:
+        Rounds are compared with rounds: held-out prompts may have another divergence, and a policy that stands still
+        would then be looked at for ever.
+
+        Args:
+            kl: Divergence of the round's own responses.
+        """
+        return kl > self._met + FAR
+
+    def look(self, rounds: int, kl: float = 0.0) -> dict[str, float]:
         """Sample, score and remember; returns the figures for the record of the round, and the `tokens` that each role
-        computed."""
+        computed.
+
+        Args:
+            rounds: That were taken so far.
+            kl: Divergence of the last round's own responses.
+        """
+        self._met = kl
         rollout = self._look_at()
         experiences = self._collector.collect(rollout, rollout.trees(), self._rewards.of_rules(rollout))
         rewards = in_order(rollout, experiences, "rewards").double().mean(1).numpy()
@@ -124,12 +138,13 @@ class Selection:
         looks = [
             asdict(look) | {"scores": look.scores.tolist(), "rewards": look.rewards.tolist()} for look in self.looks
         ]
-        return State(self.kept, {"looks": looks})
+        return State(self.kept, {"looks": looks, "met": self._met})
 
     def load_state(self, state: State) -> None:
         """Go on from such a state."""
         device = self._roles.base.compute.device
         self.kept = {name: each.to(device) for name, each in state.tensors.items()}
+        self._met = state.values["met"]
         self.looks = [
             Look(each["round"], np.array(each["scores"]), np.array(each["rewards"]), each["kl"])
             for each in state.values["looks"]

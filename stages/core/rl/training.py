@@ -164,7 +164,7 @@ class Training:
                 raised = self._health.watch(figures)
                 last = self._done == settings.steps or any(each.name in settings.stop_on for each in raised)
                 if self._done % settings.evaluate_every == 0 or last or self.selection.is_due(figures["kl"]):
-                    figures |= self._look()
+                    figures |= self._look(figures["kl"])
                     raised += self._health.set_off("over_optimisation", self.selection.over_optimised)
                 self.tokens += int(figures["tokens"])
                 self.last = [*self.last[-LAST_ROUNDS + 1 :], figures]
@@ -192,9 +192,9 @@ class Training:
         scored = self._scoring_roles * sum(each.batch.token_count for each in experiences)
         return figures | learnt | {"tokens": scored + learnt["tokens"]}
 
-    def _look(self) -> dict[str, float]:
-        """See how the policy does on held-out prompts."""
-        figures = self.selection.look(self._done)
+    def _look(self, kl: float = 0.0) -> dict[str, float]:
+        """See how the policy does on held-out prompts, after a round of such divergence."""
+        figures = self.selection.look(self._done, kl)
         self.tokens += self._scoring_roles * int(figures.pop("tokens"))
         return figures
 

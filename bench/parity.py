@@ -70,8 +70,10 @@ def compare(lines: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any], p
 
 
 def places_of(suite: Suite) -> dict[str, int]:
-    """Id of each row of a suite -> its place in the suite's file, from 0."""
-    return {item.id: int(item.row.origin.rpartition(":")[2]) - 1 for item in suite_rows.read(suite).chosen}
+    """Id of each row of a suite -> its place among the rows of the suite's file, from 0; blank lines are none."""
+    lines = Path(suite.source).read_text(encoding="utf-8").splitlines()
+    places = {number: place for place, number in enumerate(n for n, line in enumerate(lines, 1) if line.strip())}
+    return {item.id: places[int(item.row.origin.rpartition(":")[2])] for item in suite_rows.read(suite).chosen}
 
 
 def read(suite: Path, evaluation: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -89,7 +91,12 @@ def main() -> None:
     chosen = parser.parse_args()
     lines, evaluation = read(chosen.suite, chosen.evaluation)
     _, suite = loader.suite(chosen.definition or chosen.suite.stem)
-    sys.stdout.write(compare(lines, evaluation, places_of(suite)).sentence(evaluation["stage"]) + "\n")
+    places = places_of(suite)
+    if unknown := [line["id"] for line in lines if line["id"] not in places]:
+        raise SystemExit(
+            f"{chosen.suite} has rows that {suite.source} has not: {unknown[0]} and {len(unknown) - 1} more"
+        )
+    sys.stdout.write(compare(lines, evaluation, places).sentence(evaluation["stage"]) + "\n")
 
 
 if __name__ == "__main__":

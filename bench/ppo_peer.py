@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, Trai
 
 from bench import processes
 from bench.job import Job
-from bench.ppo_given import LORA, Drawn, classifier, micro_batch, settings
+from bench.ppo_given import Drawn, classifier, micro_batch, settings
 from bench.watch import Phases, Watch, live_parameters
 from data.tokenizer import load_tokenizer
 from pipeline.config import PpoSettings
@@ -159,12 +159,13 @@ def shared_arguments(job: Job, chosen: PpoSettings) -> dict[str, Any]:
 
 def adapter(job: Job) -> LoraConfig:
     """Such an adapter as Baton's policy has, on the same of the base's layers."""
-    top, config = settings(job).lora.top_layers, AutoConfig.from_pretrained(job.base)
+    own, config = settings(job).lora, AutoConfig.from_pretrained(job.base)
+    top = own.top_layers
     layers = range(config.num_hidden_layers - top, config.num_hidden_layers) if top else None
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=LORA["rank"],
-        lora_alpha=LORA["alpha"],
+        r=own.rank,
+        lora_alpha=own.alpha,
         lora_dropout=0.0,
         target_modules=_linear(config) if layers else "all-linear",
         layers_to_transform=list(layers) if layers else None,

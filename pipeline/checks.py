@@ -11,13 +11,25 @@ from pydantic import BaseModel
 from pipeline import gate, servers
 from pipeline.config import DataSource, EvaluateSettings, RunSettings, StageSettings, trained
 from pipeline.errors import ConfigError
-from pipeline.figures import GAIN, LENGTH_CONTROLLED, RATIO, SCORE, SETTINGS, SUITE, WIN_RATE
+from pipeline.figures import (
+    CALIBRATION_ERROR,
+    GAIN,
+    LENGTH_CONTROLLED,
+    LONGER_WINS,
+    PERPLEXITY,
+    RATIO,
+    SCORE,
+    SETTINGS,
+    SUITE,
+    WIN_RATE,
+)
 from pipeline.rules import WeightedRule
 from pipeline.servers import Server
 from pipeline.suggestion import suggest
 from pipeline.suites import SampledSuite, Suite
 
 _PROMPT = ("prompt",)
+_WHOLE_SUITE = PERPLEXITY, CALIBRATION_ERROR, LONGER_WINS
 _BOUNDS = {
     "": "hold it against a number, as in `> 0.5`: there is no comparison of it with the parent's",
     GAIN: "hold it against a number, `parent`, `parent + NUMBER` or `parent - NUMBER`: it is compared by difference",
@@ -74,11 +86,11 @@ def _require_figures(stage: EvaluateSettings, suites: Collection[str], where: st
     whole = _figures(stage) | set(suites)
     compared = {f"{figure}{suffix}" for figure in whole if (suffix := _against_parent(figure))}
     parts = tuple(f"{figure}." for figure in whole if figure in suites or figure == "accuracy")
-    others = tuple(f"{figure}_" for figure in suites)
+    whole |= {f"{figure}{ending}" for figure in suites for ending in _WHOLE_SUITE}
     for model, wanted in stage.require.items():
         for figure, text in wanted.items():
             place = f"{where}.{model}.{figure}"
-            if figure.startswith(parts + others):
+            if figure.startswith(parts):
                 continue
             if figure not in whole | compared:
                 what = f"the stage measures no such figure{suggest(figure, whole)}"
@@ -91,6 +103,8 @@ def _require_figures(stage: EvaluateSettings, suites: Collection[str], where: st
 
 def _against_parent(figure: str) -> str:
     """How a figure is compared with the parent's; empty where it is not, as those that are comparisons themselves."""
+    if figure.endswith(_WHOLE_SUITE):
+        return ""
     if figure in ("length", "perplexity", "bits_per_byte"):
         return RATIO
     return GAIN if figure in (*SETTINGS, "accuracy") or figure.startswith((SCORE, SUITE)) else ""

@@ -34,6 +34,10 @@ class BatonError(Exception):
         remedy = f"\n  fix: {self.hint}" if self.hint else ""
         return f"{place}{self.what}{remedy}"
 
+    def in_a_line(self) -> str:
+        """The same for a list of warnings."""
+        return self.render().replace("\n  fix: ", "; ")
+
 
 class ConfigError(BatonError):
     """The configuration or the command line is wrong."""

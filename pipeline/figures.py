@@ -8,6 +8,8 @@ GAIN, RATIO = "_gain", "_ratio"
 """What a figure's name ends with when it compares with the parent: by difference and by ratio, paired."""
 SUITE = "suite."
 """What the names of a suite's figures begin with: `suite.NAME`, `suite.NAME.CATEGORY`."""
+PERPLEXITY, CALIBRATION_ERROR, LONGER_WINS = "_perplexity", "_calibration_error", "_longer_wins"
+"""What the names of other figures of a whole suite end with."""
 SETTINGS = ("gold", "reward")
 """Judges that are settings of their own; the mean of their scores is called as they are."""
 SCORE = "score."

@@ -70,6 +70,9 @@ def _of_prompts(path: Path, parents: Mapping[str, str | None]) -> Iterator[tuple
             prompt = json.dumps(sample["prompt"], sort_keys=True)
             given = {judge: sample.get(judge, {}) for judge in SETTINGS}
             given |= {f"{SCORE}{judge}": scores for judge, scores in sample.get("scores", {}).items()}
+            given |= {"length": sample.get("length", {}), "accuracy": sample.get("correct", {})}
+            if sample.get("task"):
+                given[f"accuracy.{sample['task']}"] = given["accuracy"]
             for figure, scores in given.items():
                 for name, value in _figures(figure, scores, parents):
                     yield prompt, name, value

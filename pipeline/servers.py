@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ipaddress import ip_address
 from typing import Annotated, Any, ClassVar
 from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field, StrictInt, model_validator
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ServerError
 from pipeline.settings import Rate, Settings
 
 PORTS = {"http": 80, "https": 443}
@@ -134,6 +136,19 @@ def is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Says in the error of a server which settings name it.
+
+    Raises:
+        ServerError: With the settings' place before the server's.
+    """
+    try:
+        yield
+    except ServerError as error:
+        raise ServerError(error.what, where=f"{where} ({error.where})", hint=error.hint) from None
 
 
 def token(variable: str, where: str = "token_variable") -> str:

@@ -99,6 +99,7 @@ def run(context: Context) -> Result:
     suites = Suites(context)
     _require_room(lineup, context)
     judges.try_out(material.prompts)
+    suites.try_out()
     found = _evaluate(lineup, judges, material, suites, context)
     if measured := _of_reward_model(judges, material.pairs, suites, settings):
         found.metrics[judges.reward_name] = measured
@@ -385,10 +386,13 @@ def _sample(number: int, prompt: Prompt, found: Findings) -> dict[str, object]:
         "prompt": [{"role": message.role, "content": message.content} for message in prompt.prompt],
         "responses": {name: each.texts[number] for name, each in answers.items()},
         "gold": {name: each.gold[number] for name, each in answers.items() if each.gold},
+        "correct": {name: float(each.correct[number] == 1.0) for name, each in answers.items() if each.correct},
+        "length": {name: each.lengths[number] for name, each in answers.items()},
         "reward": {name: each.rewards[number] for name, each in answers.items() if each.rewards},
         "scores": scores,
         "outcomes": outcomes,
         "answer": prompt.facts.get("answer"),
+        "task": prompt.facts.get("task"),
     }
 
 

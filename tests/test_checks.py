@@ -217,6 +217,7 @@ def test_where_nothing_is_to_be_trained_the_search_is_the_evaluation_s_own(root:
         ("acuracy", "did you mean `accuracy`?"),
         ("gold", "the stage measures no such figure"),
         ("suite.mien", "did you mean `suite.mine`?"),
+        ("suite.mine_perplexty", "did you mean `suite.mine_perplexity`?"),
         ("win_rate.shrt", "did you mean `win_rate.short`?"),
         ("score.gpt", "did you mean `score.short`?"),
         ("perplexity", "the stage measures no such figure"),

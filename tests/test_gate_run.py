@@ -13,8 +13,9 @@ import reward_servers
 from test_pair_judge import completion, prefers
 
 from data.ngrams import words
-from pipeline import cli
+from pipeline import cli, difference
 from pipeline import manifest as manifests
+from pipeline.store import RunDirectory
 from reward.comparison import holm
 
 pytestmark = pytest.mark.chain
@@ -122,6 +123,13 @@ def test_what_was_trained_for_passes_the_gate(config: Path, capsys: pytest.Captu
     sentence = json.loads((config.parent / "run" / "report.json").read_text())["verdict"]["sentence"]
     assert sentence in printed.splitlines()
     assert "4 of 4 requirements hold" in (config.parent / "run" / "report.html").read_text()
+
+
+def test_two_runs_are_compared_prompt_by_prompt(config: Path, sabotaged: Path) -> None:
+    changes = difference.changes(RunDirectory(config.parent / "run"), RunDirectory(sabotaged))
+    found = {change.metric: change.by for change in changes if change.stage == "evaluate"}
+    for figure in ("gold", "gold_gain", "accuracy", "accuracy_gain", "length", "win_rate.gold"):
+        assert found[f"dpo.{figure}"] == difference.PAIRED["prompt"]
 
 
 def test_a_sabotaged_reward_fails_the_gate_by_name_with_what_was_found(
@@ -414,10 +422,10 @@ def suite_by_server(root: Path, server: reward_servers.Scripted) -> str:
 def test_a_server_of_a_suite_that_fails_later_costs_its_own_figures_alone(
     config: Path, copy: Path, tmp_path: Path
 ) -> None:
-    with reward_servers.serving(reward_servers.lengths, reward_servers.says("gone", status=410)) as server:
+    with reward_servers.serving(*[reward_servers.lengths] * 2, reward_servers.says("gone", status=410)) as server:
         suite = suite_by_server(tmp_path, server)
         assert baton("run", config, f"output={copy}", suite, f"{GATE}={{}}") == 0
-        assert len(server.bodies) == 2
+        assert len(server.bodies) == 3
     found, whole = evaluation(copy)["models"], evaluation(config.parent / "run")["models"]
     assert [name for name, model in found.items() if "suite.served" in model["metrics"]] == ["sft"]
     assert found["ppo"]["metrics"] == whole["ppo"]["metrics"]

@@ -242,6 +242,16 @@ def test_rows_are_matched_by_their_lines_and_those_that_differ_are_named() -> No
     assert found.sentence("sft") == f"{said}; 1 more in lm-eval alone\n  differs: b\n  differs: c"
 
 
+def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
+    rows = [json.dumps({"id": name, "prompt": name, "answer": "1"}) for name in ("a", "b", "a")]
+    (tmp_path / "mine.jsonl").write_text("\n\n".join(rows[:2]) + "\n" + rows[2].replace('"id": "a", ', "") + "\n")
+    (tmp_path / "mine.yaml").write_text(
+        "kind: suite\nmeasures: All.\nsource: mine.jsonl\nmethod: generation\ngold: exact\n"
+    )
+    _, suite = loader.suite(str(tmp_path / "mine.yaml"))
+    assert parity.places_of(suite) == {"a": 0, "b": 1}
+
+
 def test_gsm8k_runs_from_the_local_file(
     taught: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

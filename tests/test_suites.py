@@ -328,7 +328,7 @@ def test_documents_cost_what_a_loop_over_their_tokens_says(tmp_path: Path, conte
         assert found.weights[place] == len(text.encode())
         losses.append(nats)
         predicted += len(tokens) - 1
-    assert found.further["perplexity"].value == pytest.approx(math.exp(sum(losses) / predicted), rel=1e-5)
+    assert found.further["_perplexity"].value == pytest.approx(math.exp(sum(losses) / predicted), rel=1e-5)
 
 
 def test_responses_at_temperature_0_are_the_same_with_any_seed(tmp_path: Path, contestant: Contestant) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from pipeline.figures import GAIN, SUITE
+from pipeline.figures import CALIBRATION_ERROR, GAIN, SUITE
 from pipeline.report import wording
 from pipeline.report.cell import Cell
 from pipeline.report.forest import direction
@@ -71,7 +71,7 @@ def _calibration(
 ) -> Iterator[Reliability]:
     """A diagram for each reward model."""
     for number, (model, bins) in enumerate(sorted(suite.calibration.items())):
-        error = models[model].metrics.get(f"{SUITE}{name}_calibration_error") if model in models else None
+        error = models[model].metrics.get(f"{SUITE}{name}{CALIBRATION_ERROR}") if model in models else None
         yield draw_reliability(model, bins, error, f"{salt}/{number}")
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self, TypeVar
 
@@ -13,7 +12,7 @@ from pipeline.contract import Context
 from pipeline.errors import ConfigError, ServerError
 from pipeline.references import model_name
 from pipeline.rules import Rule
-from pipeline.servers import JudgeServer
+from pipeline.servers import JudgeServer, placed
 from reward.comparison import Judgement
 from reward.mixture import RuleMixture
 from reward.pair_judge import PairJudge
@@ -76,10 +75,10 @@ class Judges:
         """
         first = prompts[:1]
         for name, rules in self.rules.items():
-            with _named(name):
+            with placed(f"judges.{name}"):
                 rules.scores(first, _TRIED[:1])
         for name, judge in self.pairs.items():
-            with _named(name):
+            with placed(f"judges.{name}"):
                 judge.compare(first, *([text] for text in _TRIED))
 
     def score_by_rules(self, answers: Answers, prompts: Sequence[Prompt]) -> Answers:
@@ -102,21 +101,12 @@ class Judges:
             try:
                 said[name] = ask(judge)
             except ServerError as error:
-                self.given_up[name] = f"{error.where}: {error.what}"
+                self.given_up[name] = error.in_a_line()
         return said
 
 
 _TRIED = ("Yes.", "No.")
 """Responses that judges are tried out on."""
-
-
-@contextmanager
-def _named(judge: str) -> Iterator[None]:
-    """Says in an error which judge it is about."""
-    try:
-        yield
-    except ServerError as error:
-        raise ServerError(error.what, where=f"judges.{judge} ({error.where})", hint=error.hint) from None
 
 
 def in_words(context: Context) -> dict[str, str]:

@@ -12,6 +12,7 @@ import numpy as np
 from data.suite_rows import Item
 from data.tree import preference_tree, usable
 from pipeline.config import Decoding, EvaluateSettings
+from pipeline.figures import PERPLEXITY
 from pipeline.manifest import Metric
 from pipeline.rules import Gold, Rule
 from pipeline.suites import (
@@ -128,7 +129,7 @@ def _likelihood(items: Sequence[Item], settings: EvaluateSettings, contestant: C
     return Scores(
         {place: each.bits / each.bytes for place, each in found.items()},
         weights={place: float(each.bytes) for place, each in found.items()},
-        further={"perplexity": perplexity(found.values())} if found else {},
+        further={PERPLEXITY: perplexity(found.values())} if found else {},
     )
 
 

@@ -17,9 +17,10 @@ from data import suite_rows
 from data.suite_rows import Item
 from pipeline.contract import Context
 from pipeline.errors import ServerError
-from pipeline.figures import GAIN, SUITE
+from pipeline.figures import CALIBRATION_ERROR, GAIN, LONGER_WINS, SUITE
 from pipeline.manifest import DataCard, Metric
-from pipeline.suites import PreferenceSuite, Suite
+from pipeline.servers import placed
+from pipeline.suites import GenerationSuite, PreferenceSuite, Suite
 from reward import calibration
 from reward.calibration import Bin
 from reward.intervals import (
@@ -29,6 +30,7 @@ from reward.intervals import (
     proportion_interval,
     ratio_interval,
 )
+from reward.mixture import RuleMixture
 from stages.core import rows
 from stages.core.comparison import Pair
 from stages.core.lineup import Contestant
@@ -74,7 +76,7 @@ class _Ledger:
         self.pairs[model] = {}
         other = self.scores.get(parent) if parent else None
         before = {name: numbers for name, numbers, _ in self._slices(other)} if other else {}
-        metrics = {f"{self.figure}_{ending}": metric for ending, metric in found.further.items()}
+        metrics = {f"{self.figure}{ending}": metric for ending, metric in found.further.items()}
         for name, numbers, yes_or_no in self._slices(found):
             if not numbers:
                 continue
@@ -146,8 +148,8 @@ class Suites:
         cards: What was read.
         tokens: Sampled so far.
         cut: Suite -> model -> prompts that lost their beginning.
-        given_up: Suites whose reward server answered for one model and failed for another, by name, and how; they
-            measure no further model.
+        given_up: Suites whose reward server answered at first and failed later, by name, and how; they measure no
+            further model.
 
     Raises:
         DataError: Rows of a suite cannot be used.
@@ -173,27 +175,33 @@ class Suites:
                 self._ledgers.append(_Ledger(role.removeprefix(ROLE), suite, read.chosen, observed, measured))
                 self.cards.append(rows.card(context, role, read.record, len(read.chosen), rows.HELD_OUT))
 
-    def measure(self, contestant: Contestant) -> Metrics:
-        """A model's figures; parents come first.
+    def try_out(self) -> None:
+        """Have the rules of each suite judge a response, so that a server that cannot be asked shows before models do.
 
         Raises:
-            ServerError: A suite's reward server fails for the first model.
+            ServerError: A reward server is out of reach or breaks the protocol.
         """
+        for ledger in self._ledgers:
+            if isinstance(ledger.suite, GenerationSuite) and ledger.suite.rules:
+                first: Any = ledger.items[0].row
+                with placed(f"{ROLE}{ledger.name}"):
+                    RuleMixture(ledger.suite.rules).scores([first], ["Yes."])
+
+    def measure(self, contestant: Contestant) -> Metrics:
+        """A model's figures; parents come first."""
         found: Metrics = {}
         for ledger in self._ledgers:
-            if ledger.scorer and ledger.name not in self.given_up:
-                try:
-                    scores = ledger.scorer(contestant)
-                except ServerError as error:
-                    if not ledger.scores:
-                        where = f"{ROLE}{ledger.name} ({error.where})"
-                        raise ServerError(error.what, where=where, hint=error.hint) from None
-                    self.given_up[ledger.name] = f"{error.where}: {error.what}"
-                    continue
-                self.tokens += scores.tokens
-                if scores.cut:
-                    self.cut.setdefault(ledger.name, {})[contestant.name] = scores.cut
-                found |= ledger.enter(contestant.name, contestant.parent, scores)
+            if ledger.scorer is None or ledger.name in self.given_up:
+                continue
+            try:
+                scores = ledger.scorer(contestant)
+            except ServerError as error:
+                self.given_up[ledger.name] = error.in_a_line()
+                continue
+            self.tokens += scores.tokens
+            if scores.cut:
+                self.cut.setdefault(ledger.name, {})[contestant.name] = scores.cut
+            found |= ledger.enter(contestant.name, contestant.parent, scores)
         return found
 
     def measure_judge(self, name: str, judge: Roles) -> Metrics:
@@ -208,8 +216,8 @@ class Suites:
             if margin_of:
                 certain = list(margin_of.values())
                 ledger.calibration[name] = calibration.curve(certain)
-                found[f"{ledger.figure}_calibration_error"] = calibration.expected_error(certain)
-            found[f"{ledger.figure}_longer_wins"] = mean_interval(longer_wins(ledger.items))
+                found[f"{ledger.figure}{CALIBRATION_ERROR}"] = calibration.expected_error(certain)
+            found[f"{ledger.figure}{LONGER_WINS}"] = mean_interval(longer_wins(ledger.items))
         return found
 
     def pairs(self, model: str) -> dict[str, Pair]:

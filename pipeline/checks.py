@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from pipeline import gate, servers
 from pipeline.config import DataSource, EvaluateSettings, RunSettings, StageSettings, trained
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.figures import (
     CALIBRATION_ERROR,
     GAIN,
@@ -27,6 +27,9 @@ from pipeline.rules import WeightedRule
 from pipeline.servers import Server
 from pipeline.suggestion import suggest
 from pipeline.suites import SampledSuite, Suite
+
+if TYPE_CHECKING:
+    from data.schema import Prompt
 
 _PROMPT = ("prompt",)
 _WHOLE_SUITE = PERPLEXITY, CALIBRATION_ERROR, LONGER_WINS
@@ -163,6 +166,19 @@ def _require_facts(stage: StageSettings, source: DataSource) -> None:
     )
     for row, needed in islice(judged, looks):
         _require_facts_of(row, needed)
+        if evaluated:
+            require_plain_task(row)
+
+
+def require_plain_task(prompt: Prompt) -> None:
+    """See that the name of a prompt's task cannot be taken for that of a comparison: accuracies are told by task.
+
+    Raises:
+        DataError: It ends as those do; names the prompt's origin.
+    """
+    if str(prompt.facts.get("task", "")).endswith((GAIN, RATIO)):
+        what = "task: its name ends as those of comparisons with a parent do"
+        raise DataError(what, where=prompt.origin, hint=f"end it neither in {GAIN} nor in {RATIO}")
 
 
 def _require_facts_of(row: Any, rules: Collection[str]) -> None:

@@ -22,10 +22,11 @@ from typing import Any
 from data.intake import refuse_trained
 from data.schema import Preference, Prompt, Text
 from data.tree import Tree, preference_tree, usable
+from pipeline.checks import require_plain_task
 from pipeline.config import EvaluateSettings
 from pipeline.contract import Context, Result
 from pipeline.errors import DataError
-from pipeline.figures import GAIN, RATIO
+from pipeline.figures import RATIO
 from pipeline.manifest import DataCard, Metric
 from pipeline.suites import SampledSuite
 from reward.best_of_n import Frontier, divergence
@@ -95,7 +96,8 @@ def run(context: Context) -> Result:
         pairs=_held_out(context, "pairs", Preference, cards),
         texts=_held_out(context, "text", Text, cards),
     )
-    _require_plain_tasks(material.prompts)
+    for prompt in material.prompts:
+        require_plain_task(prompt)
     suites = Suites(context)
     _require_room(lineup, context)
     judges.try_out(material.prompts)
@@ -116,13 +118,6 @@ def run(context: Context) -> Result:
         compute=compute.record,
         warnings=warnings,
     )
-
-
-def _require_plain_tasks(prompts: Sequence[Prompt]) -> None:
-    for prompt in prompts:
-        if str(prompt.facts.get("task", "")).endswith((GAIN, RATIO)):
-            what = "task: its name ends as those of comparisons with a parent do"
-            raise DataError(what, where=prompt.origin, hint=f"end it neither in {GAIN} nor in {RATIO}")
 
 
 def _require_room(lineup: Lineup, context: Context) -> None:

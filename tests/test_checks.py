@@ -282,3 +282,15 @@ def test_a_figure_may_be_held_against_what_it_is_compared_by(root: Path, figure:
     judges = json.dumps({"short": [{"rule": "length", "words": 3}]})
     required = json.dumps({"ppo": {figure: bound}})
     assert plan(root, f"stages.evaluate.judges={judges}", f"stages.evaluate.require={required}") == 0
+
+
+@pytest.mark.parametrize(("task", "code"), [("sums_gain", 3), ("sums", 0)])
+def test_a_task_that_is_called_like_a_comparison_is_refused_with_its_line(
+    root: Path, capsys: pytest.CaptureFixture[str], task: str, code: int
+) -> None:
+    chat = {"completion": "Yes.", "answer": "Yes.", "task": task}
+    write_lines(root / "chats.jsonl", [{"prompt": f"Question {each}?", **chat} for each in range(50)])
+    assert plan(root, "stages.evaluate.gold=exact") == code
+    if code:
+        assert "chats.jsonl:" in (found := said(capsys))
+        assert "task: its name ends as those of comparisons with a parent do" in found

@@ -10,9 +10,9 @@ from data import encoding
 from data.findings import SURROGATE, BadRow, shown
 from data.formats.values import text
 from data.intake import Intake, Placed
+from data.naming import require_plain
 from data.schema import Row
 from pipeline.errors import DataError
-from pipeline.figures import GAIN, RATIO
 from pipeline.fingerprint import digest
 from pipeline.suites import InvarianceSuite, Suite
 
@@ -97,7 +97,5 @@ def _content(row: Row) -> str:
 
 def _item(row: Row, labels: Mapping[str, str], content: str) -> Item:
     category = next((labels[name] for name in CATEGORIES if name in labels), "")
-    if category.endswith((GAIN, RATIO)):
-        what = f"category: {shown(category)} ends as the names of comparisons with a parent do"
-        raise DataError(what, where=row.origin, hint=f"call it something that ends neither in {GAIN} nor in {RATIO}")
+    require_plain(category, "category", row.origin)
     return Item(row, labels.get("id", content[:12]), category, labels.get("group", ""))

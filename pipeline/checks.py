@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel
 
 from pipeline import gate, servers
 from pipeline.config import DataSource, EvaluateSettings, RunSettings, StageSettings, trained
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError
 from pipeline.figures import (
     CALIBRATION_ERROR,
     GAIN,
@@ -27,9 +27,6 @@ from pipeline.rules import WeightedRule
 from pipeline.servers import Server
 from pipeline.suggestion import suggest
 from pipeline.suites import SampledSuite, Suite
-
-if TYPE_CHECKING:
-    from data.schema import Prompt
 
 _PROMPT = ("prompt",)
 _WHOLE_SUITE = PERPLEXITY, CALIBRATION_ERROR, LONGER_WINS
@@ -152,6 +149,7 @@ def _within(settings: Any, where: str) -> Iterator[tuple[str, BaseModel]]:
 def _require_facts(stage: StageSettings, source: DataSource) -> None:
     """See that the first prompts that are judged by a rule that knows what is correct hold what it needs."""
     from data import read
+    from data.naming import require_plain
     from data.split import is_held_out
 
     gold, rules = _gold(stage), _knowing(stage)
@@ -167,18 +165,7 @@ def _require_facts(stage: StageSettings, source: DataSource) -> None:
     for row, needed in islice(judged, looks):
         _require_facts_of(row, needed)
         if evaluated:
-            require_plain_task(row)
-
-
-def require_plain_task(prompt: Prompt) -> None:
-    """See that the name of a prompt's task cannot be taken for that of a comparison: accuracies are told by task.
-
-    Raises:
-        DataError: It ends as those do; names the prompt's origin.
-    """
-    if str(prompt.facts.get("task", "")).endswith((GAIN, RATIO)):
-        what = "task: its name ends as those of comparisons with a parent do"
-        raise DataError(what, where=prompt.origin, hint=f"end it neither in {GAIN} nor in {RATIO}")
+            require_plain(str(row.facts.get("task", "")), "task", row.origin)
 
 
 def _require_facts_of(row: Any, rules: Collection[str]) -> None:

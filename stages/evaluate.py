@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data.intake import refuse_trained
+from data.naming import require_plain
 from data.schema import Preference, Prompt, Text
 from data.tree import Tree, preference_tree, usable
-from pipeline.checks import require_plain_task
 from pipeline.config import EvaluateSettings
 from pipeline.contract import Context, Result
 from pipeline.errors import DataError
@@ -97,7 +97,7 @@ def run(context: Context) -> Result:
         texts=_held_out(context, "text", Text, cards),
     )
     for prompt in material.prompts:
-        require_plain_task(prompt)
+        require_plain(str(prompt.facts.get("task", "")), "task", prompt.origin)
     suites = Suites(context)
     _require_room(lineup, context)
     judges.try_out(material.prompts)

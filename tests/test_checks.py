@@ -288,9 +288,11 @@ def test_a_figure_may_be_held_against_what_it_is_compared_by(root: Path, figure:
 def test_a_task_that_is_called_like_a_comparison_is_refused_with_its_line(
     root: Path, capsys: pytest.CaptureFixture[str], task: str, code: int
 ) -> None:
-    chat = {"completion": "Yes.", "answer": "Yes.", "task": task}
-    write_lines(root / "chats.jsonl", [{"prompt": f"Question {each}?", **chat} for each in range(50)])
-    assert plan(root, "stages.evaluate.gold=exact") == code
+    asked = {"source": str(root / "asked.jsonl"), "held_out": 1}
+    write_lines(root / "asked.jsonl", [{"prompt": f"Asked {each}?", "answer": "no", "task": task} for each in range(9)])
+    settings = f"data.asked={json.dumps(asked)}", "stages.evaluate.prompts=asked", "stages.evaluate.gold=exact"
+    assert plan(root, *settings) == code
     if code:
-        assert "chats.jsonl:" in (found := said(capsys))
-        assert "task: its name ends as those of comparisons with a parent do" in found
+        found = said(capsys)
+        assert "asked.jsonl:" in found
+        assert "task: 'sums_gain' ends as the names of comparisons with a parent do" in found

@@ -71,14 +71,14 @@ def compare(lines: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any], p
 
 def places_of(suite: Suite) -> dict[str, int]:
     """Id of each row of a suite -> its place among the rows of the suite's file, from 0; blank lines are none."""
-    lines = Path(suite.source).read_text(encoding="utf-8").splitlines()
+    lines = Path(suite.source).read_bytes().splitlines()  # of text it would also split at U+2028, within a row
     places = {number: place for place, number in enumerate(n for n, line in enumerate(lines, 1) if line.strip())}
     return {item.id: places[int(item.row.origin.rpartition(":")[2])] for item in suite_rows.read(suite).chosen}
 
 
 def read(suite: Path, evaluation: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The two files."""
-    lines = suite.read_text(encoding="utf-8").splitlines()
+    lines = suite.read_bytes().splitlines()
     return [json.loads(line) for line in lines], json.loads(evaluation.read_text(encoding="utf-8"))
 
 

@@ -242,8 +242,9 @@ def test_rows_are_matched_by_their_lines_and_those_that_differ_are_named() -> No
     assert found.sentence("sft") == f"{said}; 1 more in lm-eval alone\n  differs: b\n  differs: c"
 
 
-def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
-    rows = [json.dumps({"id": name, "prompt": name, "answer": "1"}) for name in ("a", "b", "a")]
+def test_blank_lines_are_no_rows_and_a_row_is_one_line_whatever_it_holds(tmp_path: Path) -> None:
+    names = ("a", "b", "a")
+    rows = [json.dumps({"id": name, "prompt": f"{name}\u2028", "answer": "1"}, ensure_ascii=False) for name in names]
     (tmp_path / "mine.jsonl").write_text("\n\n".join(rows[:2]) + "\n" + rows[2].replace('"id": "a", ', "") + "\n")
     (tmp_path / "mine.yaml").write_text(
         "kind: suite\nmeasures: All.\nsource: mine.jsonl\nmethod: generation\ngold: exact\n"

@@ -40,6 +40,7 @@ from bench.job import Job
 from bench.rows import IGNORED, Row, by_step, labels, paths, plain_counts, read
 from bench.watch import Watch
 from data.tokenizer import load_tokenizer
+from stages.core.device import avoid_broken_attention
 
 Rows = Sequence[Row]
 PACKED = ("bfd", "wrapped")
@@ -182,6 +183,7 @@ def main() -> None:
     """Run one job; a variant that does not run here says why."""
     job = Job.read(Path(sys.argv[1]))
     disable_progress_bars()
+    avoid_broken_attention()
     watch = Watch(job)
     try:
         found = train(job, watch)

@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _require_free(chosen.set)
     if chosen.quantization != "none" and chosen.only != "ours":
         raise SystemExit(f"--quantization {chosen.quantization}: the peers cannot take such a base, add --only ours")
-    with cache(chosen.cache) as directory:
-        record = Comparison(chosen, directory).record()
+    with cache(chosen.cache) as kept, tempfile.TemporaryDirectory(dir=kept) as directory:
+        record = Comparison(chosen, kept, Path(directory)).record()
     record["command"] = shlex.join(["python", "-m", "bench.ppo", *given])
     text = ppo_page.write(record)
     sys.stdout.write(text + "\n")
@@ -69,22 +69,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 class Comparison:
-    """All runs of the comparison, and what they need."""
+    """All runs of the comparison, and what they need.
 
-    def __init__(self, chosen: argparse.Namespace, directory: Path) -> None:
-        self._chosen = chosen
-        self._kept = directory
+    Args:
+        chosen: What the command line says.
+        kept: Where bases and the old TRL are, or are put.
+        directory: For the material, and for what the runs write.
+    """
+
+    def __init__(self, chosen: argparse.Namespace, kept: Path, directory: Path) -> None:
+        self._chosen, self._kept, self._directory = chosen, kept, directory
         self._sides = [chosen.only] if chosen.only else list(SIDES)
 
     def record(self) -> dict[str, Any]:
         """Run everything; returns all that was found."""
-        chosen = self._chosen
-        with tempfile.TemporaryDirectory(dir=self._kept) as directory:
-            self._directory = Path(directory)
-            material = self._material
-            tried = self._tried() if "peer" in self._sides else {}
-            variant = _fastest(tried)
-            runs = {epochs: self._in_turn(epochs, variant) for epochs in chosen.epochs}
+        chosen, material = self._chosen, self.material
+        tried = self._tried() if "peer" in self._sides else {}
+        variant = _fastest(tried)
+        runs = {epochs: self._in_turn(epochs, variant) for epochs in chosen.epochs}
         first = next(iter(runs.values()))[self._sides[0]][0]
         return {
             "kind": "ppo",
@@ -108,7 +110,7 @@ class Comparison:
         return runs
 
     @cached_property
-    def _material(self) -> dict[str, Any]:
+    def material(self) -> dict[str, Any]:
         """What the runs are given; made when it is first asked for."""
         found = shape.find(self._chosen.model)
         base = self._kept / shape.base_name(found, self._chosen.data, pretrained=True)

@@ -43,7 +43,7 @@ from stages.core.device import Compute
 from stages.core.rl.prompts import read_prompts
 from stages.core.roles import REWARD, open_base
 
-TRAINING: dict[str, Any] = {"examples_per_step": 8, "max_length": 512, "learning_rate": 3e-4}
+TRAINING: dict[str, Any] = {"examples_per_step": 8, "learning_rate": 3e-4}
 SFT_STEPS = 4
 HELD_OUT_ROWS = 128
 

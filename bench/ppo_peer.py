@@ -8,7 +8,8 @@ lora-bfloat16, lora-float32   an adapter of the policy, whose reference is the b
 full-float32                  all of the policy, whose reference is a copy, and all of the value model
 
 What is trained whole is held in float32. The trainer is not changed: it is given another loader, since its own
-shuffles, and calls of three functions are followed.
+shuffles, and calls of three functions are followed. It is kept away from an attention whose gradients are NaN, as
+Baton's stages are.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from bench.watch import Phases, Watch, live_parameters
 from data.tokenizer import load_tokenizer
 from pipeline.config import PpoSettings
 from reward.shaping import explained_variance
+from stages.core.device import avoid_broken_attention
 
 
 class Follower(TrainerCallback):
@@ -184,6 +186,7 @@ def main() -> None:
     """Run one job; a variant that does not run here says why."""
     job = Job.read(Path(sys.argv[1]))
     disable_progress_bars()
+    avoid_broken_attention()
     if job.dtype == "bfloat16":
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # the trainer does not pass its own `bf16` on
     watch = Watch(job)

@@ -25,6 +25,7 @@ from bench.watch import Phases, Watch, live_parameters
 from data.template import ChatTemplate
 from data.tokenizer import load_tokenizer
 from pipeline.config import PpoSettings
+from stages.core.device import avoid_broken_attention
 from stages.core.trl.text import as_text, as_tokens, text_tokenizer
 
 
@@ -97,6 +98,7 @@ def main() -> None:
     """Run one job; a variant that does not run here says why."""
     job = Job.read(Path(sys.argv[1]))
     disable_progress_bars()
+    avoid_broken_attention()
     watch = Watch(job)
     try:
         found = train(job, watch)

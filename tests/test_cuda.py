@@ -13,11 +13,12 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline import cli
 from pipeline.config import Optimizer
 from stages.core import loop
-from stages.core.device import Compute
+from stages.core.device import Compute, choose
 from stages.core.models import load_model
 from stages.core.roles import POLICY, Roles
 from stages.core.rollout import Sample, sample
@@ -80,6 +81,8 @@ def test_the_whole_chain_runs_in_bfloat16_and_its_run_verifies(run: Path) -> Non
     assert baton("verify", run) == 0
 
 
+# The tiny model's layers are narrower than what bitsandbytes has its fast kernels for.
+@pytest.mark.filterwarnings("ignore:inner dimension .* is not aligned:UserWarning")
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_every_stage_trains_on_a_quantized_base(run: Path, tmp_path: Path, quantization: str) -> None:
     config = tmp_path / "quantized.yaml"
@@ -117,6 +120,18 @@ def test_losses_and_weights_are_those_of_a_processor(tmp_path: Path) -> None:
     assert ours == pytest.approx(expected, rel=1e-3)
     for one, other in zip(our_weights, weights, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("length", [64, 128, 192, 704])
+def test_gradients_of_masked_attention_are_numbers_where_every_score_is_far_below_zero(length: int) -> None:
+    choose("cuda", "bfloat16")
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 1, length, 64, device="cuda", dtype=torch.bfloat16)
+    query[..., 0], key[..., 0] = 1.0, -128.0 * 64**0.5
+    mask = torch.ones(length, length, dtype=torch.bool, device="cuda").tril()
+    inputs = [each.requires_grad_() for each in (query, key, value)]
+    functional.scaled_dot_product_attention(*inputs, attn_mask=mask).sum().backward()
+    assert all(each.grad is not None and each.grad.isfinite().all() for each in inputs)
 
 
 @torch.no_grad()

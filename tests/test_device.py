@@ -42,6 +42,20 @@ def test_auto_takes_the_best_device_there_is(
             assert device.choose(name, "float32").device.type == name
 
 
+@pytest.mark.parametrize(("name", "taken"), [("cuda", False), ("cpu", True)])
+def test_on_cuda_attention_keeps_away_from_kernels_whose_gradients_are_nan(
+    monkeypatch: pytest.MonkeyPatch, name: str, taken: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        device.choose(name, "float32")
+        assert torch.backends.cuda.cudnn_sdp_enabled() == taken
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_a_precision_asked_for_is_the_one_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "_bfloat16_pays", lambda chosen: name == "float32")

@@ -37,7 +37,7 @@ class Compute:
 
 
 def choose(device: str, dtype: str) -> Compute:
-    """Resolve `auto`.
+    """Resolve `auto`, and keep away from what computes wrong numbers there.
 
     Raises:
         ConfigError: The device asked for is not there.
@@ -45,9 +45,20 @@ def choose(device: str, dtype: str) -> Compute:
     chosen = torch.device(_best_device() if device == "auto" else device)
     if not _is_available(chosen):
         raise ConfigError(f"device `{device}` is not available", where="device", hint="use device=auto or device=cpu")
+    if chosen.type == "cuda":
+        avoid_broken_attention()
     if dtype == "auto":
         return Compute(chosen, torch.bfloat16 if _bfloat16_pays(chosen) else torch.float32)
     return Compute(chosen, getattr(torch, dtype))
+
+
+def avoid_broken_attention() -> None:
+    """Take other kernels than cuDNN's for attention, in the whole process.
+
+    On Hopper devices their gradients with a mask are NaN at lengths of 64 more than a multiple of 128, which a padded
+    row is enough for; PyTorch takes them first since 2.11 (pytorch/pytorch#196678, huggingface/trl#7181).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _best_device() -> str:

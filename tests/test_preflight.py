@@ -13,6 +13,7 @@ import torch
 from pipeline.config import PpoSettings
 from pipeline.errors import NumericalError
 from stages.core import likelihood
+from stages.core.device import Compute
 from stages.core.rl import memory
 from stages.core.rl.experience import Experience, score
 from stages.core.rl.preflight import Check, checks, ratio, require
@@ -27,9 +28,9 @@ def examined(roles: Roles, group: list[Experience], chosen: PpoSettings) -> dict
     return {name: check for name, check in zip(NAMES, found, strict=True) if check.name.startswith(name)}
 
 
-def start() -> tuple[Roles, list[Experience], PpoSettings]:
+def start(compute: Compute = models.CPU) -> tuple[Roles, list[Experience], PpoSettings]:
     """A first rollout, of which a response ends."""
-    roles, chosen = rl.four_roles(), rl.settings(samples_per_prompt=4)
+    roles, chosen = rl.four_roles(compute), rl.settings(samples_per_prompt=4)
     group = rl.sampled(roles, chosen)
     group[0].ended[0] = True
     return roles, group, chosen
@@ -63,6 +64,19 @@ def test_sampling_from_another_distribution_fails() -> None:
     roles, group, chosen = start()
     for each in group:
         each.sampled = each.sampled * 0.7
+    assert failed(roles, group, chosen) == ["gap"]
+
+
+@pytest.mark.parametrize(("compute", "size"), [(models.CPU, 5e-4), (models.HALF, 0.05)])
+def test_unlikely_tokens_that_sampling_leaves_out_fail_where_rounding_of_that_size_does_not(
+    compute: Compute, size: float
+) -> None:
+    roles, group, chosen = start(compute)
+    for each in group:
+        each.sampled = each.logprobs + size * (-1.0) ** torch.arange(len(each.logprobs))
+    assert failed(roles, group, chosen) == []
+    for each in group:
+        each.sampled = each.logprobs + size
     assert failed(roles, group, chosen) == ["gap"]
 
 

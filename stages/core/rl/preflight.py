@@ -25,8 +25,8 @@ EQUAL = 1e-4
 DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest mean absolute difference in nats between log-probabilities of sampling, with a cache, and of training."""
 DIVERGENCE = {torch.float32: 1e-4, torch.bfloat16: 0.005}
-"""Largest mean of the same differences. Rounding goes both ways and leaves little of it, however deep the model; another
-distribution does not."""
+"""Largest mean of the same differences. Rounding goes both ways and leaves little of it, however deep the model is;
+another distribution does not."""
 CHANCE = 3.0
 """Standard errors of that mean that are put down to which tokens were drawn."""
 TELLING = 32

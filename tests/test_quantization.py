@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from pipeline.config import Lora, Optimizer, RunSettings, SftSettings
 from pipeline.contract import Artifact
 from pipeline.errors import ConfigError
 from pipeline.manifest import Adaptation, Manifest
-from stages.core import loop
+from stages.core import loop, lora
 from stages.core.checkpointing import checkpoint_layers
 from stages.core.device import Compute
 from stages.core.layout import choose_layout
@@ -79,6 +80,28 @@ def test_a_quantized_base_computes_what_its_weights_stand_for(
     assert (meant - exact).norm() < (0.9 if quantization == "4bit" else 0.05) * exact.norm()
     assert not torch.equal(meant, exact)
     assert not any(each.requires_grad for each in roles.base.model.parameters())
+
+
+@each_quantization
+@each_compute
+@torch.no_grad()
+def test_what_samples_from_an_adapter_on_it_computes_what_peft_does(
+    stored: Artifact, quantization: str, compute: Compute
+) -> None:
+    roles = opened(stored, quantization, compute)
+    for role in (POLICY, "other"):
+        roles.add(role, models.LORA)
+        models.disturb(roles, role, seed=len(role))
+    for role in (POLICY, "other", REFERENCE):
+        expected = logits(roles, role)
+        with roles.use(role), compute.autocast(), lora.held(roles.base.model):
+            layers = [module for module in roles.base.model.modules() if isinstance(module, LoraLayer)]
+            held = [module for module in layers if "forward" in vars(module)]
+            found = roles.base.model(PATHS).logits.float()
+        # Without autocast it is peft's own forward, and so it is for the base alone.
+        assert len(held) == (14 if compute == models.HALF and role != REFERENCE else 0)
+        assert (found - expected).norm() <= (0.04 if held else 0.0) * expected.norm()
+        assert torch.equal(logits(roles, role), expected)
 
 
 @each_quantization

@@ -2,7 +2,8 @@
 
 y = x W^T + b + s (x A^T) B^T (Hu et al. 2021, arXiv 2106.09685, eq. 3). Three products forward, five backward, all in
 the precision of the frozen weights; nothing is copied to another precision but A and B, and what is kept for the
-backward pass is x and x A^T. It serves one plain adapter on an unquantized linear layer; others keep peft's forward.
+backward pass is x and x A^T. It serves one plain adapter on an unquantized linear layer; others keep peft's forward,
+but that sampling from a quantized base under autocast takes the same three products.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from types import MethodType
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+QUANTIZED = ("Linear4bit", "Linear8bitLt")
+"""The layers of bitsandbytes."""
 
 
 def speed_up(model: nn.Module) -> None:
@@ -30,19 +34,53 @@ def held(model: nn.Module) -> Iterator[None]:
     """Inside, the adapters in use stay as they are and no gradient is asked for: their matrices are cast once, and a
     call, as for every token that is sampled, looks for nothing. The numbers are the same."""
     before = [(layer, layer.forward) for layer in _layers(model) if "forward" in vars(layer) and _is_plain(layer)]
+    quantized = [layer for layer in _quantized_layers(model) if _is_alone(layer)]
     for layer, _ in before:
         layer.forward = _held_forward(layer)  # type: ignore[method-assign, assignment]
+    for layer in quantized:
+        layer.forward = _held_quantized_forward(layer)
     try:
         yield
     finally:
         for layer, forward in before:
             layer.forward = forward  # type: ignore[method-assign]
+        for layer in quantized:
+            del layer.forward
 
 
 def _layers(model: nn.Module) -> list[Linear]:
     return [
         module for module in model.modules() if type(module) is Linear and type(module.get_base_layer()) is nn.Linear
     ]
+
+
+def _quantized_layers(model: nn.Module) -> list[Any]:
+    """LoRA layers on layers of bitsandbytes, where autocast says in which precision the adapter computes."""
+    found: list[Any] = [each for each in model.modules() if isinstance(each, LoraLayer)]
+    bases = [each.get_base_layer() for each in found]
+    return [
+        layer
+        for layer, base in zip(found, bases, strict=True)
+        if _is_quantized(base) and torch.is_autocast_enabled(base.weight.device.type)
+    ]
+
+
+def _is_quantized(base: nn.Module) -> bool:
+    return any(kind.__name__ in QUANTIZED and kind.__module__.startswith("bitsandbytes") for kind in type(base).__mro__)
+
+
+def _held_quantized_forward(layer: Any) -> Callable[[Tensor], Tensor]:
+    (role,) = layer.active_adapters
+    base, scaling = layer.base_layer, layer.scaling[role]
+    precision = torch.get_autocast_dtype(base.weight.device.type)
+    down, up = (each[role].weight.to(precision) for each in (layer.lora_A, layer.lora_B))
+
+    def forward(states: Tensor) -> Tensor:
+        rows = states.to(precision).reshape(-1, base.in_features)
+        result: Tensor = base(rows)
+        return result.addmm_(rows @ down.T, up.T, alpha=scaling).view(*states.shape[:-1], base.out_features)
+
+    return forward
 
 
 def _held_forward(layer: Linear) -> Callable[[Tensor], Tensor]:
@@ -79,19 +117,22 @@ def _forward(layer: Linear, states: Tensor, *arguments: Any, **options: Any) -> 
 
 
 def _is_plain(layer: Linear) -> bool:
-    """Whether a single adapter is active, without dropout, variant or bias, beside weights that are frozen."""
+    """Whether a single plain adapter is active beside weights that are frozen."""
+    base: Any = layer.base_layer
+    trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+    return _is_alone(layer) and not trained and _computes_in(base.weight.dtype, base.weight.device.type)
+
+
+def _is_alone(layer: Any) -> bool:
+    """Whether a single adapter is active, without dropout, variant or bias."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
     (role,) = layer.active_adapters
-    base: Any = layer.base_layer
-    trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
     return (
         role in layer.lora_A
         and role not in layer.lora_variant
         and layer.lora_B[role].bias is None
         and isinstance(layer.lora_dropout[role], nn.Identity)
-        and not trained
-        and _computes_in(base.weight.dtype, base.weight.device.type)
     )
 
 

@@ -110,8 +110,10 @@ def machine(*packages: str) -> dict[str, Any]:
 
 
 def options(chosen: argparse.Namespace) -> dict[str, str]:
-    """What the command line chose, as text; of a path its name alone, since the rest means nothing elsewhere."""
-    return {key: value.name if isinstance(value, Path) else str(value) for key, value in vars(chosen).items()}
+    """What the command line chose, as text; of a path its name alone, since the rest means nothing elsewhere, as where
+    bases were kept and results were put does."""
+    found = {key: value for key, value in vars(chosen).items() if key not in ("cache", "output")}
+    return {key: value.name if isinstance(value, Path) else str(value) for key, value in found.items()}
 
 
 def spread(values: Sequence[float], decimals: int = 1) -> str:

@@ -427,8 +427,8 @@ IN_TRAINING = (
         for name, text, without in (
             ("a ratio", "abs(found - 1) < EQUAL and approximate < EQUAL,", "True,"),
             ("a divergence", "gap < EQUAL,", "True,"),
-            ("a gap", "difference <= apart and", "True and"),
-            ("another distribution", "abs(divergence) - by_chance <= above,", "True,"),
+            ("a gap", "difference <= apart and reaches", "reaches"),
+            ("a part that is not sampled", "difference <= apart and reaches", "difference <= apart"),
             ("an end", "bool(ended.any()) or", "True or"),
             ("a spread", "not most and", "True or"),
             ("padding that stops", "padding != template.stop_id,", "True,"),

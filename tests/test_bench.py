@@ -282,5 +282,5 @@ def test_attention_is_timed_in_ways_that_agree(tmp_path: Path, monkeypatch: pyte
 
 
 def test_results_name_no_folder_of_the_machine(tmp_path: Path) -> None:
-    chosen = argparse.Namespace(data=tmp_path / "pairs.jsonl", cache=None, steps=3)
-    assert processes.options(chosen) == {"data": "pairs.jsonl", "cache": "None", "steps": "3"}
+    chosen = argparse.Namespace(data=tmp_path / "pairs.jsonl", cache=tmp_path, output=tmp_path / "results", steps=3)
+    assert processes.options(chosen) == {"data": "pairs.jsonl", "steps": "3"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import models
 import numpy as np
@@ -14,7 +15,7 @@ from pipeline.config import PpoSettings
 from pipeline.errors import NumericalError
 from stages.core import likelihood
 from stages.core.device import Compute
-from stages.core.rl import memory
+from stages.core.rl import memory, preflight
 from stages.core.rl.experience import Experience, score
 from stages.core.rl.preflight import Check, checks, ratio, require
 from stages.core.rl.rewards import Scale
@@ -67,17 +68,53 @@ def test_sampling_from_another_distribution_fails() -> None:
     assert failed(roles, group, chosen) == ["gap"]
 
 
-@pytest.mark.parametrize(("compute", "size"), [(models.CPU, 5e-4), (models.HALF, 0.05)])
-def test_unlikely_tokens_that_sampling_leaves_out_fail_where_rounding_of_that_size_does_not(
-    compute: Compute, size: float
+def gap_of(start: tuple[Roles, list[Experience], PpoSettings], differences: torch.Tensor) -> bool:
+    """Whether the check passes where sampling and training differ so, token by token."""
+    roles, group, _ = start
+    one = dataclasses.replace(group[0], sampled=differences, logprobs=torch.zeros_like(differences))
+    return preflight._gap(roles, [one]).passed
+
+
+def rounded(noise: torch.Tensor) -> torch.Tensor:
+    """Rounding of log-probabilities: what it has raised is drawn more often, by half its variance."""
+    return noise + noise.square().mean() / 2
+
+
+LIMITS = pytest.mark.parametrize(
+    ("compute", "apart", "unreached"), [(models.CPU, 1e-3, 1e-4), (models.HALF, 0.15, 0.005)]
+)
+
+
+@LIMITS
+def test_rounding_passes_up_to_a_size_however_few_or_many_tokens_it_is_of(
+    compute: Compute, apart: float, unreached: float
 ) -> None:
-    roles, group, chosen = start(compute)
-    for each in group:
-        each.sampled = each.logprobs + size * (-1.0) ** torch.arange(len(each.logprobs))
-    assert failed(roles, group, chosen) == []
-    for each in group:
-        each.sampled = each.logprobs + size
-    assert failed(roles, group, chosen) == ["gap"]
+    begun = start(compute)
+    for count in (1, 2, 31, 32, 100_000):
+        for seed in range(20):
+            noise = torch.randn(count, generator=torch.Generator().manual_seed(seed))
+            assert gap_of(begun, rounded(noise * 0.9 * apart / noise.square().mean().sqrt()))
+    assert not gap_of(begun, rounded(1.1 * apart * (-1.0) ** torch.arange(100_000)))
+
+
+@LIMITS
+def test_what_sampling_cannot_reach_fails(compute: Compute, apart: float, unreached: float) -> None:
+    begun = start(compute)
+    for share in (2 * unreached, -2 * unreached):
+        assert not gap_of(begun, torch.full((64,), -math.log1p(-share)))
+    assert gap_of(begun, torch.full((64,), -math.log1p(-unreached / 2)))
+    noise = rounded(apart * 0.9 * (-1.0) ** torch.arange(64))
+    by_chance = unreached + 2 * apart * 0.9 / 64**0.5
+    assert gap_of(begun, noise + by_chance)
+    assert not gap_of(begun, noise.repeat(100) + by_chance)
+
+
+@LIMITS
+def test_a_few_tokens_that_are_far_off_fail(compute: Compute, apart: float, unreached: float) -> None:
+    for size in (99.0, -9.0, math.inf, -math.inf, math.nan):
+        differences = torch.zeros(1000)
+        differences[7] = size
+        assert not gap_of(start(compute), differences)
 
 
 def test_responses_that_never_end_fail_unless_ending_is_not_asked_for() -> None:

@@ -104,6 +104,21 @@ def test_what_samples_from_an_adapter_on_it_computes_what_peft_does(
         assert torch.equal(logits(roles, role), expected)
 
 
+@pytest.mark.parametrize("quantization", ["none", *BITS])
+@torch.no_grad()
+def test_an_adapter_that_is_held_twice_is_let_go_once_by_either(stored: Artifact, quantization: str) -> None:
+    roles = opened(stored, quantization, models.HALF)
+    roles.add(POLICY, models.LORA)
+    models.disturb(roles, POLICY)
+    model, before = roles.base.model, logits(roles, POLICY)
+    with roles.use(POLICY), models.HALF.autocast(), lora.held(model):
+        alone = model(PATHS).logits
+        with lora.held(model):
+            assert torch.equal(model(PATHS).logits, alone)
+        assert torch.equal(model(PATHS).logits, alone)
+    assert torch.equal(logits(roles, POLICY), before)
+
+
 @each_quantization
 def test_gradients_are_those_of_the_weights_that_the_base_stands_for(stored: Artifact, quantization: str) -> None:
     roles = opened(stored, quantization)

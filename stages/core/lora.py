@@ -32,10 +32,12 @@ def speed_up(model: nn.Module) -> None:
 @contextmanager
 def held(model: nn.Module) -> Iterator[None]:
     """Inside, the adapters in use stay as they are and no gradient is asked for: their matrices are cast once, and a
-    call, as for every token that is sampled, looks for nothing. The numbers are the same."""
-    before = [(layer, layer.forward) for layer in _layers(model) if "forward" in vars(layer) and _is_plain(layer)]
+    call, as for every token that is sampled, looks for nothing. The numbers are the same; on quantized layers, up to
+    rounding."""
+    plain = [layer for layer in _layers(model) if "forward" in vars(layer) and _is_plain(layer)]
     quantized = [layer for layer in _quantized_layers(model) if _is_alone(layer)]
-    for layer, _ in before:
+    before = [(layer, vars(layer).get("forward")) for layer in (*plain, *quantized)]
+    for layer in plain:
         layer.forward = _held_forward(layer)  # type: ignore[method-assign, assignment]
     for layer in quantized:
         layer.forward = _held_quantized_forward(layer)
@@ -43,9 +45,10 @@ def held(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer, forward in before:
-            layer.forward = forward  # type: ignore[method-assign]
-        for layer in quantized:
-            del layer.forward
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
 
 
 def _layers(model: nn.Module) -> list[Linear]:
@@ -76,7 +79,9 @@ def _held_quantized_forward(layer: Any) -> Callable[[Tensor], Tensor]:
     down, up = (each[role].weight.to(precision) for each in (layer.lora_A, layer.lora_B))
 
     def forward(states: Tensor) -> Tensor:
-        rows = states.to(precision).reshape(-1, base.in_features)
+        if states.dtype != precision:
+            return type(layer).forward(layer, states)
+        rows = states.reshape(-1, base.in_features)
         result: Tensor = base(rows)
         return result.addmm_(rows @ down.T, up.T, alpha=scaling).view(*states.shape[:-1], base.out_features)
 

@@ -8,10 +8,9 @@ BIN := $(VENV)/bin
 quickstart: $(VENV)/.installed
 	$(BIN)/baton run configs/quickstart.yaml
 
-# A worker for every core, each with one thread: models as small as those of the tests gain nothing by more. A file stays
-# with one worker, so that what its tests share is made once.
+# A worker for every core, each with one thread: models as small as those of the tests gain nothing by more.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist worksteal
 
 # Takes each guard out of a copy of the source; some test has to fail.
 mutations: $(VENV)/.installed

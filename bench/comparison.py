@@ -62,8 +62,8 @@ def main(work: Work, description: str | None, arguments: Sequence[str] | None = 
         raise SystemExit(f"no {chosen.data}: set BATON_DATA to the folder with hh-rlhf, or give --data")
     if "reference" in nested(chosen.set):
         raise SystemExit("--set reference: the peer computes the reference in every step, and so must Baton's stage")
-    with cache(chosen.cache) as directory:
-        record = Comparison(work, chosen, directory).record()
+    with cache(chosen.cache) as kept, tempfile.TemporaryDirectory(dir=kept) as directory:
+        record = Comparison(work, chosen, kept, Path(directory)).record()
     record["command"] = shlex.join(["python", "-m", f"bench.{work.kind}", *given])
     text = page.write(work, record)
     name = _name(work, chosen)
@@ -76,26 +76,29 @@ def main(work: Work, description: str | None, arguments: Sequence[str] | None = 
 
 
 class Comparison:
-    """All runs of a comparison, and what they need."""
+    """All runs of a comparison, and what they need.
 
-    def __init__(self, work: Work, chosen: argparse.Namespace, directory: Path) -> None:
-        self._work, self._chosen = work, chosen
-        self._bases = directory
+    Args:
+        work: What is compared.
+        chosen: What the command line says.
+        kept: Where bases are, or are put.
+        directory: For the material, and for what the runs write.
+    """
+
+    def __init__(self, work: Work, chosen: argparse.Namespace, kept: Path, directory: Path) -> None:
+        self._work, self._chosen, self._kept, self._directory = work, chosen, kept, directory
         self._sides = [chosen.only] if chosen.only else list(SIDES)
 
     def record(self) -> dict[str, Any]:
         """Run everything; returns all that was found."""
-        chosen = self._chosen
-        with tempfile.TemporaryDirectory(dir=self._bases) as directory:
-            self._directory = Path(directory)
-            material = self._material
-            tried = self._tried() if "peer" in self._sides else {}
-            variant = _fastest(tried)
-            runs: dict[str, list[dict[str, Any]]] = {side: [] for side in self._sides}
-            for _ in range(chosen.repeats):
-                for side in self._sides:
-                    runs[side].append(self._measured(side, self._job(chosen.steps, variant)))
-            learning = {side: self._learned(side) for side in self._sides if chosen.learning_steps}
+        chosen, material = self._chosen, self._material
+        tried = self._tried() if "peer" in self._sides else {}
+        variant = _fastest(tried)
+        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in self._sides}
+        for _ in range(chosen.repeats):
+            for side in self._sides:
+                runs[side].append(self._measured(side, self._job(chosen.steps, variant)))
+        learning = {side: self._learned(side) for side in self._sides if chosen.learning_steps}
         return {
             "kind": self._work.kind,
             "options": processes.options(chosen),
@@ -113,7 +116,7 @@ class Comparison:
         """What the runs are given; made when it is first asked for."""
         chosen, found = self._chosen, shape.find(self._chosen.model)
         pretrained = self._work.kind != "pretrain"
-        base = self._bases / shape.base_name(found, chosen.data, pretrained=pretrained)
+        base = self._kept / shape.base_name(found, chosen.data, pretrained=pretrained)
         longest = self._stored(self._job(max(chosen.steps, chosen.learning_steps - chosen.warmup)))
         return self._process("bench.material", longest, found, base, str(chosen.held_out))
 

@@ -83,7 +83,7 @@ class Comparison:
 
     def record(self) -> dict[str, Any]:
         """Run everything; returns all that was found."""
-        chosen, material = self._chosen, self.material
+        chosen, material = self._chosen, self._material
         tried = self._tried() if "peer" in self._sides else {}
         variant = _fastest(tried)
         runs = {epochs: self._in_turn(epochs, variant) for epochs in chosen.epochs}
@@ -110,7 +110,7 @@ class Comparison:
         return runs
 
     @cached_property
-    def material(self) -> dict[str, Any]:
+    def _material(self) -> dict[str, Any]:
         """What the runs are given; made when it is first asked for."""
         found = shape.find(self._chosen.model)
         base = self._kept / shape.base_name(found, self._chosen.data, pretrained=True)

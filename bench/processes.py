@@ -110,8 +110,8 @@ def machine(*packages: str) -> dict[str, Any]:
 
 
 def options(chosen: argparse.Namespace) -> dict[str, str]:
-    """What the command line chose, as text; of a path its name alone, since the rest means nothing elsewhere, as where
-    bases were kept and results were put does."""
+    """What the command line chose, as text; of a path its name alone, and nothing of where bases are kept and results
+    are put, since that means nothing elsewhere."""
     found = {key: value for key, value in vars(chosen).items() if key not in ("cache", "output")}
     return {key: value.name if isinstance(value, Path) else str(value) for key, value in found.items()}
 

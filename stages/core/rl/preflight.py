@@ -115,9 +115,11 @@ def _gap(roles: Roles, experiences: Sequence[Experience]) -> Check:
     reaches = abs(unreached) <= most + CHANCE * deviation / len(found) ** 0.5 or len(found) < TELLING
     return Check(
         "gap between sampling and training",
-        f"{difference:.2e} nats a token (at most {apart}), {1 - unreached:.3f} of the distribution sampled from",
+        f"{difference:.2e} nats a token (at most {apart}), {1 - unreached:.4f} of the distribution sampled from "
+        f"({1 - most}, up to chance)",
         difference <= apart and reaches,
-        "the cache computes other log-probabilities than a whole pass; try the other sampler, or dtype=float32",
+        "the cache computes other log-probabilities than a whole pass, or the sampler leaves tokens out; try the other "
+        "sampler, or dtype=float32",
     )
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -100,3 +104,29 @@ def test_autocast_lowers_products_of_float32_weights_and_is_off_in_float32() -> 
 )
 def test_kernels_by_shape_are_made_for_bfloat16_on_processors(name: str, dtype: torch.dtype, expected: bool) -> None:
     assert device.Compute(torch.device(name), dtype).makes_kernels_by_shape == expected
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="without bfloat16 in hardware, oneDNN is not asked"
+)
+@pytest.mark.parametrize(("told", "times"), [({}, 2), ({"DNNL_PRIMITIVE_CACHE_CAPACITY": "1024"}, 1)])
+def test_no_more_kernels_are_kept_than_the_limit_or_the_user_says(told: dict[str, str], times: int) -> None:
+    shapes = device.KERNELS + 1
+    products = f"""
+import torch
+from stages.core import device
+
+device.choose("cpu", "bfloat16")
+square = torch.ones(64, 64, dtype=torch.bfloat16)
+for rows in [*range(2, {shapes + 2})] * 2:
+    torch.ones(rows, 64, dtype=torch.bfloat16) @ square
+"""
+    unlimited = {name: value for name, value in os.environ.items() if name not in device.KERNELS_KEPT}
+    said = subprocess.run(
+        [sys.executable, "-c", products],
+        env={**unlimited, **told, "ONEDNN_VERBOSE": "profile_create", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert said.count("create:cache_miss") == times * shapes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from statistics import median
@@ -11,6 +12,10 @@ import torch
 from pipeline.errors import ConfigError
 
 WORTHWHILE_SPEEDUP = 1.2
+KERNELS = 128
+"""Kernels that oneDNN keeps, of about 0.4 MiB each; by itself it keeps 1,024, and a run grows until it has them."""
+KERNELS_KEPT = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")
+"""How oneDNN is told; of two that are set it takes the first."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Compute:
 
 
 def choose(device: str, dtype: str) -> Compute:
-    """Resolve `auto`, and keep away from what computes wrong numbers there.
+    """Resolve `auto`, keep away from what computes wrong numbers there, and keep kernels from filling the memory.
 
     Raises:
         ConfigError: The device asked for is not there.
@@ -45,6 +50,7 @@ def choose(device: str, dtype: str) -> Compute:
     chosen = torch.device(_best_device() if device == "auto" else device)
     if not _is_available(chosen):
         raise ConfigError(f"device `{device}` is not available", where="device", hint="use device=auto or device=cpu")
+    _limit_kernels()
     if chosen.type == "cuda":
         avoid_broken_attention()
     if dtype == "auto":
@@ -59,6 +65,12 @@ def avoid_broken_attention() -> None:
     row is enough for; PyTorch takes them first since 2.11 (pytorch/pytorch#196678, huggingface/trl#7181).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _limit_kernels() -> None:
+    """Have oneDNN keep `KERNELS`, unless the user says how many; it asks when the process computes the first product."""
+    if not any(name in os.environ for name in KERNELS_KEPT):
+        os.environ[KERNELS_KEPT[0]] = str(KERNELS)
 
 
 def _best_device() -> str:

@@ -68,7 +68,7 @@ def avoid_broken_attention() -> None:
 
 
 def _limit_kernels() -> None:
-    """Have oneDNN keep `KERNELS`, unless the user says how many; it asks when the process computes the first product."""
+    """Have oneDNN keep `KERNELS`, unless the user says how many; it asks before the process's first product."""
     if not any(name in os.environ for name in KERNELS_KEPT):
         os.environ[KERNELS_KEPT[0]] = str(KERNELS)
 

@@ -91,9 +91,14 @@ def content(files: Mapping[str, str]) -> str:
 
 
 def sources(kind: str) -> str:
-    """Digest of the modules that a stage of this kind computes with."""
-    modules = sorted(_modules(kind))
-    return content({path.relative_to(ROOT).as_posix(): file_sha256(path) for path in modules})
+    """Digest of the modules that a stage of this kind computes with, as they were when this process first asked.
+
+    A plan asks before anything is trained: what is edited while a stage trains is not what it computed with.
+    """
+    parts = [f"stages/{kind}.py", "stages/core", "data", "reward"]
+    if kind == "trl":  # which trainers compare, sample or count in groups
+        parts.append("pipeline/trainers.py")
+    return content({name: found for part in parts for name, found in _modules(ROOT / part).items()})
 
 
 def environment() -> dict[str, Any]:
@@ -107,14 +112,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _modules(kind: str) -> Iterator[Path]:
-    stage = ROOT / "stages" / f"{kind}.py"
-    if stage.is_file():
-        yield stage
-    if kind == "trl":  # which trainers compare, sample or count in groups
-        yield ROOT / "pipeline" / "trainers.py"
-    for package in ("stages/core", "data", "reward"):
-        yield from (ROOT / package).rglob("*.py")
+@functools.cache
+def _modules(place: Path) -> dict[str, str]:
+    """Relative path -> sha256 of a module, or of those of a package; neither, and there are none."""
+    paths = [place] if place.is_file() else place.rglob("*.py")
+    return {path.relative_to(ROOT).as_posix(): file_sha256(path) for path in paths}
 
 
 @functools.cache

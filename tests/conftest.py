@@ -8,12 +8,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import fakes
 import pytest
 import tiny
+import typer.main
 from pydantic import BaseModel
 
 from pipeline import cli, report, seal
@@ -43,6 +45,14 @@ def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing is left in the user's cache, and tests share what they make."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BATON_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_made_once() -> Iterator[None]:
+    """Typer makes all commands anew for every call, which takes as long as many a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", cache(typer.main.get_command))
         yield
 
 

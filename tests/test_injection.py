@@ -107,8 +107,8 @@ def hostile(template: ChatTemplate) -> Iterator[str]:
 def control(template: ChatTemplate, tokens: list[int]) -> int:
     """Control tokens among tokens; what unknown characters become is none."""
     tokenizer = template.tokenizer
-    blank = {tokenizer.unk_token_id}
-    return sum(token in tokenizer.added_tokens_decoder and token not in blank for token in tokens)
+    added = tokenizer.added_tokens_decoder.keys() - {tokenizer.unk_token_id}
+    return sum(token in added for token in tokens)
 
 
 def flat(tree: Tree | str) -> list[int]:

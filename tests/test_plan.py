@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import fakes
 import pytest
 
 from pipeline import fingerprint, loader, runner
+from pipeline.contract import Context, Result
 from pipeline.errors import ArtifactError, ConfigError, DataError
 from pipeline.plan import Cause, Decision, Reason, changes, plan
 from pipeline.store import RunDirectory
@@ -135,6 +137,25 @@ def test_code_and_environment_are_warnings_unless_strict(
     assert causes == [Cause.CODE, Cause.ENVIRONMENT]
     assert said(decision)[1] == f"environment libraries.torch: {now['libraries']['torch']} -> 0.4"
     assert running(planned(config, strict=True)) == fakes.STAGES
+
+
+def test_code_that_is_edited_while_a_stage_trains_did_not_make_it(
+    config: Path, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = tmp_path / "code" / "data" / "read.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("x = 1\n")
+    monkeypatch.setattr(fingerprint, "ROOT", tmp_path / "code")
+    train = fakes.run_stage
+
+    def edited(context: Context) -> Result:
+        module.write_text("x = 2\n")
+        return train(context)
+
+    monkeypatch.setattr(sys.modules["stages.sft"], "run", edited)
+    run(until="sft")
+    fingerprint._modules.cache_clear()  # the next command is another process
+    assert [reason.cause for reason in planned(config)["sft"].reasons] == [Cause.CODE]
 
 
 def test_forcing_only_until(config: Path, run: Run) -> None:

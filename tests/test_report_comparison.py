@@ -24,6 +24,12 @@ TALLY = {"won": 60, "tied": 25, "lost": 10, "unread": 5, "changed": 3}
 COUNTS: dict[str, Any] = {"judges": {"gpt": TALLY}, "needed": {}}
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of training, which take longer to draw than all that is looked at here."""
+    monkeypatch.setattr("pipeline.report.page.draw_curves", lambda stage, steps: [])
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A finished six-stage run."""
@@ -49,9 +55,9 @@ def require(run: Path, required: Any, metrics: dict[str, Any]) -> None:
 
 def text_of(run: Path) -> str:
     """What can be read on the page."""
-    page = reports.page(run)
-    reports.assert_inert(page)
-    return reports.Elements(page).text
+    written = reports.page(run)
+    reports.assert_inert(written)
+    return reports.Elements(written).text
 
 
 def test_every_line_of_win_rates_names_its_judge_beside_its_counts(run: Path) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fakes
 import pytest
 import tiny
 
 from data import cache
 from data.tree import Tree
-from pipeline import cli
+from pipeline import cli, report
 from pipeline import manifest as manifests
 from pipeline.manifest import DataCard, Manifest
 from stages.core import rows as stage_rows
@@ -39,6 +41,13 @@ HOUSE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def report_of_one_line() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write", fakes.write_report)
+        yield
 
 
 def baton(*arguments: str | Path) -> int:

@@ -51,7 +51,6 @@ class Roles:
         self.base = base
         self.heads: dict[str, ScalarHead] = {}
         self._peft: PeftModel | None = None
-        self._layers: list[LoraLayer] = []
         self._trained: set[str] = set()
         self._current: str | None = None
         base.model.base_model.register_forward_hook(self._bind)
@@ -64,7 +63,7 @@ class Roles:
         """
         self._inject(role, adapters.peft_config(lora, self.base.model))
         if lora.initialisation == "pissa":
-            adapters.start_principal(self._layers, role)
+            adapters.start_principal(self._layers(), role)
         self._trained.add(role)
         self._freeze_the_rest()
 
@@ -104,7 +103,7 @@ class Roles:
 
         REFERENCE without an adapter is the bare base.
         """
-        layers = self._layers
+        layers = self._layers()
         before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
         has_adapter = self.has(role)
         if not has_adapter and role != REFERENCE:
@@ -186,8 +185,7 @@ class Roles:
             except ValueError as error:
                 reason = " ".join(str(error).split())[:300]
                 raise ConfigError(f"the adapter does not fit the model: {reason}", where="lora.targets") from error
-        self._layers = [module for module in self.base.model.modules() if isinstance(module, LoraLayer)]
-        adapters.install_norms(self._layers, role)
+        adapters.install_norms(self._layers(), role)
         # peft puts new adapters on the processor and leaves the model in train mode.
         self._peft.to(self.base.compute.device)
         self._peft.eval()
@@ -223,6 +221,9 @@ class Roles:
         config = self._peft.peft_config[role]
         assert isinstance(config, LoraConfig)
         return config
+
+    def _layers(self) -> list[LoraLayer]:
+        return [module for module in self.base.model.modules() if isinstance(module, LoraLayer)]
 
     def _freeze_the_rest(self) -> None:
         self.base.model.requires_grad_(False)

@@ -92,7 +92,7 @@ def key(*, data: str, tokenizer: str, template: str, options: Mapping[str, Any])
         "tokenizer": tokenizer,
         "template": template,
         "options": options,
-        "code": _code(),
+        "code": fingerprint.modules("data"),
         "libraries": {name: _version(name) for name in LIBRARIES},
         "python": platform.python_version(),
     }
@@ -272,14 +272,6 @@ def _refusal(error: OSError, place: Path) -> StorageError:
         f"the token cache cannot be written: {error.strerror}",
         where=error.filename or place,
         hint="set BATON_CACHE to a directory with free space that you may write to",
-    )
-
-
-def _code() -> str:
-    """Digest of the modules that make tokens."""
-    modules = sorted((fingerprint.ROOT / "data").rglob("*.py"))
-    return fingerprint.content(
-        {path.relative_to(fingerprint.ROOT).as_posix(): fingerprint.file_sha256(path) for path in modules}
     )
 
 

@@ -8,8 +8,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,9 @@ LIBRARIES = (
     "transformers",
     "trl",
 )
+
+_hashed: dict[Path, str] = {}
+"""Modules as they were when this process last looked before it imported them."""
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -91,14 +95,23 @@ def content(files: Mapping[str, str]) -> str:
 
 
 def sources(kind: str) -> str:
-    """Digest of the modules that a stage of this kind computes with, as they were when this process first asked.
-
-    A plan asks before anything is trained: what is edited while a stage trains is not what it computed with.
-    """
-    parts = [f"stages/{kind}.py", "stages/core", "data", "reward"]
+    """Digest of the modules that a stage of this kind computes with."""
+    places = [f"stages/{kind}.py", "stages/core", "data", "reward"]
     if kind == "trl":  # which trainers compare, sample or count in groups
-        parts.append("pipeline/trainers.py")
-    return content({name: found for part in parts for name, found in _modules(ROOT / part).items()})
+        places.append("pipeline/trainers.py")
+    return modules(*places)
+
+
+def modules(*places: str) -> str:
+    """Digest of Python modules: of those that this process has imported as they were then, of others as they are.
+
+    What is edited while a stage trains is not what it computes with; what it has yet to import is.
+
+    Args:
+        places: Modules and packages under `ROOT`; one that is not there holds none.
+    """
+    paths = [path for place in places for path in _paths(ROOT / place)]
+    return content({path.relative_to(ROOT).as_posix(): _module_sha256(path) for path in paths})
 
 
 def environment() -> dict[str, Any]:
@@ -112,11 +125,15 @@ def environment() -> dict[str, Any]:
     }
 
 
-@functools.cache
-def _modules(place: Path) -> dict[str, str]:
-    """Relative path -> sha256 of a module, or of those of a package; neither, and there are none."""
-    paths = [place] if place.is_file() else place.rglob("*.py")
-    return {path.relative_to(ROOT).as_posix(): file_sha256(path) for path in paths}
+def _paths(place: Path) -> Iterable[Path]:
+    return [place] if place.is_file() else place.rglob("*.py")
+
+
+def _module_sha256(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    if name not in sys.modules or path not in _hashed:
+        _hashed[path] = file_sha256(path)
+    return _hashed[path]
 
 
 @functools.cache

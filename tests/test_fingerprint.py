@@ -47,7 +47,7 @@ def test_content_depends_on_names_and_bytes_and_not_on_order() -> None:
 
 def sources(kind: str) -> str:
     """What a new process says."""
-    fingerprint._modules.cache_clear()
+    fingerprint._hashed.clear()
     return fingerprint.sources(kind)
 
 

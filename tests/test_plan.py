@@ -139,23 +139,29 @@ def test_code_and_environment_are_warnings_unless_strict(
     assert running(planned(config, strict=True)) == fakes.STAGES
 
 
-def test_code_that_is_edited_while_a_stage_trains_did_not_make_it(
-    config: Path, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("module", "made_by_other_code"),
+    [("data/read.py", ["tok", "base", "sft", "rm"]), ("reward/never_imported.py", ["tok", "base"])],
+)
+def test_a_module_that_is_edited_while_a_stage_trains_is_what_it_was_when_it_was_imported(
+    module: str, made_by_other_code: list[str], config: Path, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    module = tmp_path / "code" / "data" / "read.py"
-    module.parent.mkdir(parents=True)
-    module.write_text("x = 1\n")
+    path = tmp_path / "code" / module
+    path.parent.mkdir(parents=True)
+    path.write_text("x = 1\n")
     monkeypatch.setattr(fingerprint, "ROOT", tmp_path / "code")
     train = fakes.run_stage
 
     def edited(context: Context) -> Result:
-        module.write_text("x = 2\n")
+        path.write_text("x = 2\n")
         return train(context)
 
     monkeypatch.setattr(sys.modules["stages.sft"], "run", edited)
-    run(until="sft")
-    fingerprint._modules.cache_clear()  # the next command is another process
-    assert [reason.cause for reason in planned(config)["sft"].reasons] == [Cause.CODE]
+    run(until="rm")
+    fingerprint._hashed.clear()  # the next command is another process
+    decisions = planned(config, until="rm")
+    assert [name for name, each in decisions.items() if each.reasons] == made_by_other_code
+    assert {reason.cause for each in decisions.values() for reason in each.reasons} == {Cause.CODE}
 
 
 def test_forcing_only_until(config: Path, run: Run) -> None:

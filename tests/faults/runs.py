@@ -29,8 +29,8 @@ from . import children
 from .children import Blow, Point
 
 STEPS = 3
-# Which libraries there are is asked before every stage and takes longer than the stage; asked once here.
-_environment = cache(fingerprint.environment)
+# Which code and libraries there are is asked before every stage and takes longer than the stage; asked once here.
+_sources, _environment = cache(fingerprint.sources), cache(fingerprint.environment)
 WEIGHTS = 200
 """Digests that make the weights: 12,800 bytes."""
 
@@ -70,7 +70,7 @@ def run(root: Path, stage: Callable[[Context], Result] = run_stage) -> int:
     store.RESERVE = 0  # the file systems that are filled up are small
     fakes.install(sys.modules, stage)
     report.write = fakes.write_report
-    fingerprint.environment = _environment
+    fingerprint.sources, fingerprint.environment = _sources, _environment
     return cli.execute(cli.app, ["run", str(root / "config.yaml"), "checkpoint_minutes=0"])
 
 
@@ -119,7 +119,7 @@ def whole(root: Path) -> tuple[dict[str, Any], list[Point]]:
     place.mkdir()
     _environment()
     for kind in PRODUCES:
-        fingerprint.sources(kind)  # which a process asks once, and its children no more
+        _sources(kind)
     write_configuration(place)
     made = children.calls(partial(run, place), root / "output", root / "calls")
     return results(place), children.points(made)

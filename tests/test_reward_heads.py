@@ -120,7 +120,7 @@ def test_loss_and_gradient_are_those_of_trl_s_reward_trainer(margin: bool, centr
     trees = [dataclasses.replace(tree, margin=0.3 * tree.number) for tree in models.pairs(6)]
     roles = judge()
     expected, gradient = trl_loss(trees, margin=margin, centring=centring or None)
-    assert ours(roles, settings(margin=margin, centring=centring), trees) == pytest.approx(expected, abs=1e-5)
+    assert ours(roles, settings(margin=margin, centring=centring), trees) == pytest.approx(expected, rel=1e-6)
     assert torch.allclose(roles.heads[REWARD].linear.weight.grad, gradient, atol=1e-5)
     assert gradient.abs().max() > 1e-3
 

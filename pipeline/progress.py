@@ -6,14 +6,18 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
+from pipeline.diagnostics import DIAGNOSTICS, is_round
 from pipeline.redaction import redacted
 from pipeline.terminal import printable
 
@@ -22,6 +26,12 @@ SECONDS_BETWEEN_LINES = 10.0
 SHARE_BETWEEN_LINES = 0.1
 SHOWN = ("loss", "reward", "score", "accuracy", "kl", "learning_rate")
 """Fields that are worth a place beside the bar, when a record has them."""
+SHOWN_OF_ROUNDS = tuple(dict.fromkeys((*(each.name for each in DIAGNOSTICS), *SHOWN)))
+"""The same of records of rounds of sampling and learning, most telling first."""
+GAP = "  "
+NARROWEST_BAR = 10
+"""Cells that the bar itself keeps on a narrow terminal."""
+TIME = len("00:00:00")
 
 
 class StageProgress:
@@ -103,11 +113,17 @@ class StageProgress:
         self._console.print(f"{self._name}: {printable(text, 400)}")
 
     def _show(self, fields: Mapping[str, Any], done: int, total: int) -> None:
-        figures = "  ".join(f"{name} {_figure(fields[name])}" for name in SHOWN if name in fields)
+        figures = _figures(fields)
         if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total, figures=figures)
+            fitting = _fitting(figures, self._room(total)) if is_round(fields) else figures
+            self._bar.update(self._task, completed=done, total=total, figures=GAP.join(fitting))
         elif self._line_is_due(done, total):
-            self._console.print(f"{self._name}: {done}/{total}  {figures}".rstrip())
+            self._console.print(f"{self._name}: {done}/{total}{GAP}{GAP.join(figures)}".rstrip())
+
+    def _room(self, total: int) -> int:
+        """Cells that name, bar, steps and time leave for figures."""
+        columns = (cell_len(self._name), NARROWEST_BAR, len(f"{total}/{total}"), TIME)
+        return self._console.width - sum(columns) - len(columns)
 
     def _line_is_due(self, done: int, total: int) -> bool:
         now, share = self._clock(), done / max(total, 1)
@@ -124,9 +140,9 @@ class StageProgress:
 def _bar(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        BarColumn(),  # alone gives way where the terminal is narrow
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[figures]}", markup=False),
         console=console,
         transient=True,
@@ -141,6 +157,18 @@ def _plain(value: Any) -> Any:
         return value
     number = float(value)
     return number if math.isfinite(number) else str(number)
+
+
+def _figures(fields: Mapping[str, Any]) -> list[str]:
+    """The fields that are worth showing, each with its name."""
+    shown = SHOWN_OF_ROUNDS if is_round(fields) else SHOWN
+    return [f"{name} {_figure(fields[name])}" for name in shown if name in fields]
+
+
+def _fitting(figures: Sequence[str], room: int) -> Sequence[str]:
+    """As many of the first figures as so many cells have room for, one at least."""
+    ends = accumulate(cell_len(each) + len(GAP) for each in figures)
+    return figures[: max(1, sum(end - len(GAP) <= room for end in ends))]
 
 
 def _figure(value: Any) -> str:

@@ -22,6 +22,7 @@ DRIVER = {
     "cli",
     "inspection",
     "progress",
+    "diagnostics",
     "interruption",
     "resumption",
     "cost",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from pipeline.diagnostics import DIAGNOSTICS
 from pipeline.progress import StageProgress
 from pipeline.terminal import printable, printable_lines, table
 
@@ -86,6 +87,64 @@ def test_a_terminal_gets_a_bar_and_the_bar_goes(tmp_path: Path) -> None:
         progress({"loss": 0.12345}, done=3, total=4)
     assert "3/4" in output.getvalue()
     assert "loss 0.1235" in output.getvalue()
+
+
+ROUND = {"tokens": 7.0, "loss": 1.5, "learning_rate": 0.25} | {each.name: 0.5 for each in reversed(DIAGNOSTICS)}
+
+
+def names(line: str) -> list[str]:
+    """The fields after the name and the steps, which are two cells apart."""
+    return [field.split(" ")[0] for field in line.rstrip().split("  ")[1:]]
+
+
+def test_a_line_of_a_round_has_all_of_its_diagnostics_the_most_telling_first(
+    progress: StageProgress, output: io.StringIO
+) -> None:
+    progress(ROUND, done=1, total=1)
+    (line,) = output.getvalue().splitlines()
+    assert names(line) == [*(each.name for each in DIAGNOSTICS), "loss", "learning_rate"]
+    assert line.startswith("sft: 1/1  reward 0.5  kl 0.5  entropy 0.5  explained_variance 0.5  ended 0.5  length 0.5")
+
+
+def test_a_line_of_a_round_has_no_figure_that_the_round_has_not(progress: StageProgress, output: io.StringIO) -> None:
+    progress({"kl": 0.1, "reward": -1.0, "rollout_gap": 0.0}, done=1, total=1)
+    assert output.getvalue() == "sft: 1/1  reward -1  kl 0.1  rollout_gap 0\n"
+
+
+def test_the_line_of_another_stage_has_its_own_few_figures(progress: StageProgress, output: io.StringIO) -> None:
+    record = {"learning_rate": 0.1, "gradient_norm": 3.0, "entropy": 1.0, "kl": 0.2, "accuracy": 0.9, "loss": 2.0}
+    progress(record, done=1, total=1)
+    assert output.getvalue() == "sft: 1/1  loss 2  accuracy 0.9  kl 0.2  learning_rate 0.1\n"
+
+
+def on_a_bar(directory: Path, width: int, record: dict[str, float], total: int = 60) -> str:
+    """What is left in the last line of a bar behind the time, on a terminal of so many cells."""
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=width, color_system=None)
+    with StageProgress("sft", directory, console) as progress:
+        progress(record, done=50, total=total)
+    shown = [line for line in output.getvalue().replace("\r", "\n").splitlines() if f"50/{total} -:--:-- " in line]
+    return shown[-1].partition("-:--:-- ")[2].rstrip()
+
+
+@pytest.mark.parametrize("width", [45, 60, 79, 80, 81, 100, 137, 200, 300, 1000])
+def test_a_bar_has_as_many_whole_figures_as_the_terminal_is_wide(tmp_path: Path, width: int) -> None:
+    whole = [f"{each.name} 0.5" for each in DIAGNOSTICS] + ["loss 1.5", "learning_rate 0.25"]
+    shown = on_a_bar(tmp_path, width, ROUND).split("  ")
+    room = width - len("sft 50/60 00:00:00 ") - len("x" * 10 + " ")
+    assert shown == whole[: len(shown)]
+    assert len("  ".join(shown)) <= room
+    assert len(shown) == len(whole) or len("  ".join(whole[: len(shown) + 1])) > room
+
+
+def test_a_bar_on_the_narrowest_terminal_has_the_first_figure(tmp_path: Path) -> None:
+    assert on_a_bar(tmp_path, 34, ROUND) == "reward 0.5"
+
+
+def test_a_bar_of_another_stage_gives_way_to_all_of_its_figures(tmp_path: Path) -> None:
+    record = {"loss": 0.71639, "accuracy": 0.81818, "learning_rate": 1.492e-08}
+    shown = on_a_bar(tmp_path, 80, record, total=1000)
+    assert shown == "loss 0.7164  accuracy 0.8182  learning_rate 1.492e-08"
 
 
 def test_what_a_stage_says_is_harmless(progress: StageProgress, output: io.StringIO) -> None:

@@ -1,0 +1,76 @@
+"""The diagnostics of a round of sampling and learning: what each is, and what is healthy; most telling first.
+
+Stages measure them (`stages/core/rl/health.py`), docs/ppo.md says what to do about them, and both the progress line and
+the report show them in this order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Side = Literal["below", "above", "within"]
+SIGN_OF_A_ROUND = "rollout_gap"
+"""A figure that records of every round have, and those of other stages have not."""
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """One figure of a round.
+
+    Attributes:
+        name: In `metrics.jsonl`.
+        meaning: What is measured, with its unit.
+        healthy: In words.
+        low, high: Bounds that a healthy value lies between; infinite where the words mean no plain range.
+    """
+
+    name: str
+    meaning: str
+    healthy: str
+    low: float = -math.inf
+    high: float = math.inf
+
+    def side(self, value: float) -> Side:
+        """Where a value lies, seen from the healthy range."""
+        if value <= self.low:
+            return "below"
+        return "above" if value >= self.high else "within"
+
+
+DIAGNOSTICS = (
+    Diagnostic("reward", "mean of what responses are worth, by reward model and rules", "rises"),
+    Diagnostic(
+        "kl", "divergence from the reference, nats a response", "up slowly from 0, below 10", low=-0.5, high=10.0
+    ),
+    Diagnostic("entropy", "of the sampling distribution, nats a token", "falls slowly"),
+    Diagnostic(
+        "explained_variance", "share of the returns' variance that values explain", "above 0.2 after a while", low=0.2
+    ),
+    Diagnostic("ended", "share of responses that end their turn", "above 0.9", low=0.9),
+    Diagnostic("length", "mean tokens of a response", "within a third of its start"),
+    Diagnostic("held_out", "mean score on held-out prompts", "rises with held_out_reward"),
+    Diagnostic("held_out_reward", "mean of what is trained for, on held-out prompts", "rises with held_out"),
+    Diagnostic("reward_deviation", "standard deviation of rewards over responses", "above 0", low=1e-6),
+    Diagnostic("approximate_kl", "how far a round's updates went, nats a token (k3)", "1e-4 to 0.02", 1e-4, 0.02),
+    Diagnostic("clip_fraction", "share of tokens whose ratio is beyond the clip", "0.01 to 0.2", 0.01, 0.2),
+    Diagnostic("ratio_max", "largest probability ratio of a token", "below 3", high=3.0),
+    Diagnostic("ratio_first", "mean probability ratio in the first update", "1", 0.99, 1.01),
+    Diagnostic("rollout_gap", "of sampling from training, nats a token", "below 0.02", high=0.02),
+    Diagnostic("value_clip_fraction", "share of tokens whose value is beyond the clip", "below 0.2", high=0.2),
+    Diagnostic("advantage_mean", "mean advantage of a token, before whitening", "near 0"),
+    Diagnostic("advantage_deviation", "standard deviation of advantages, before whitening", "above 0", low=1e-6),
+    Diagnostic("no_advantage", "share of tokens whose advantage is zero", "small"),
+    Diagnostic("length_p95", "95th percentile of the responses' tokens", "within a third of its start"),
+    Diagnostic("length_reward_correlation", "Pearson's, over responses", "below 0.5", high=0.5),
+    Diagnostic("distinct_2", "distinct pairs of neighbouring tokens over all pairs", "near its start"),
+    Diagnostic("gradient_norm", "of the policy, before clipping", "steady"),
+    Diagnostic("value_gradient_norm", "of the value function, before clipping", "steady"),
+)
+
+
+def is_round(record: Mapping[str, Any]) -> bool:
+    """Whether a record of `metrics.jsonl` is that of a round of sampling and learning."""
+    return SIGN_OF_A_ROUND in record

@@ -85,13 +85,12 @@ def test_the_table_says_what_the_panels_show(run: Path) -> None:
     }
 
 
-def test_the_section_stands_before_the_curves_with_its_table_and_looks(run: Path) -> None:
+def test_the_section_stands_before_the_curves_with_its_table(run: Path) -> None:
     page = reports.page(run)
     text = reports.Elements(page).text
     reports.assert_inert(page)
     assert text.index("Accuracy by task") < text.index(HEADING) < text.index("Curves")
     assert text.index(HEADING) < text.index("From sft") < text.index("sft, best of 4")
-    assert "Looks of ppo at held-out prompts" in text
     assert "best of 1 to 4" in text
     identifiers = [each["id"] for _, each in reports.Elements(page).elements if "id" in each]
     assert len(identifiers) == len(set(identifiers))
@@ -132,7 +131,6 @@ def test_a_stage_s_looks_are_drawn_where_its_judge_is_that_of_the_panel(run: Pat
         reports.write_stage(run, "ppo", settings=settings)
         (chart,) = charts(run)
         assert [points(chart, number) for number in (0, 1)] == drawn, settings
-        assert chart.policies[0].looks
 
 
 def test_looks_of_another_reward_model_or_of_a_stage_made_anew_are_not_drawn(run: Path) -> None:
@@ -145,7 +143,6 @@ def test_looks_of_another_reward_model_or_of_a_stage_made_anew_are_not_drawn(run
     reports.write_stage(run, "ppo", settings={"gold": "world"}, digest=reports.digest("anew"))
     (chart,) = charts(run)
     assert [points(chart, number) for number in (0, 1)] == [1, 1]
-    assert chart.policies[0].looks == ()
 
 
 def test_without_best_of_n_the_parent_stands_where_nothing_was_gained(run: Path) -> None:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 QUANTITIES = ("loss", "reward", "kl", "accuracy", "margin", "entropy", "clip_fraction", "value_loss")
 """What is drawn, the first four that a stage logged."""
 PANELS_PER_STAGE = 4
-_MOST_POINTS = 240
+ALWAYS = ("policy_loss",)
+"""What is drawn besides: the loss of a stage whose records have losses of several roles."""
+MOST_POINTS = 240
 
 
 @dataclass(frozen=True)
@@ -32,32 +34,48 @@ class Curve:
 
 
 def draw_curves(stage: str, steps: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    """A picture of each known quantity that was logged at two steps or more, four at most.
+    """A picture of each known quantity that was logged at two steps or more, four at most and the loss of a policy.
 
     Args:
         stage: Its name, which keeps the identifiers of pictures on one page apart.
         steps: Records of `metrics.jsonl`.
     """
-    logged = {quantity: _points(steps, quantity) for quantity in QUANTITIES}
-    shown = [(quantity, points) for quantity, points in logged.items() if len(points) > 1][:PANELS_PER_STAGE]
+    logged = [quantity for quantity in QUANTITIES if len(_points(steps, quantity)) > 1]
+    return draw_each(stage, steps, (*logged[:PANELS_PER_STAGE], *ALWAYS))
+
+
+def draw_each(
+    salt: str, steps: Sequence[Mapping[str, Any]], quantities: Iterable[str], most: int = MOST_POINTS
+) -> list[Curve]:
+    """A picture of each of these quantities that was logged at two steps or more.
+
+    Args:
+        salt: Keeps the identifiers of pictures on one page apart.
+        steps: Records of `metrics.jsonl`.
+        quantities: Names of their fields.
+        most: Points of a curve.
+    """
+    logged = [(quantity, _thinned(_points(steps, quantity), most)) for quantity in quantities]
     return [
-        Curve(quantity, _picture(points, f"{stage}/{quantity}"), first=points[0][1], last=points[-1][1])
-        for quantity, points in shown
+        Curve(quantity, _picture(points, f"{salt}/{quantity}"), first=points[0][1], last=points[-1][1])
+        for quantity, points in logged
+        if len(points) > 1
     ]
 
 
 def _points(steps: Iterable[Mapping[str, Any]], quantity: str) -> list[tuple[float, float]]:
     points = [(record.get("step"), record.get(quantity)) for record in steps]
-    return _thinned([(x, y) for x, y in points if _is_finite(x) and _is_finite(y)])
+    return [(x, y) for x, y in points if is_finite(x) and is_finite(y)]
 
 
-def _is_finite(value: object) -> TypeGuard[float]:
+def is_finite(value: object) -> TypeGuard[float]:
+    """Whether a logged value is a number to reckon with; what JSON has no number for is logged as text."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def _thinned(points: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:
     """Means of consecutive points, so that a long run does not make a heavy page."""
-    width = math.ceil(len(points) / _MOST_POINTS) if points else 1
+    width = math.ceil(len(points) / most) if points else 1
     groups = [points[start : start + width] for start in range(0, len(points), width)]
     return [(fmean(x for x, _ in group), fmean(y for _, y in group)) for group in groups]
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from pipeline.manifest import Metric
 from pipeline.report import wording
 from pipeline.report.forest import direction
-from pipeline.report.inputs import Evaluation, FrontierPoint, Look, ModelEvaluation, RunRecord, StageRecord
+from pipeline.report.inputs import Evaluation, FrontierPoint, ModelEvaluation, RunRecord, StageRecord
 from pipeline.report.picture import BAND, CLASSES, INK, SERIES, draw
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ class Policy:
 
     name: str
     metrics: Mapping[str, Metric]
-    looks: tuple[Look, ...]
     paths: Mapping[str, Path]
     """Metric -> the looks, where they were with the judge of that panel."""
     colour: str
@@ -121,8 +120,7 @@ def _policies(run: RunRecord, judged: StageRecord, parent: str) -> Iterator[Poli
         colour, marker = SERIES[number % len(SERIES)], list(SHAPES)[number % len(SHAPES)]
         stage = run.stages.get(name)
         known = stage if stage and _is_evaluated(name, stage, judged) else None
-        looks, paths = (known.looks, _paths(known, judged)) if known else ((), {})
-        yield Policy(name, model.metrics, looks, paths, colour, marker)
+        yield Policy(name, model.metrics, _paths(known, judged) if known else {}, colour, marker)
 
 
 def _is_evaluated(name: str, stage: StageRecord, judged: StageRecord) -> bool:

@@ -25,6 +25,7 @@ from pipeline.report.cell import Cell
 from pipeline.report.curves import Curve, draw_curves
 from pipeline.report.forest import compare, direction
 from pipeline.report.frontier import draw_frontiers
+from pipeline.report.health import health
 from pipeline.report.inputs import Evaluation, ModelEvaluation, RunRecord, Sample
 from pipeline.report.marks import Piece, marked
 from pipeline.report.suites import suites
@@ -88,6 +89,7 @@ def render(run: RunRecord, summary: Mapping[str, Any]) -> str:
             judges=described(run),
             measured=_measured(run),
             frontiers=draw_frontiers(run),
+            health=health(run),
             curves=_curves(run),
             samples=_samples(run),
             cards=[(name, card) for name, record in run.stages.items() for card in record.manifest.data],
@@ -190,11 +192,18 @@ def _measured(run: RunRecord) -> list[tuple[str, list[tuple[Cell, int | None]]]]
     return [
         (
             name,
-            [(_cell(metric, ModelEvaluation(metrics={metric: each})), each.n) for metric, each in sorted(own.items())],
+            [(_own_cell(metric, each), each.n) for metric, each in sorted(own.items())],
         )
         for name, own in ((name, record.manifest.metrics) for name, record in run.stages.items())
         if own and run.stages[name].evaluation is None
     ]
+
+
+def _own_cell(metric: str, measured: Metric) -> Cell:
+    """A stage's own figure. Its `reward` is what it trains for, by models and rules, and not what an evaluation's judge
+    says."""
+    cell = _cell(metric, ModelEvaluation(metrics={metric: measured}))
+    return replace(cell, label="reward trained for") if metric == "reward" else cell
 
 
 def _curves(run: RunRecord) -> list[tuple[str, str, list[Curve]]]:

@@ -14,6 +14,7 @@ from pipeline import document
 from pipeline.errors import ConfigError
 from pipeline.gate import Check, check
 from pipeline.manifest import Metric
+from pipeline.report.health import trends
 from pipeline.report.inputs import ModelEvaluation, RunRecord, StageRecord
 from pipeline.report.verdict import judge, over_optimised
 
@@ -106,6 +107,7 @@ def _stage(name: str, run: RunRecord, model: ModelEvaluation | None) -> dict[str
         "frontier": _frontiers(record),
         "suites": _suites(record),
         "looks": [look.model_dump() for look in record.looks],
+        "health": {each.diagnostic.name: each.as_json() for each in trends(record.steps)},
         "cost": manifest.cost.model_dump(),
         "data": [card.model_dump() for card in manifest.data],
         "warnings": [*manifest.warnings, *_found_here(record, run, model)],

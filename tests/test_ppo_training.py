@@ -144,9 +144,9 @@ def test_the_tokens_that_count_are_those_of_rounds_and_looks(policy: Artifact, m
     result, records = train(policy, advantage="rloo", steps=2, evaluate_every=1)
     looks, rounds = computed[::2], computed[1::2]
     assert (len(looks), len(rounds)) == (3, 2)
-    # Policy and reference read every response, and the policy once more to learn from a round's.
-    assert [each["tokens"] for each in records] == [3 * each for each in rounds]
-    assert result.tokens == 3 * sum(rounds) + 2 * sum(looks)
+    # Policy and reference read every response, and the policy twice more: to learn from it, and to see what it learnt.
+    assert [each["tokens"] for each in records] == [4 * each for each in rounds]
+    assert result.tokens == 4 * sum(rounds) + 2 * sum(looks)
 
 
 def test_every_round_samples_otherwise_and_the_same_seed_trains_the_same(policy: Artifact) -> None:
@@ -201,6 +201,13 @@ def test_an_alarm_that_ends_the_training_has_the_policy_looked_at_first(policy: 
     assert "held_out" in records[-1]
     looks = json.loads((policy.directory.parent / "out-1" / "looks.json").read_text())
     assert looks[-1]["round"] == len(records)
+
+
+@pytest.mark.parametrize(("layers", "told"), [(None, 0), (1, 0), (2, 1)])
+def test_top_layers_that_save_nothing_are_told(policy: Artifact, layers: int | None, told: int) -> None:
+    lora = models.LORA.model_dump() | {"top_layers": layers}
+    result, _ = train(policy, advantage="rloo", steps=1, lora=lora)
+    assert sum("lora.top_layers=2 saves nothing" in line for line in result.warnings) == told
 
 
 def test_a_training_without_held_out_prompts_says_so(policy: Artifact) -> None:

@@ -312,7 +312,8 @@ class Batching(StageSettings):
     examples_per_step: Positive = 32
     """Examples of one optimizer step; the loss is normalised over all of them."""
     tokens_per_batch: Positive = 8192
-    """Tokens, padding included, that go through the model at once. Bounds memory; does not change results."""
+    """Tokens, padding included, that go through the model at once: whole examples, and with a prompt all responses to
+    it. Bounds memory; does not change results."""
     max_length: Positive = 1024
     """Longest example in tokens, at most the model's positions. A longer prompt loses its beginning; a row whose
     trained part alone is longer is dropped and counted."""

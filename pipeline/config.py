@@ -47,6 +47,7 @@ Either = Annotated[Annotated[One, Tag("one")] | Annotated[Several, Tag("several"
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Alarm = Literal[
+    "sampling_gap",
     "entropy_collapse",
     "negative_kl",
     "kl_runaway",
@@ -59,6 +60,19 @@ Alarm = Literal[
     "over_optimisation",
 ]
 """What can go wrong in reinforcement learning, as `stages/core/rl/health.py` tells it."""
+COMPARED_ROUNDS = 5
+"""Rounds that alarms average over, at the start and at the end."""
+ALARM_ROUNDS: dict[Alarm, int] = {
+    "sampling_gap": 2 * COMPARED_ROUNDS,
+    "entropy_collapse": 2 * COMPARED_ROUNDS,
+    "length_runaway": 2 * COMPARED_ROUNDS,
+    "unfinished": 2 * COMPARED_ROUNDS,
+    "negative_kl": COMPARED_ROUNDS,
+    "kl_runaway": COMPARED_ROUNDS,
+    "value_useless": 50,
+    "gradient_spike": 53,
+}
+"""Rounds before which an alarm cannot go off; one for those that are not here."""
 
 
 class Preparation(Settings):
@@ -298,7 +312,8 @@ class Batching(StageSettings):
     examples_per_step: Positive = 32
     """Examples of one optimizer step; the loss is normalised over all of them."""
     tokens_per_batch: Positive = 8192
-    """Tokens, padding included, that go through the model at once. Bounds memory; does not change results."""
+    """Tokens, padding included, that go through the model at once: whole examples, and with a prompt all responses to
+    it. Bounds memory; does not change results."""
     max_length: Positive = 1024
     """Longest example in tokens, at most the model's positions. A longer prompt loses its beginning; a row whose
     trained part alone is longer is dropped and counted."""
@@ -563,22 +578,45 @@ class Rounds(Rewarded):
     def alarms(self) -> tuple[Alarm, ...]:
         """Alarms that can go off in the stage."""
         updates: tuple[Alarm, ...] = ("ratio_explosion", "value_useless")
-        found = tuple(each for each in get_args(Alarm) if each not in updates)
-        return found if self.gold != "none" else tuple(each for each in found if each != "over_optimisation")
+        if self.gold == "none" or self._only_gold_is_rewarded:
+            updates = (*updates, "over_optimisation")
+        return tuple(each for each in get_args(Alarm) if each not in updates)
+
+    @property
+    def _only_gold_is_rewarded(self) -> bool:
+        """Whether score and reward are the same."""
+        return self.reward is None and {each.rule for each in self.rules} == {self.gold}
 
     @property
     def compares_responses(self) -> bool:
         """Whether only differences of rewards are learnt from."""
         return True
 
+    @property
+    def ignores_scale(self) -> bool:
+        """Whether rewards of another scale teach the same."""
+        return True
+
     @model_validator(mode="after")
     def _alarms_can_go_off(self) -> Self:
         silent = [each for each in self.stop_on if each not in self.alarms]
         if silent:
-            raise ValueError(f"stop_on: {', '.join(silent)} cannot go off here (over_optimisation needs `gold`)")
+            needed = "over_optimisation needs a `gold` that is not the reward"
+            raise ValueError(f"stop_on: {', '.join(silent)} cannot go off here ({needed})")
+        late = [each for each in self.stop_on if ALARM_ROUNDS.get(each, 1) > self.steps]
+        if late:
+            rounds = ", ".join(f"{ALARM_ROUNDS[each]} for {each}" for each in late)
+            raise ValueError(f"stop_on: in steps={self.steps} these cannot go off, the rounds needed are {rounds}")
         if self.compares_responses and self.reward_normalisation == "mean" and self.reward_clip is None:
             raise ValueError("reward_normalisation=mean changes no difference between rewards: leave it out")
+        if self.ignores_scale and self.reward_normalisation == "deviation" and not self._scale_meets_others:
+            raise ValueError("reward_normalisation=deviation changes no order of rewards: leave it out")
         return self
+
+    @property
+    def _scale_meets_others(self) -> bool:
+        """Whether rewards meet numbers on their scale: a limit, or penalties."""
+        return self.reward_clip is not None or self.missing_eos_penalty > 0 or self.length_penalty > 0
 
 
 class PpoSettings(Rounds):
@@ -630,12 +668,21 @@ class PpoSettings(Rounds):
     token, is more than one and a half times this."""
 
     @property
+    def updates(self) -> int:
+        """Of a round."""
+        return self.update_epochs * self.minibatches
+
+    @property
     def alarms(self) -> tuple[Alarm, ...]:
         return (*super().alarms, "ratio_explosion", *(("value_useless",) if self.advantage == "gae" else ()))
 
     @property
     def compares_responses(self) -> bool:
         return self.advantage != "gae"
+
+    @property
+    def ignores_scale(self) -> bool:
+        return self.advantage == "grpo"
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> PpoSettings:
@@ -666,10 +713,9 @@ class PpoSettings(Rounds):
             raise ValueError(
                 f"value_warmup={self.value_warmup} leaves none of steps={self.steps} for the policy: lower it"
             )
-        if self.stop_at_kl is not None and self.update_epochs * self.minibatches == 1:
-            raise ValueError(
-                "stop_at_kl leaves out updates of a round, which has one: leave it out, or raise update_epochs"
-            )
+        if self.updates == 1:
+            limits = ("stop_at_kl", "clip", "dual_clip", "value_clip")
+            self._refuse_changed("one update a round, at which the policy is still the one that sampled", limits)
         return self
 
     @model_validator(mode="after")

@@ -42,9 +42,8 @@ class Diagnostic:
 
 DIAGNOSTICS = (
     Diagnostic("reward", "mean of what responses are worth, by reward model and rules", "rises"),
-    Diagnostic(
-        "kl", "divergence from the reference, nats a response", "up slowly from 0, below 10", low=-0.5, high=10.0
-    ),
+    # Its estimate may be a little below 0.
+    Diagnostic("kl", "divergence from the reference", "up slowly from 0, below 10 nats a response", -0.5, 10.0),
     Diagnostic("entropy", "of the sampling distribution, nats a token", "falls slowly"),
     Diagnostic(
         "explained_variance", "share of the returns' variance that values explain", "above 0.2 after a while", low=0.2
@@ -54,8 +53,8 @@ DIAGNOSTICS = (
     Diagnostic("held_out", "mean score on held-out prompts", "rises with the other"),
     Diagnostic("held_out_reward", "mean of what is trained for, on held-out prompts", "rises with the other"),
     Diagnostic("reward_deviation", "standard deviation of rewards over responses", "above 0", low=1e-6),
-    Diagnostic("approximate_kl", "how far a round's updates went (k3)", "1e-4 to 0.02 nats a token", 1e-4, 0.02),
-    Diagnostic("clip_fraction", "share of tokens whose ratio is beyond the clip", "0.01 to 0.2", 0.01, 0.2),
+    Diagnostic("approximate_kl", "how far a round moved the policy (k3)", "1e-4 to 0.02 nats a token", 1e-4, 0.02),
+    Diagnostic("clip_fraction", "share of tokens whose ratio is beyond the clip", "0.01 to 0.3", 0.01, 0.3),
     Diagnostic("ratio_max", "largest probability ratio of a token", "below 3", high=3.0),
     Diagnostic("ratio_first", "mean probability ratio in the first update", "1", 0.99, 1.01),
     Diagnostic("rollout_gap", "distance of sampling from training", "below 0.02 nats a token", high=0.02),

@@ -23,7 +23,7 @@ from pipeline.contract import Context, Result
 from stages.core.rl.learner import PolicyGradient
 from stages.core.rl.training import train
 from stages.core.rl.trunk import Trunk
-from stages.core.roles import REWARD, VALUE, Roles
+from stages.core.roles import REFERENCE, REWARD, VALUE, Roles
 
 
 def run(context: Context) -> Result:
@@ -45,12 +45,16 @@ def learner(settings: PpoSettings, roles: Roles, layout: Layout, trunk: Trunk) -
 
 
 def add_value(roles: Roles, settings: PpoSettings) -> None:
-    """The value function: a copy of the reward model where there is one, so that it is of use at once."""
+    """The value function: a copy of the reward model where there is one, so that it is of use at once; else a
+    fresh head, on the policy's states or on an adapter that starts as the policy does."""
     if settings.value == "adapter" and settings.reward:
         roles.copy(REWARD, VALUE)
         return
     if settings.value == "adapter":
-        roles.add(VALUE, settings.lora)
+        if roles.has(REFERENCE):
+            roles.copy(REFERENCE, VALUE)
+        else:
+            roles.add(VALUE, settings.lora)
     roles.add_head(VALUE)
 
 

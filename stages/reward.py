@@ -85,7 +85,7 @@ def run(context: Context) -> Result:
         tokenizer=record(roles.base),
         tokens=followed.tokens,
         compute=compute.record,
-        warnings=[*warnings, *followed.warnings],
+        warnings=[*roles.warnings, *warnings, *followed.warnings],
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 import rl
 import torch
 
-from pipeline.config import Alarm
+from pipeline.config import ALARM_ROUNDS, Alarm
 from stages.core.rl.health import _ALARMS, Health, correlation, distinct_pairs, figures
 
 WELL = {
@@ -41,6 +41,7 @@ def test_nothing_is_raised_where_all_is_well() -> None:
 
 
 @pytest.mark.parametrize(("name", "changes"), [
+    ("sampling_gap", {"rollout_gap": [1e-6, 0.03]}),
     ("entropy_collapse", {"entropy": [1.0, 0.25]}),
     ("negative_kl", {"kl": [1.0, -1.0]}),
     ("kl_runaway", {"kl": [1.0, 40.0]}),
@@ -59,6 +60,28 @@ def test_each_alarm_goes_off_once_for_what_it_watches_and_no_other_does(
 
 def test_every_alarm_watches_something_or_is_found_out_elsewhere() -> None:
     assert {*_ALARMS, "over_optimisation"} == set(get_args(Alarm))
+
+
+WRONG = {
+    "sampling_gap": {"rollout_gap": 1.0}, "entropy_collapse": {"entropy": 0.0}, "negative_kl": {"kl": -9.0},
+    "kl_runaway": {"kl": 90.0}, "length_runaway": {"length": 90.0}, "unfinished": {"ended": 0.0},
+    "ratio_explosion": {"ratio_max": 99.0}, "value_useless": {"explained_variance": -9.0},
+    "constant_reward": {"reward_deviation": 0.0}, "gradient_spike": {"gradient_norm": 99.0},
+}  # fmt: skip
+"""What each alarm cannot miss, from the sixth round on or, where it needs fewer, from the first."""
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_alarm_goes_off_after_as_many_rounds_as_the_settings_say_it_needs(name: str) -> None:
+    needed = ALARM_ROUNDS.get(name, 1)  # type: ignore[call-overload]
+    well = {1: 0, 5: 0, 10: 5, 50: 0, 53: 50}[needed]
+    history = [WELL] * well + [WELL | WRONG[name]] * (needed - well)
+    assert name not in raised(history[:-1])
+    assert name in raised(history)
+
+
+def test_a_gap_that_was_there_from_the_start_is_rounding() -> None:
+    assert raised(rounds({"rollout_gap": [0.05, 0.07]}, 60)) == []
 
 
 def test_a_single_odd_round_raises_nothing_but_an_exploded_ratio() -> None:
@@ -117,6 +140,18 @@ def test_the_figures_of_a_rollout_are_those_of_its_responses() -> None:
     assert found["ended"] == pytest.approx(np.mean([tokens[-1] == stop() for tokens in responses]))
     assert 0 <= found["no_advantage"] < 0.5
     assert all(math.isfinite(value) for value in found.values())
+
+
+def test_advantages_are_told_as_they_were_before_whitening() -> None:
+    roles, chosen = rl.disturbed(), rl.settings(samples_per_prompt=2)
+    group = rl.sampled(roles, chosen)
+    raw = torch.cat([each.returns - each.values for each in group])
+    found = figures(group, [])
+    assert found["advantage_mean"] == pytest.approx(raw.mean().item(), abs=1e-6)
+    assert found["advantage_deviation"] == pytest.approx(raw.std(unbiased=False).item(), abs=1e-6)
+    assert abs(found["advantage_mean"]) > 1e-3
+    assert abs(found["advantage_deviation"] - 1) > 1e-2
+    assert rl.joined(group, "advantages").std(unbiased=False).item() == pytest.approx(1, abs=1e-2)
 
 
 def stop() -> int:

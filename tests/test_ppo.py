@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from random import Random
+from unittest.mock import Mock
 
 import models
 import pytest
@@ -17,13 +18,16 @@ from torch import Tensor, equal
 
 from data.template import TEMPLATE, tokenizer_record
 from data.tokenizer import load_tokenizer
-from pipeline.config import Optimizer, PpoSettings
+from pipeline.config import Lora, Optimizer, PpoSettings
 from pipeline.contract import Artifact
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, ConfigError
 from stages import ppo
 from stages.core import probes
+from stages.core.forward import token_logprobs
 from stages.core.loop import Part
+from stages.core.rl import updates
 from stages.core.rl.experience import Experience, score
+from stages.core.rl.health import Health
 from stages.core.rl.learner import PolicyGradient
 from stages.core.rl.opening import open_roles
 from stages.core.rl.prompts import ECHO, echoes
@@ -95,6 +99,56 @@ def test_the_value_function_starts_as_the_reward_model_or_as_nothing(inputs: tup
     assert not roles.has(REWARD)
 
 
+def adapter_of(policy: Artifact, lora: Lora, directory: Path) -> Artifact:
+    """A stage's adapter on a model, with probes."""
+    roles = models.roles(POLICY, lora=lora)
+    models.disturb(roles, POLICY)
+    found = models.save_role(roles, POLICY, directory, policy)
+    with roles.use(POLICY):
+        record_probes(found.directory, models.responses(4), roles.base)
+    return found
+
+
+def test_a_value_function_without_a_reward_model_starts_as_the_policy_and_shares_its_lower_layers(
+    inputs: tuple[Artifact, Artifact], tmp_path: Path
+) -> None:
+    top = Lora(rank=4, alpha=8.0, top_layers=1)
+    policy = adapter_of(inputs[0], top, tmp_path / "sft")
+    chosen = rl.settings(reward=None, rules=[{"rule": "length", "words": 3}], tokens_per_batch=80)
+    roles = open_roles(policy, None, chosen, models.CPU)
+    trunk = Trunk.of(roles.base, models.pairs(4), "packed")
+    made = ppo.learner(chosen, roles, "packed", trunk)
+    assert trunk.depth == Trunk.of(roles.base, models.pairs(4), "packed").depth == 1
+    for (name, mine), (_, theirs) in zip(roles.parameters(VALUE), roles.parameters(POLICY), strict=False):
+        assert equal(mine, theirs), name
+    group = rl.sampled(roles, chosen)
+    found = gradients(roles, VALUE, made.losses.value(group))
+    assert found.keys() == {name for name, _ in roles.parameters(VALUE)}
+
+
+@pytest.mark.parametrize(("given", "told"), [
+    ({}, ""), ({"rank": 4, "alpha": 8.0, "top_layers": 1}, ""), ({"rank": 7}, "rank=7 (it has 4)"),
+    ({"top_layers": 2, "variant": "dora"}, "top_layers=2 (it has 1), variant=dora (it has lora)"),
+    ({"targets": ["q_proj"], "initialisation": "pissa"}, "initialisation=pissa (it has default)"),
+])  # fmt: skip
+def test_what_was_asked_of_an_adapter_that_is_there_already_is_told_to_have_no_say(
+    inputs: tuple[Artifact, Artifact], tmp_path: Path, given: dict[str, object], told: str
+) -> None:
+    policy = adapter_of(inputs[0], Lora(rank=4, alpha=8.0, top_layers=1), tmp_path / "sft")
+    roles = open_roles(policy, None, rl.settings(lora=given), models.CPU)
+    assert len(roles.warnings) == bool(told)
+    assert all(line.startswith("lora has no say, sft is an adapter already: ") for line in roles.warnings)
+    assert all(told in line for line in roles.warnings)
+    assert open_roles(inputs[0], None, rl.settings(lora=given), models.CPU).warnings == []
+
+
+def test_layers_that_no_model_has_are_refused_with_what_to_name(inputs: tuple[Artifact, Artifact]) -> None:
+    with pytest.raises(ConfigError, match="does not fit the model") as caught:
+        open_roles(inputs[0], None, rl.settings(lora={"targets": ["nonsense"]}), models.CPU)
+    assert caught.value.where == "lora.targets"
+    assert "q_proj" in caught.value.hint
+
+
 def test_a_reward_model_of_another_template_is_refused(inputs: tuple[Artifact, Artifact]) -> None:
     policy, reward = inputs
     assert reward.manifest is not None
@@ -155,6 +209,39 @@ def test_one_round_moves_policy_and_value_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("value", ["adapter", "head"])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_what_a_round_did_is_measured_after_its_last_update(value: str, passes: int) -> None:
+    roles = warm(value)
+    chosen = moving(value=value, update_epochs=passes, tokens_per_batch=60)
+    rollout, found = groups(roles, chosen)
+    figures = learner(roles, chosen).learn(rollout, found, 0, Random(0))
+    batch = max(found[0], key=lambda each: len(each.logprobs))
+    with roles.use(POLICY), torch.no_grad():
+        ratios = (token_logprobs(roles.base.model, batch.batch) - batch.logprobs).double().exp()
+    assert len(found[0]) > 1
+    assert figures["approximate_kl"] == pytest.approx((ratios - 1 - ratios.log()).mean().item(), rel=1e-3)
+    assert figures["clip_fraction"] == pytest.approx(((ratios - 1).abs() > 0.2).double().mean().item(), abs=1e-6)
+    assert figures["ratio_max"] >= ratios.max().item() * (1 - 1e-5) > 1
+    assert figures["ratio_first"] == pytest.approx(1, abs=1e-6)
+    assert ("value_clip_fraction" in figures) == (passes > 1)
+
+
+def test_of_large_batches_the_smallest_that_tells_enough_is_looked_at() -> None:
+    counts = [300, 260, 20, 900]
+    some = [Mock(logprobs=range(count), batch=Mock(token_count=2 * count)) for count in counts]
+    assert updates._telling(some) is some[1]
+    assert updates._telling(some[2:3]) is some[2]
+
+
+def test_a_single_large_step_sets_off_the_alarm() -> None:
+    roles, health = rl.four_roles(), Health()
+    chosen = rl.settings(optimizer=Optimizer(learning_rate=1.0, warmup=0.0), samples_per_prompt=16)
+    rollout, found = groups(roles, chosen)
+    figures = learner(roles, chosen).learn(rollout, found, 0, Random(0))
+    assert [each.name for each in health.watch(figures)] == ["ratio_explosion"]
+
+
+@pytest.mark.parametrize("value", ["adapter", "head"])
 def test_while_the_value_function_warms_up_the_policy_stays_bit_for_bit(value: str) -> None:
     roles, chosen = warm(value), moving(value=value, value_warmup=1)
     before = [each.clone() for _, each in roles.parameters(POLICY)]
@@ -184,8 +271,9 @@ def test_a_value_head_learns_in_the_policys_own_pass() -> None:
     figures = learner(roles, chosen).learn(rollout, found, 0, Random(0))
     assert not equal(before, roles.heads[VALUE].linear.weight)
     assert figures["value_loss"] > 0
-    tokens = sum(each.batch.token_count for group in found for each in group)
-    assert figures["tokens"] == 3 * tokens
+    (batch,) = found[0]
+    # Three passes, and once more to see what they did.
+    assert figures["tokens"] == 4 * batch.batch.token_count
 
 
 def test_both_optimizers_have_the_published_epsilon_and_rates_of_their_own() -> None:
@@ -303,12 +391,30 @@ def test_while_the_policy_is_frozen_its_coefficient_is_too() -> None:
     {"advantage": "grpo", "samples_per_prompt": 2}, {"advantage": "rloo", "samples_per_prompt": 2, "value_clip": 0.5},
     {"advantage": "rloo", "samples_per_prompt": 2, "stop_on": ["value_useless"]}, {"value_weight": 0.5},
     {"advantage": "rloo", "samples_per_prompt": 2, "reward_normalisation": "mean"}, {"kl_horizon": 5},
-    {"reward": None}, {"advantage": "rloo"},
+    {"reward": None}, {"advantage": "rloo"}, {"clip": 0.1}, {"dual_clip": 3.0}, {"value_clip": 0.1},
+    {"stop_on": ["entropy_collapse"]}, {"reward": None, "rules": [{"rule": "exact"}], "gold": "exact",
+    "stop_on": ["over_optimisation"]}, {"advantage": "grpo", "samples_per_prompt": 2, "kl_coefficient": 0.0,
+    "missing_eos_penalty": 0.0, "reward_normalisation": "deviation"},
 ])  # fmt: skip
 def test_settings_that_would_do_nothing_are_refused(changes: dict[str, object]) -> None:
     rl.settings(steps=4)
     with pytest.raises(ValueError, match="validation error"):
         rl.settings(steps=4, **changes)
+
+
+@pytest.mark.parametrize("changes", [
+    {"minibatches": 2, "clip": 0.1, "dual_clip": 3.0, "value_clip": 0.1},
+    {"steps": 10, "stop_on": ["entropy_collapse"]},
+    {"rules": [{"rule": "exact"}], "gold": "exact", "stop_on": ["over_optimisation"]},
+    {"advantage": "rloo", "samples_per_prompt": 2, "missing_eos_penalty": 0.0, "reward_normalisation": "deviation"},
+])  # fmt: skip
+def test_the_same_settings_are_taken_where_they_do_something(changes: dict[str, object]) -> None:
+    rl.settings(**{"steps": 4, **changes})
+
+
+def test_an_alarm_that_needs_more_rounds_than_there_are_is_refused_with_their_number() -> None:
+    with pytest.raises(ValueError, match="in steps=20 these cannot go off, the rounds needed are 50 for value_useless"):
+        rl.settings(steps=20, stop_on=["value_useless", "unfinished"])
 
 
 def test_the_kl_coefficient_follows_its_target() -> None:

@@ -16,6 +16,7 @@ import torch
 
 from pipeline.config import DataSource, OnlineDpoSettings, PpoSettings, RejectionSettings
 from pipeline.contract import Artifact, Context, Result
+from pipeline.diagnostics import DIAGNOSTICS, is_round
 from pipeline.errors import NumericalError
 from stages import online_dpo, ppo, rejection
 from stages.core.rl.experience import Collector, Experience, estimate, score
@@ -100,6 +101,27 @@ def test_what_is_rewarded_becomes_likelier(policy: Artifact, kind: str, changes:
     assert all(math.isfinite(value) for each in records for value in each.values())
 
 
+@pytest.mark.parametrize(("kind", "changes", "absent"), [
+    ("ppo", {"advantage": "gae", "update_epochs": 2}, ()),
+    ("ppo", {"advantage": "rloo"}, ("value_", "explained_variance")),
+    ("rejection", {"samples_per_prompt": 4}, ("value_", "explained_variance", "advantage", "no_advantage", "ratio",
+                                              "approximate_kl", "clip_fraction")),
+])  # fmt: skip
+def test_every_diagnostic_is_one_that_rounds_log(
+    policy: Artifact, kind: str, changes: dict[str, object], absent: tuple[str, ...]
+) -> None:
+    _, records = train(policy, kind, steps=2, evaluate_every=1, **changes)
+    expected = {each.name for each in DIAGNOSTICS if not each.name.startswith(absent)}
+    assert all(is_round(each) for each in records)
+    assert expected == set().union(*records) & {each.name for each in DIAGNOSTICS}
+
+
+def test_what_a_round_logs_is_a_diagnostic_or_counts_or_belongs_to_a_loss(policy: Artifact) -> None:
+    _, records = train(policy, advantage="gae", update_epochs=2, evaluate_every=1)
+    others = {"updates", "tokens", "kl_coefficient", "ratio", "policy_loss", "value_loss", "learning_rate"}
+    assert set().union(*records) - {each.name for each in DIAGNOSTICS} == others | {"done", "total"}
+
+
 def test_the_policy_that_did_best_is_the_one_that_is_stored(policy: Artifact) -> None:
     # So large a step ruins the policy, and the one before any step is better.
     result, records = train(
@@ -144,9 +166,9 @@ def test_the_tokens_that_count_are_those_of_rounds_and_looks(policy: Artifact, m
     result, records = train(policy, advantage="rloo", steps=2, evaluate_every=1)
     looks, rounds = computed[::2], computed[1::2]
     assert (len(looks), len(rounds)) == (3, 2)
-    # Policy and reference read every response, and the policy once more to learn from a round's.
-    assert [each["tokens"] for each in records] == [3 * each for each in rounds]
-    assert result.tokens == 3 * sum(rounds) + 2 * sum(looks)
+    # Policy and reference read every response, and the policy twice more: to learn from it, and to see what it learnt.
+    assert [each["tokens"] for each in records] == [4 * each for each in rounds]
+    assert result.tokens == 4 * sum(rounds) + 2 * sum(looks)
 
 
 def test_every_round_samples_otherwise_and_the_same_seed_trains_the_same(policy: Artifact) -> None:
@@ -201,6 +223,13 @@ def test_an_alarm_that_ends_the_training_has_the_policy_looked_at_first(policy: 
     assert "held_out" in records[-1]
     looks = json.loads((policy.directory.parent / "out-1" / "looks.json").read_text())
     assert looks[-1]["round"] == len(records)
+
+
+@pytest.mark.parametrize(("layers", "told"), [(None, 0), (1, 0), (2, 1)])
+def test_top_layers_that_save_nothing_are_told(policy: Artifact, layers: int | None, told: int) -> None:
+    lora = models.LORA.model_dump() | {"top_layers": layers}
+    result, _ = train(policy, advantage="rloo", steps=1, lora=lora)
+    assert sum("lora.top_layers=2 saves nothing" in line for line in result.warnings) == told
 
 
 def test_a_training_without_held_out_prompts_says_so(policy: Artifact) -> None:

@@ -195,6 +195,21 @@ def test_the_weights_held_are_the_bases_once_and_small_adapters() -> None:
     assert memory.held(roles) == base + adapters
 
 
+def test_states_that_are_kept_for_all_roles_are_expected_too() -> None:
+    roles, chosen = rl.four_roles(), rl.settings()
+    group = rl.sampled(roles, chosen)
+    without = memory.expected(roles, group, chosen)
+    group[0].below = torch.zeros(3, 5, 7)
+    assert memory.expected(roles, group, chosen) == without + 3 * 5 * 7 * 4
+
+
+def test_the_reward_models_template_is_named_where_there_is_one() -> None:
+    roles, group, chosen = start()
+    assert "the reward model's too" in examined(roles, group, chosen)["chat template"].name
+    alone = models.roles(POLICY)
+    assert preflight._template(alone).name == "chat template"
+
+
 def test_the_cache_that_is_expected_is_at_most_what_sampling_holds() -> None:
     roles, chosen = rl.four_roles(), rl.settings(samples_per_prompt=8, tokens_per_batch=16)
     few, many = (memory.expected(roles, rl.sampled(roles, chosen), each) for each in (chosen, chosen))

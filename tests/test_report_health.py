@@ -1,4 +1,4 @@
-"""How the report shows the diagnostics of rounds: which figures, when they are marked, and that looks stand beside them."""
+"""How the report shows the diagnostics of rounds: which, when they are marked, and looks beside them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_no_round_of_a_short_training_is_both_first_and_last(values: list[Any], 
 
 
 def test_only_finite_figures_of_rounds_count() -> None:
-    records = rounds("kl", [1.0, "nan", True, None, 3.0]) + [{"step": 6, "kl": 50.0}]
+    records = [*rounds("kl", [1.0, "nan", True, None, 3.0]), {"step": 6, "kl": 50.0}]
     (found,) = [each for each in trends(records) if each.diagnostic.name == "kl"]
     assert (found.least, found.most, found.rounds) == (1.0, 3.0, 2)
     assert trends([{"step": 1, "loss": 1.0, "kl": 50.0, "reward": 1.0}]) == []

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from pipeline.config import COMPARED_ROUNDS
 from pipeline.diagnostics import DIAGNOSTICS, Diagnostic, Side, is_round
 from pipeline.report.curves import Curve, draw_each, is_finite
 from pipeline.report.inputs import Look, RunRecord
 
-ROUNDS = 5
-"""Rounds that the first and the last value are means of."""
 POINTS = 120
 """Of a curve; there are many of them, and a long run should not make a heavy page."""
 
@@ -23,7 +22,7 @@ class Trend:
     """One diagnostic over the rounds that have it.
 
     Attributes:
-        first, last: Means of the first and of the last five values, or of half of them where there are fewer than ten.
+        first, last: Means of as many values as alarms compare, or of half of all where there are fewer than ten.
         least, most: Of all values.
         rounds: That have one.
     """
@@ -87,7 +86,7 @@ def trends(steps: Iterable[Mapping[str, Any]]) -> list[Trend]:
 
 def _trend(diagnostic: Diagnostic, values: Sequence[float]) -> Trend:
     # No value is both at first and at last, but where there is only one.
-    count = min(ROUNDS, max(1, len(values) // 2))
+    count = min(COMPARED_ROUNDS, max(1, len(values) // 2))
     first, last = fmean(values[:count]), fmean(values[-count:])
     return Trend(diagnostic, first, last, min(values), max(values), len(values))
 

@@ -55,6 +55,23 @@ def peft_config(lora: Lora, model: PreTrainedModel) -> LoraConfig:
     return config
 
 
+def not_followed(lora: Lora, config: LoraConfig) -> list[str]:
+    """The settings that were given of `lora` and that an adapter, which is there already, has otherwise."""
+    layers: Any = config.layers_to_transform or ()
+    own = {
+        "rank": config.r,
+        "alpha": config.lora_alpha,
+        "targets": sorted(config.target_modules or ()) if isinstance(lora.targets, list) else lora.targets,
+        "top_layers": len(layers) or None,
+        "variant": "dora" if config.use_dora else "rslora" if config.use_rslora else "lora",
+        "initialisation": "default",
+    }
+    given = {name: getattr(lora, name) for name in own if name in lora.model_fields_set}
+    if isinstance(lora.targets, list):
+        given["targets"] = sorted(lora.targets)
+    return [f"{name}={value} (it has {own[name]})" for name, value in given.items() if value != own[name]]
+
+
 def install_norms(layers: Iterable[LoraLayer], role: str) -> None:
     """Replace peft's DoRA layers of a role by the ones of this file; layers without DoRA stay as they are."""
     for layer in layers:

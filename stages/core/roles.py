@@ -45,11 +45,13 @@ class Roles:
     Attributes:
         base: The language model; its layers carry the adapters in place.
         heads: Scalar heads by role.
+        warnings: What a stage's manifest has to say of them.
     """
 
     def __init__(self, base: LanguageModel) -> None:
         self.base = base
         self.heads: dict[str, ScalarHead] = {}
+        self.warnings: list[str] = []
         self._peft: PeftModel | None = None
         self._trained: set[str] = set()
         self._current: str | None = None
@@ -85,7 +87,7 @@ class Roles:
     def copy(self, source: str, role: str) -> None:
         """A new adapter to train that starts as a copy of another role's, head included."""
         assert self._peft is not None
-        self._inject(role, self._config(source))
+        self._inject(role, self.config(source))
         self._fill(role, self._tensors(source), Path(source))
         if source in self.heads:
             self.add_head(role)
@@ -122,6 +124,13 @@ class Roles:
         """Whether the role has an adapter of its own."""
         return self._peft is not None and role in self._peft.peft_config
 
+    def config(self, role: str) -> LoraConfig:
+        """The shape of a role's adapter."""
+        assert self._peft is not None
+        config = self._peft.peft_config[role]
+        assert isinstance(config, LoraConfig)
+        return config
+
     def parameters(self, role: str) -> list[tuple[str, nn.Parameter]]:
         """Named parameters of a role's adapter and head."""
         adapter = [(name, parameter) for name, parameter in self.base.model.named_parameters() if _belongs(name, role)]
@@ -137,7 +146,7 @@ class Roles:
         guards.require_finite_weights(self.parameters(role))
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors(role).items()}
         save_file(kept, directory / ADAPTER_FILE, metadata={"format": "pt"})
-        config = self._config(role)
+        config = self.config(role)
         config.base_model_name_or_path = None
         config.inference_mode = True
         if isinstance(config.target_modules, set):  # of names, in another order in every process
@@ -156,7 +165,7 @@ class Roles:
         assert self._peft is not None
         host = replace(self.base.compute, device=torch.device("cpu"))
         stored = Roles(load_model(artifact, host, dtype="auto"))
-        stored._inject(role, self._config(role))
+        stored._inject(role, self.config(role))
         stored._fill(role, self._tensors(role), artifact.directory)
         assert stored._peft is not None
         return LanguageModel(stored._peft.merge_and_unload(), self.base.tokenizer, host)
@@ -184,7 +193,9 @@ class Roles:
                     self._peft.add_adapter(role, config)
             except ValueError as error:
                 reason = " ".join(str(error).split())[:300]
-                raise ConfigError(f"the adapter does not fit the model: {reason}", where="lora.targets") from error
+                hint = "name linear layers of the model, as in [q_proj, v_proj], or leave it out to adapt all"
+                what = f"the adapter does not fit the model: {reason}"
+                raise ConfigError(what, where="lora.targets", hint=hint) from error
         adapters.install_norms(self._layers(), role)
         # peft puts new adapters on the processor and leaves the model in train mode.
         self._peft.to(self.base.compute.device)
@@ -215,12 +226,6 @@ class Roles:
         with torch.no_grad():
             for name, target in targets.items():
                 target.copy_(tensors[name])
-
-    def _config(self, role: str) -> LoraConfig:
-        assert self._peft is not None
-        config = self._peft.peft_config[role]
-        assert isinstance(config, LoraConfig)
-        return config
 
     def _layers(self) -> list[LoraLayer]:
         return [module for module in self.base.model.modules() if isinstance(module, LoraLayer)]
@@ -254,6 +259,8 @@ def open_role(artifact: Artifact, role: str, lora: Lora, compute: Compute) -> Ro
         return roles
     roles.load(REFERENCE, artifact.directory)
     roles.copy(REFERENCE, role)
+    if otherwise := adapters.not_followed(lora, roles.config(REFERENCE)):
+        roles.warnings.append(f"lora has no say, {artifact.source} is an adapter already: {', '.join(otherwise)}")
     return roles
 
 

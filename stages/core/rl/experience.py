@@ -41,7 +41,8 @@ class Experience:
         below: [rows, width, hidden] what entered the lowest adapted layer, where layers below are not adapted.
         scores: [branches] rewards on their scale, penalties taken off; set by `score`.
         clipped: [branches] whether the reward was clipped; set by `score` where there is a limit.
-        advantages: [reads]; set by `estimate`, as are the returns.
+        estimates: [reads] advantages as they were estimated; set by `estimate`, as are the next two.
+        advantages: [reads] the same as they are learnt from, whitened with `gae`.
         returns: [reads] what the values should have been.
     """
 
@@ -56,6 +57,7 @@ class Experience:
     below: Tensor | None = None
     scores: Tensor = field(default_factory=lambda: torch.empty(0))
     clipped: Tensor = field(default_factory=lambda: torch.empty(0))
+    estimates: Tensor = field(default_factory=lambda: torch.empty(0))
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))
     returns: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -160,7 +162,8 @@ def estimate(experiences: Sequence[Experience], settings: PpoSettings, kl_coeffi
     """
     coefficient = kl_coefficient if settings.kl_in == "reward" else 0.0
     for each in experiences:
-        each.advantages, each.returns = _advantages(each, settings, coefficient)
+        each.estimates, each.returns = _advantages(each, settings, coefficient)
+        each.advantages = each.estimates
     if settings.advantage == "gae":
         for each, whitened in zip(experiences, _whitened(experiences), strict=True):
             each.advantages = whitened
@@ -175,9 +178,9 @@ def in_order(rollout: Rollout, experiences: Sequence[Experience], name: str) -> 
 
 
 def _whitened(experiences: Sequence[Experience]) -> Iterator[Tensor]:
-    joined = torch.cat([each.advantages for each in experiences])
+    joined = torch.cat([each.estimates for each in experiences])
     whitened = shaping.whiten(joined, torch.ones_like(joined, dtype=torch.bool))
-    return iter(whitened.split([len(each.advantages) for each in experiences]))
+    return iter(whitened.split([len(each.estimates) for each in experiences]))
 
 
 def _advantages(experience: Experience, settings: PpoSettings, kl_coefficient: float) -> tuple[Tensor, Tensor]:

@@ -9,20 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from pipeline.config import Alarm
+from pipeline.config import ALARM_ROUNDS, COMPARED_ROUNDS, Alarm
 from reward import shaping
 from stages.core.alarms import LAST, SPIKE_STEPS, gradient_spike
 from stages.core.checkpoint import State
 from stages.core.rl.experience import Experience
 
 Figures = Mapping[str, float]
-ROUNDS = 5
-"""Rounds that alarms average over, at the start and at the end."""
 
 
 def figures(experiences: Sequence[Experience], responses: Sequence[tuple[int, ...]]) -> dict[str, float]:
@@ -41,8 +38,8 @@ def figures(experiences: Sequence[Experience], responses: Sequence[tuple[int, ..
         length_reward_correlation: Pearson's, over responses.
         ended: share of responses that end their turn.
         distinct_2: distinct pairs of neighbouring tokens over all pairs.
-        advantage_deviation, no_advantage: standard deviation, and share of tokens whose advantage is zero; only where
-            advantages are estimated.
+        advantage_mean, advantage_deviation, no_advantage: mean and standard deviation before whitening, and share of
+            tokens whose advantage is zero; only where advantages are estimated.
         explained_variance: of the returns by the values; only where values are learnt.
     """
     rewards, lengths = _joined(experiences, "rewards"), _joined(experiences, "lengths").float()
@@ -58,13 +55,14 @@ def figures(experiences: Sequence[Experience], responses: Sequence[tuple[int, ..
         "ended": _joined(experiences, "ended").float().mean().item(),
         "distinct_2": distinct_pairs(responses),
     }
-    return found | _of_advantages(_joined(experiences, "advantages")) | _of_values(experiences)
+    return found | _of_advantages(_joined(experiences, "estimates")) | _of_values(experiences)
 
 
 def _of_advantages(advantages: Tensor) -> dict[str, float]:
     if not len(advantages):
         return {}
     return {
+        "advantage_mean": advantages.mean().item(),
         "advantage_deviation": advantages.std(unbiased=False).item(),
         "no_advantage": (advantages == 0).float().mean().item(),
     }
@@ -112,8 +110,9 @@ class Health:
     def watch(self, found: Figures) -> list[Raised]:
         """Take in a round's figures; returns the alarms that go off now."""
         self._history.append(found)
-        silent = [name for name in get_args(Alarm) if name not in {each.name for each in self.raised}]
-        seen = {name: _ALARMS[name](self._history) for name in silent if name in _ALARMS}
+        before = {each.name for each in self.raised}
+        due = [name for name in _ALARMS if name not in before and len(self._history) >= ALARM_ROUNDS.get(name, 1)]
+        seen = {name: _ALARMS[name](self._history) for name in due}
         now = [Raised(name, text) for name, text in seen.items() if text]
         self.raised += now
         return now
@@ -153,9 +152,7 @@ def _compared(name: str, wrong: Callable[[float, float], bool], said: str) -> Wa
     """Watches a figure's mean over the last rounds beside that over the first."""
 
     def watch(history: Sequence[Figures]) -> str:
-        if len(history) < 2 * ROUNDS:
-            return ""
-        first, last = _mean(history[:ROUNDS], name), _mean(history[-ROUNDS:], name)
+        first, last = _mean(history[:COMPARED_ROUNDS], name), _mean(history[-COMPARED_ROUNDS:], name)
         if first is None or last is None or not wrong(first, last):
             return ""
         return said.format(first=first, last=last)
@@ -163,11 +160,11 @@ def _compared(name: str, wrong: Callable[[float, float], bool], said: str) -> Wa
     return watch
 
 
-def _recent(name: str, wrong: Callable[[float], bool], said: str, rounds: int = ROUNDS, after: int = 0) -> Watcher:
+def _recent(name: str, wrong: Callable[[float], bool], said: str, rounds: int = COMPARED_ROUNDS) -> Watcher:
     """Watches a figure's mean over the last rounds."""
 
     def watch(history: Sequence[Figures]) -> str:
-        last = _mean(history[-rounds:], name) if len(history) >= max(rounds, after) else None
+        last = _mean(history[-rounds:], name)
         return said.format(last=last) if last is not None and wrong(last) else ""
 
     return watch
@@ -180,6 +177,11 @@ def _spike(history: Sequence[Figures]) -> str:
 
 
 _ALARMS: dict[Alarm, Watcher] = {
+    "sampling_gap": _compared(
+        "rollout_gap",
+        lambda first, last: last > max(0.02, 3 * first),
+        "sampling and training differ by {last:.3f} nats a token, at first {first:.3f}; try another sampler or float32",
+    ),
     "entropy_collapse": _compared(
         "entropy",
         lambda first, last: last < 0.3 * first,
@@ -215,8 +217,7 @@ _ALARMS: dict[Alarm, Watcher] = {
         "explained_variance",
         lambda last: last < 0,
         "values explain less than a constant would ({last:.2f}); raise value_learning_rate or give value_warmup",
-        rounds=2 * ROUNDS,
-        after=50,
+        rounds=2 * COMPARED_ROUNDS,
     ),
     "constant_reward": _recent(
         "reward_deviation",

@@ -45,9 +45,8 @@ class PolicyGradient:
         self._settings, self.minibatches = settings, settings.minibatches
         self.losses = Losses(roles, settings, trunk)
         self.kl_coefficient = settings.kl_coefficient
-        each_round = settings.update_epochs * settings.minibatches
-        total = settings.steps * each_round
-        of_policy = max(1, total - settings.value_warmup * each_round)
+        total = settings.steps * settings.updates
+        of_policy = max(1, total - settings.value_warmup * settings.updates)
         self.policy = Updater(roles.parameters(POLICY), settings.optimizer, of_policy, EPSILON)
         self.value = None
         self._copied = settings.advantage == "gae" and settings.value == "adapter" and settings.reward is not None
@@ -83,15 +82,20 @@ class PolicyGradient:
             order: Decides the order.
 
         Returns:
-            Means over the updates; `ratio_first`, the mean probability ratio of the first, and `ratio_max`, the largest
-            ratio of a token in any.
+            Means over the updates; `ratio_first`, the mean probability ratio of the first; `ratio_max`, the largest
+            ratio of a token in any update or after the last; `approximate_kl` and `clip_fraction` after the last.
         """
         warming = number < self._settings.value_warmup
         updates = list(self._updates(groups, order, warming))
         self._skip(self._settings.update_epochs * len(groups) - len(updates), warming)
+        found = _summary(updates)
+        if self._settings.updates == 1:
+            found.pop("value_clip_fraction", None)  # the only update sees the very values that were estimated
         if not warming:
-            self._adapt([each for group in groups for each in group])
-        return _summary(updates)
+            experiences = [each for group in groups for each in group]
+            self._adapt(experiences)
+            found |= self._moved(experiences, found)
+        return found
 
     @property
     def size(self) -> int:
@@ -139,6 +143,12 @@ class PolicyGradient:
         self.kl_coefficient = shaping.adapted_kl_coefficient(
             self.kl_coefficient, divergence, settings.kl_target, responses, settings.kl_horizon
         )
+
+    def _moved(self, experiences: Group, found: dict[str, float]) -> dict[str, float]:
+        """What the round did to the policy: before a round's only update, it is the one that sampled."""
+        moved = self.losses.moved(experiences)
+        largest = max(found["ratio_max"], self.losses.take_largest_ratio())
+        return moved | {"ratio_max": largest, "tokens": found["tokens"] + moved["tokens"]}
 
     def _update(self, group: Group, warming: bool) -> dict[str, float]:
         figures = {"updates": 1.0, "kl_coefficient": self.kl_coefficient}

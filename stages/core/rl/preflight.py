@@ -18,7 +18,7 @@ from pipeline.errors import NumericalError
 from stages.core.rl import memory
 from stages.core.rl.experience import Experience
 from stages.core.rl.updates import Losses
-from stages.core.roles import Roles
+from stages.core.roles import REWARD, Roles
 
 EQUAL = 1e-4
 """Largest deviation of a ratio from 1, or of a divergence from 0, that is put down to rounding."""
@@ -148,9 +148,10 @@ def _spread(experiences: Sequence[Experience], seen: NDArray[np.float64]) -> Che
 
 def _template(roles: Roles) -> Check:
     template = roles.base.template
+    readers = "chat template, the reward model's too," if roles.has(REWARD) else "chat template"
     padding = roles.base.tokenizer.pad_token_id
     return Check(
-        "chat template, the reward model's too,",
+        readers,
         f"{template.digest[:12]}, stop token {template.stop_id}, padding {padding}",
         padding != template.stop_id,
         "padding must not be the stop token, or the policy never learns to stop; give the tokenizer a padding token",
@@ -164,5 +165,5 @@ def _memory(roles: Roles, experiences: Sequence[Experience], settings: Rounds) -
         f"{memory.held(roles) / 2**20:,.0f} MiB of weights held once, about {needed / 2**20:,.0f} MiB more for a round"
         + (f" of {free / 2**20:,.0f} free" if free else ""),
         not free or needed < free,
-        "lower tokens_per_batch or examples_per_step, or set gradient_checkpointing: true",
+        "lower tokens_per_batch, samples_per_prompt or examples_per_step, or set gradient_checkpointing: true",
     )

@@ -40,6 +40,10 @@ from stages.core.roles import POLICY, REFERENCE, REWARD, VALUE, Roles, adaptatio
 from stages.core.scoring import record_probes
 
 LAST_ROUNDS = 10
+NOTHING_SHARED = (
+    "a role adapts lower layers, as a reward model without `lora.top_layers` does, or the architecture cannot be cut, "
+    "and every role computes all layers"
+)
 LOOKS_FILE = "looks.json"
 LOOK = -1
 """The number of no round: its seed is that of the looks."""
@@ -134,8 +138,11 @@ class Training:
         self._context, self._settings, self._roles, self._prompts = context, settings, roles, prompts
         examples = echoes(prompts.first, branches=2)
         with roles.use(REFERENCE):
-            layout, self.warnings = choose_layout(roles.base, examples)
+            layout, warnings = choose_layout(roles.base, examples)
+        self.warnings = [*roles.warnings, *warnings]
         trunk = Trunk.of(roles.base, examples, layout)
+        if settings.lora.top_layers and not trunk.depth:
+            self.warnings.append(f"lora.top_layers={settings.lora.top_layers} saves nothing: {NOTHING_SHARED}")
         self._learner = learner_of(roles, layout, trunk)
         self._sampler, self._rewards = Sampler(roles, settings), Rewards(roles, settings)
         self._collector = Collector(roles, settings, self._rewards, layout, trunk)

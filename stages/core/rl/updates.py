@@ -19,6 +19,10 @@ from stages.core.rl.experience import Experience, state_values
 from stages.core.rl.trunk import Trunk
 from stages.core.roles import POLICY, VALUE, Roles
 
+TELLING = 256
+"""Tokens that tell how far a policy has moved."""
+MOVED = ("approximate_kl", "clip_fraction")
+
 Shares = dict[str, float]
 Minibatch = Sequence[Experience]
 Parts = Callable[[Minibatch, float], Iterator[Part]]
@@ -82,6 +86,18 @@ class Losses:
                 shares |= more | {"policy_loss": loss.item(), "value_loss": of_value.item()}
                 yield Part(loss + self._settings.value_weight * of_value, shares, each.batch.token_count)
 
+    @torch.no_grad()
+    def moved(self, experiences: Minibatch) -> Shares:
+        """How far the policy is from the one that sampled, in one batch of the rollout.
+
+        Returns:
+            approximate_kl and clip_fraction as of `policy`, and the tokens that were computed.
+        """
+        chosen = _telling(experiences)
+        with self._roles.use(POLICY):
+            _, shares = self._policy_loss(chosen, self._states(chosen), len(chosen.logprobs), 0.0)
+        return {name: shares[name] for name in MOVED} | {"tokens": float(chosen.batch.token_count)}
+
     def _states(self, experience: Experience) -> Tensor:
         with self._roles.base.compute.autocast():
             return self._trunk.resumed(experience.batch, experience.below).index_select(0, experience.batch.sources)
@@ -111,6 +127,14 @@ class Losses:
         losses = clipped_value_loss(values, experience.values, experience.returns, clip)
         beyond = (values.detach() - experience.values).abs() > clip
         return losses.sum() / total, {"value_clip_fraction": beyond.sum().item() / total}
+
+
+def _telling(experiences: Minibatch) -> Experience:
+    """The smallest batch with enough tokens to tell, since it is computed for its figures alone; or the largest."""
+    enough = [each for each in experiences if len(each.logprobs) >= TELLING]
+    if enough:
+        return min(enough, key=lambda each: each.batch.token_count)
+    return max(experiences, key=lambda each: len(each.logprobs))
 
 
 def _tokens(group: Minibatch) -> int:

@@ -138,8 +138,12 @@ def test_every_cell_says_on_a_phone_what_it_is(run: Path) -> None:
 def test_looks_stand_beside_the_diagnostics_without_an_evaluation(run: Path) -> None:
     page = reports.page(run)
     looks = section(page).partition("Looks at held-out prompts")[2]
-    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(<th>\d.*?)</tr>", looks)]
-    assert rows == [["0", "0.00", "0.250", "0.000"], ["1", "0.25", "1.250", "0.500"], ["2", "0.50", "2.250", "1.000"]]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(<th>round .*?)</tr>", looks)]
+    assert rows == [
+        ["round 0", "0.00", "0.250", "0.000"],
+        ["round 1", "0.25", "1.250", "0.500"],
+        ["round 2", "0.50", "2.250", "1.000"],
+    ]
     assert page.count("Looks at held-out prompts") == 1
 
 

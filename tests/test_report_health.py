@@ -88,6 +88,7 @@ def test_only_finite_figures_of_rounds_count() -> None:
         *[("explained_variance", 0.5, "within"), ("explained_variance", -0.3, "below"), ("ended", 0.7, "below")],
         *[("ratio_first", 1.0, "within"), ("ratio_first", 1.2, "above"), ("reward_deviation", 0.0, "below")],
         *[("rollout_gap", 0.05, "above"), ("clip_fraction", 0.1, "within"), ("clip_fraction", 0.5, "above")],
+        *[("clip_fraction", 0.0, "within"), ("approximate_kl", 1e-9, "within"), ("approximate_kl", 0.1, "above")],
         *[("entropy", 1e9, "within"), ("reward", -1e9, "within")],
     ],
 )

@@ -409,6 +409,27 @@ IN_TRAINING = (
         "test_health.py",
     ),
     Mutation(
+        "what a round did to the policy",
+        "stages/core/rl/learner.py",
+        "            found |= self._moved(experiences, found)\n",
+        "",
+        "test_ppo.py::test_a_single_large_step_sets_off_the_alarm",
+    ),
+    Mutation(
+        "sampling that comes to differ from training",
+        "stages/core/rl/health.py",
+        "last > max(0.02, 3 * first)",
+        "False",
+        "test_health.py",
+    ),
+    Mutation(
+        "an alarm that cannot go off in so few rounds",
+        "pipeline/config.py",
+        "if ALARM_ROUNDS.get(each, 1) > self.steps]",
+        "if False]",
+        "test_ppo.py::test_an_alarm_that_needs_more_rounds_than_there_are_is_refused_with_their_number",
+    ),
+    Mutation(
         "rows of prompts",
         "stages/core/rl/sampling.py",
         "replace(tree, origin=prompt.row.origin)",

@@ -582,41 +582,33 @@ class Rounds(Rewarded):
             updates = (*updates, "over_optimisation")
         return tuple(each for each in get_args(Alarm) if each not in updates)
 
+    def rounds_needed(self, alarm: Alarm) -> int:
+        """Rounds before which an alarm cannot go off."""
+        return ALARM_ROUNDS.get(alarm, 1)
+
     @property
     def _only_gold_is_rewarded(self) -> bool:
-        """Whether score and reward are the same."""
-        return self.reward is None and {each.rule for each in self.rules} == {self.gold}
+        """Whether score and reward rise and fall together."""
+        return self.reward is None and all(each.rule == self.gold and each.weight > 0 for each in self.rules)
 
     @property
     def compares_responses(self) -> bool:
         """Whether only differences of rewards are learnt from."""
         return True
 
-    @property
-    def ignores_scale(self) -> bool:
-        """Whether rewards of another scale teach the same."""
-        return True
-
     @model_validator(mode="after")
     def _alarms_can_go_off(self) -> Self:
         silent = [each for each in self.stop_on if each not in self.alarms]
         if silent:
-            needed = "over_optimisation needs a `gold` that is not the reward"
-            raise ValueError(f"stop_on: {', '.join(silent)} cannot go off here ({needed})")
-        late = [each for each in self.stop_on if ALARM_ROUNDS.get(each, 1) > self.steps]
+            reason = "over_optimisation needs a `gold` that is not the reward"
+            raise ValueError(f"stop_on: {', '.join(silent)} cannot go off here ({reason})")
+        late = {each: needed for each in self.stop_on if (needed := self.rounds_needed(each)) > self.steps}
         if late:
-            rounds = ", ".join(f"{ALARM_ROUNDS[each]} for {each}" for each in late)
+            rounds = ", ".join(f"{needed} for {each}" for each, needed in late.items())
             raise ValueError(f"stop_on: in steps={self.steps} these cannot go off, the rounds needed are {rounds}")
         if self.compares_responses and self.reward_normalisation == "mean" and self.reward_clip is None:
             raise ValueError("reward_normalisation=mean changes no difference between rewards: leave it out")
-        if self.ignores_scale and self.reward_normalisation == "deviation" and not self._scale_meets_others:
-            raise ValueError("reward_normalisation=deviation changes no order of rewards: leave it out")
         return self
-
-    @property
-    def _scale_meets_others(self) -> bool:
-        """Whether rewards meet numbers on their scale: a limit, or penalties."""
-        return self.reward_clip is not None or self.missing_eos_penalty > 0 or self.length_penalty > 0
 
 
 class PpoSettings(Rounds):
@@ -676,13 +668,13 @@ class PpoSettings(Rounds):
     def alarms(self) -> tuple[Alarm, ...]:
         return (*super().alarms, "ratio_explosion", *(("value_useless",) if self.advantage == "gae" else ()))
 
+    def rounds_needed(self, alarm: Alarm) -> int:
+        of_policy = ("gradient_spike", "ratio_explosion")
+        return super().rounds_needed(alarm) + (self.value_warmup if alarm in of_policy else 0)
+
     @property
     def compares_responses(self) -> bool:
         return self.advantage != "gae"
-
-    @property
-    def ignores_scale(self) -> bool:
-        return self.advantage == "grpo"
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> PpoSettings:

@@ -115,14 +115,15 @@ class StageProgress:
     def _show(self, fields: Mapping[str, Any], done: int, total: int) -> None:
         figures = _figures(fields)
         if self._bar and self._task is not None:
-            fitting = _fitting(figures, self._room(total)) if is_round(fields) else figures
+            fitting = _fitting(figures, self._room(total))
             self._bar.update(self._task, completed=done, total=total, figures=GAP.join(fitting))
         elif self._line_is_due(done, total):
             self._console.print(f"{self._name}: {done}/{total}{GAP}{GAP.join(figures)}".rstrip())
 
     def _room(self, total: int) -> int:
         """Cells that name, bar, steps and time leave for figures."""
-        columns = (cell_len(self._name), NARROWEST_BAR, len(f"{total}/{total}"), TIME)
+        name = min(cell_len(self._name), _longest_name(self._console))
+        columns = (name, NARROWEST_BAR, len(f"{total}/{total}"), TIME)
         return self._console.width - sum(columns) - len(columns)
 
     def _line_is_due(self, done: int, total: int) -> bool:
@@ -139,14 +140,21 @@ class StageProgress:
 
 def _bar(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),  # alone gives way where the terminal is narrow
+        TextColumn(
+            "{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=_longest_name(console))
+        ),
+        BarColumn(),  # gives way where the terminal is narrow
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
         TimeRemainingColumn(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[figures]}", markup=False),
         console=console,
         transient=True,
     )
+
+
+def _longest_name(console: Console) -> int:
+    """Cells that a stage's name takes at most."""
+    return console.width // 4
 
 
 def _plain(value: Any) -> Any:
@@ -166,9 +174,9 @@ def _figures(fields: Mapping[str, Any]) -> list[str]:
 
 
 def _fitting(figures: Sequence[str], room: int) -> Sequence[str]:
-    """As many of the first figures as so many cells have room for, one at least."""
+    """As many of the first figures as so many cells have room for."""
     ends = accumulate(cell_len(each) + len(GAP) for each in figures)
-    return figures[: max(1, sum(end - len(GAP) <= room for end in ends))]
+    return figures[: sum(end - len(GAP) <= room for end in ends)]
 
 
 def _figure(value: Any) -> str:

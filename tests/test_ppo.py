@@ -129,7 +129,8 @@ def test_a_value_function_without_a_reward_model_starts_as_the_policy_and_shares
 @pytest.mark.parametrize(("given", "told"), [
     ({}, ""), ({"rank": 4, "alpha": 8.0, "top_layers": 1}, ""), ({"rank": 7}, "rank=7 (it has 4)"),
     ({"top_layers": 2, "variant": "dora"}, "top_layers=2 (it has 1), variant=dora (it has lora)"),
-    ({"targets": ["q_proj"], "initialisation": "pissa"}, "initialisation=pissa (it has default)"),
+    ({"rank": 2, "alpha": 4.0, "initialisation": "pissa"}, ""),
+    ({"rank": 4, "initialisation": "pissa"}, "rank=8 (it has 4)"),
 ])  # fmt: skip
 def test_what_was_asked_of_an_adapter_that_is_there_already_is_told_to_have_no_say(
     inputs: tuple[Artifact, Artifact], tmp_path: Path, given: dict[str, object], told: str
@@ -393,8 +394,7 @@ def test_while_the_policy_is_frozen_its_coefficient_is_too() -> None:
     {"advantage": "rloo", "samples_per_prompt": 2, "reward_normalisation": "mean"}, {"kl_horizon": 5},
     {"reward": None}, {"advantage": "rloo"}, {"clip": 0.1}, {"dual_clip": 3.0}, {"value_clip": 0.1},
     {"stop_on": ["entropy_collapse"]}, {"reward": None, "rules": [{"rule": "exact"}], "gold": "exact",
-    "stop_on": ["over_optimisation"]}, {"advantage": "grpo", "samples_per_prompt": 2, "kl_coefficient": 0.0,
-    "missing_eos_penalty": 0.0, "reward_normalisation": "deviation"},
+    "stop_on": ["over_optimisation"]},
 ])  # fmt: skip
 def test_settings_that_would_do_nothing_are_refused(changes: dict[str, object]) -> None:
     rl.settings(steps=4)
@@ -406,7 +406,7 @@ def test_settings_that_would_do_nothing_are_refused(changes: dict[str, object]) 
     {"minibatches": 2, "clip": 0.1, "dual_clip": 3.0, "value_clip": 0.1},
     {"steps": 10, "stop_on": ["entropy_collapse"]},
     {"rules": [{"rule": "exact"}], "gold": "exact", "stop_on": ["over_optimisation"]},
-    {"advantage": "rloo", "samples_per_prompt": 2, "missing_eos_penalty": 0.0, "reward_normalisation": "deviation"},
+    {"reward": None, "rules": [{"rule": "exact", "weight": -1}], "gold": "exact", "stop_on": ["over_optimisation"]},
 ])  # fmt: skip
 def test_the_same_settings_are_taken_where_they_do_something(changes: dict[str, object]) -> None:
     rl.settings(**{"steps": 4, **changes})
@@ -415,6 +415,9 @@ def test_the_same_settings_are_taken_where_they_do_something(changes: dict[str, 
 def test_an_alarm_that_needs_more_rounds_than_there_are_is_refused_with_their_number() -> None:
     with pytest.raises(ValueError, match="in steps=20 these cannot go off, the rounds needed are 50 for value_useless"):
         rl.settings(steps=20, stop_on=["value_useless", "unfinished"])
+    with pytest.raises(ValueError, match="63 for gradient_spike"):
+        rl.settings(steps=62, value_warmup=10, stop_on=["gradient_spike"])
+    rl.settings(steps=63, value_warmup=10, stop_on=["gradient_spike"])
 
 
 def test_the_kl_coefficient_follows_its_target() -> None:

@@ -19,6 +19,7 @@ from pipeline.contract import Artifact, Context, Result
 from pipeline.diagnostics import DIAGNOSTICS, is_round
 from pipeline.errors import NumericalError
 from stages import online_dpo, ppo, rejection
+from stages.core.rl import trunk
 from stages.core.rl.experience import Collector, Experience, estimate, score
 from stages.core.rl.prompts import read_prompts
 from stages.core.rl.rewards import Scale
@@ -225,11 +226,14 @@ def test_an_alarm_that_ends_the_training_has_the_policy_looked_at_first(policy: 
     assert looks[-1]["round"] == len(records)
 
 
-@pytest.mark.parametrize(("layers", "told"), [(None, 0), (1, 0), (2, 1)])
-def test_top_layers_that_save_nothing_are_told(policy: Artifact, layers: int | None, told: int) -> None:
+@pytest.mark.parametrize(("cut", "layers", "told"), [(True, None, 0), (True, 1, 0), (False, 1, 1), (False, 2, 0)])
+def test_top_layers_that_save_nothing_are_told(
+    policy: Artifact, monkeypatch: pytest.MonkeyPatch, cut: bool, layers: int | None, told: int
+) -> None:
+    monkeypatch.setattr(trunk, "_can_be_cut", lambda model: cut)
     lora = models.LORA.model_dump() | {"top_layers": layers}
     result, _ = train(policy, advantage="rloo", steps=1, lora=lora)
-    assert sum("lora.top_layers=2 saves nothing" in line for line in result.warnings) == told
+    assert sum("lora.top_layers=1 saves nothing" in line for line in result.warnings) == told
 
 
 def test_a_training_without_held_out_prompts_says_so(policy: Artifact) -> None:

@@ -195,14 +195,6 @@ def test_the_weights_held_are_the_bases_once_and_small_adapters() -> None:
     assert memory.held(roles) == base + adapters
 
 
-def test_states_that_are_kept_for_all_roles_are_expected_too() -> None:
-    roles, chosen = rl.four_roles(), rl.settings()
-    group = rl.sampled(roles, chosen)
-    without = memory.expected(roles, group, chosen)
-    group[0].below = torch.zeros(3, 5, 7)
-    assert memory.expected(roles, group, chosen) == without + 3 * 5 * 7 * 4
-
-
 def test_the_reward_models_template_is_named_where_there_is_one() -> None:
     roles, group, chosen = start()
     assert "the reward model's too" in examined(roles, group, chosen)["chat template"].name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,14 +138,31 @@ def test_a_bar_has_as_many_whole_figures_as_the_terminal_is_wide(tmp_path: Path,
     assert len(shown) == len(whole) or len("  ".join(whole[: len(shown) + 1])) > room
 
 
-def test_a_bar_on_the_narrowest_terminal_has_the_first_figure(tmp_path: Path) -> None:
-    assert on_a_bar(tmp_path, 34, ROUND) == "reward 0.5"
+@pytest.mark.parametrize(("width", "shown"), [(34, ""), (40, "reward 0.5")])
+def test_a_bar_on_a_narrow_terminal_has_the_first_figure_or_none(tmp_path: Path, width: int, shown: str) -> None:
+    assert on_a_bar(tmp_path, width, ROUND) == shown
 
 
-def test_a_bar_of_another_stage_gives_way_to_all_of_its_figures(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (50, "loss 0.7164"),
+        (64, "loss 0.7164  accuracy 0.8182"),
+        (90, "loss 0.7164  accuracy 0.8182  learning_rate 1.492e-08"),
+    ],
+)
+def test_a_bar_of_another_stage_has_whole_figures_too(tmp_path: Path, width: int, shown: str) -> None:
     record = {"loss": 0.71639, "accuracy": 0.81818, "learning_rate": 1.492e-08}
-    shown = on_a_bar(tmp_path, 80, record, total=1000)
-    assert shown == "loss 0.7164  accuracy 0.8182  learning_rate 1.492e-08"
+    assert on_a_bar(tmp_path, width, record, total=1000) == shown
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_a_long_name_is_cut_before_steps_and_time_are(tmp_path: Path, width: int) -> None:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=width, color_system=None)
+    with StageProgress("a-rather-long-name-of-a-stage", tmp_path, console) as progress:
+        progress(ROUND, done=50, total=60)
+    assert re.search(r"a-rather\S*… .*50/60 -:--:-- ", output.getvalue())
 
 
 def test_what_a_stage_says_is_harmless(progress: StageProgress, output: io.StringIO) -> None:

@@ -74,11 +74,31 @@ def test_no_round_of_a_short_training_is_both_first_and_last(values: list[Any], 
     assert (found.first, found.last) == (first, last)
 
 
-def test_only_finite_figures_of_rounds_count() -> None:
-    records = [*rounds("kl", [1.0, "nan", True, None, 3.0]), {"step": 6, "kl": 50.0}]
+def test_figures_of_rounds_count_alone() -> None:
+    records = [*rounds("kl", [1.0, None, 3.0]), {"step": 6, "kl": 50.0}]
     (found,) = [each for each in trends(records) if each.diagnostic.name == "kl"]
     assert (found.least, found.most, found.rounds) == (1.0, 3.0, 2)
     assert trends([{"step": 1, "loss": 1.0, "kl": 50.0, "reward": 1.0}]) == []
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf"])
+def test_a_figure_that_is_not_finite_is_not_called_healthy(text: str) -> None:
+    found = trend("ratio_max", [1.1] * 20 + [text] * 5)
+    assert found.side == "not finite"
+    assert (found.most, found.rounds) == (1.1, 25)
+    assert json.dumps(found.as_json(), allow_nan=False)
+    assert trend("gradient_norm", [text] * 10).side == "not finite"
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "side"),
+    [
+        *[("length", [20.0, 200.0], "above"), ("length", [20.0, 10.0], "below"), ("length", [20.0, 24.0], "within")],
+        *[("entropy", [1.0, 0.4], "below"), ("entropy", [1.0, 0.6], "within"), ("distinct_2", [0.9, 0.1], "below")],
+    ],
+)
+def test_some_figures_are_held_against_their_start(name: str, path: list[float], side: str) -> None:
+    assert trend(name, path).side == side
 
 
 @pytest.mark.parametrize(
@@ -89,10 +109,12 @@ def test_only_finite_figures_of_rounds_count() -> None:
         *[("ratio_first", 1.0, "within"), ("ratio_first", 1.2, "above"), ("reward_deviation", 0.0, "below")],
         *[("rollout_gap", 0.05, "above"), ("clip_fraction", 0.1, "within"), ("clip_fraction", 0.5, "above")],
         *[("clip_fraction", 0.0, "within"), ("approximate_kl", 1e-9, "within"), ("approximate_kl", 0.1, "above")],
-        *[("entropy", 1e9, "within"), ("reward", -1e9, "within")],
+        *[("entropy", 1e9, "within"), ("reward", -1e9, None), ("gradient_norm", 1e9, None)],
     ],
 )
-def test_a_last_value_outside_of_the_healthy_range_is_told_from_one_within(name: str, value: float, side: str) -> None:
+def test_a_last_value_outside_of_the_healthy_range_is_told_from_one_within(
+    name: str, value: float, side: str | None
+) -> None:
     records = [{"step": 1, SIGN_OF_A_ROUND: 0.0, name: value}]
     (found,) = [each for each in trends(records) if each.diagnostic.name == name]
     assert found.side == side
@@ -118,14 +140,21 @@ def test_the_section_has_every_diagnostic_with_its_figures(run: Path) -> None:
     rows = re.findall(r"<tr><th><code>(\w+)</code>.*?</tr>", section(page))
     assert rows == [each.name for each in DIAGNOSTICS]
     (row,) = re.findall(r"<tr><th><code>entropy</code>.*?</tr>", section(page))
-    assert re.findall(r"<td[^>]*>(.*?)</td>", row) == ["0.03", "0.1", "0.01", "0.12", "falls slowly"]
+    assert re.findall(r"<td[^>]*>(.*?)</td>", row) == [
+        "0.03",
+        "0.1",
+        "0.01",
+        "0.12",
+        "falls slowly, above half of its start",
+    ]
 
 
 def test_a_value_outside_of_its_range_is_marked_in_words_too(run: Path) -> None:
     marked = re.findall(
         r'<code>(\w+)</code>(?:(?!</tr>).)*<span class="outside">.*?<small>(.*?)</small>', section(reports.page(run))
     )
-    expected = {each.name: each.side(0.1) for each in DIAGNOSTICS if each.side(0.1) != "within"}
+    sides = {each.name: each.side(0.1, 0.03) for each in DIAGNOSTICS}
+    expected = {name: side for name, side in sides.items() if side in ("below", "above")}
     assert dict(marked) == {name: f"{side} its range" for name, side in expected.items()}
     assert {"ended", "rollout_gap", "ratio_first"} <= dict(marked).keys()
 

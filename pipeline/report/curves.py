@@ -65,11 +65,10 @@ def draw_each(
 
 def _points(steps: Iterable[Mapping[str, Any]], quantity: str) -> list[tuple[float, float]]:
     points = [(record.get("step"), record.get(quantity)) for record in steps]
-    return [(x, y) for x, y in points if is_finite(x) and is_finite(y)]
+    return [(x, y) for x, y in points if _is_finite(x) and _is_finite(y)]
 
 
-def is_finite(value: object) -> TypeGuard[float]:
-    """Whether a logged value is a number to reckon with; what JSON has no number for is logged as text."""
+def _is_finite(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

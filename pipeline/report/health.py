@@ -3,14 +3,14 @@ healthy."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 from pipeline.config import COMPARED_ROUNDS
 from pipeline.diagnostics import DIAGNOSTICS, Diagnostic, Side, is_round
-from pipeline.report.curves import Curve, draw_each, is_finite
+from pipeline.report.curves import Curve, draw_each
 from pipeline.report.inputs import Look, RunRecord
 
 POINTS = 120
@@ -23,7 +23,7 @@ class Trend:
 
     Attributes:
         first, last: Means of as many values as alarms compare, or of half of all where there are fewer than ten.
-        least, most: Of all values.
+        least, most: Of all values that are finite.
         rounds: That have one.
     """
 
@@ -35,14 +35,15 @@ class Trend:
     rounds: int
 
     @property
-    def side(self) -> Side:
-        """Where the last value lies, seen from the healthy range."""
-        return self.diagnostic.side(self.last)
+    def side(self) -> Side | None:
+        """Where the last value lies, seen from the healthy range; None where there is no range."""
+        return self.diagnostic.side(self.last, self.first)
 
     def as_json(self) -> dict[str, Any]:
         """The figures as JSON values."""
         figures = {"first": self.first, "last": self.last, "least": self.least, "most": self.most}
-        return {**figures, "rounds": self.rounds, "healthy": self.diagnostic.healthy, "side": self.side}
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        return {**finite, "rounds": self.rounds, "healthy": self.diagnostic.healthy, "side": self.side}
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,10 @@ def trends(steps: Iterable[Mapping[str, Any]]) -> list[Trend]:
         steps: Records of `metrics.jsonl`, of which those of rounds count.
     """
     rounds = _rounds(steps)
+    # Numbers that JSON has none for are logged as text: `nan`, `inf`.
     logged = [
-        (each, [record[each.name] for record in rounds if is_finite(record.get(each.name))]) for each in DIAGNOSTICS
+        (each, [float(record[each.name]) for record in rounds if record.get(each.name) is not None])
+        for each in DIAGNOSTICS
     ]
     return [_trend(diagnostic, values) for diagnostic, values in logged if values]
 
@@ -87,8 +90,9 @@ def trends(steps: Iterable[Mapping[str, Any]]) -> list[Trend]:
 def _trend(diagnostic: Diagnostic, values: Sequence[float]) -> Trend:
     # No value is both at first and at last, but where there is only one.
     count = min(COMPARED_ROUNDS, max(1, len(values) // 2))
-    first, last = fmean(values[:count]), fmean(values[-count:])
-    return Trend(diagnostic, first, last, min(values), max(values), len(values))
+    first, last = sum(values[:count]) / count, sum(values[-count:]) / count
+    finite = [each for each in values if math.isfinite(each)] or [math.nan]
+    return Trend(diagnostic, first, last, min(finite), max(finite), len(values))
 
 
 def _rounds(steps: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -36,10 +36,7 @@ def peft_config(lora: Lora, model: PreTrainedModel) -> LoraConfig:
     Raises:
         ConfigError: The model has fewer layers than are to be adapted, or `targets` names others than can be.
     """
-    rank, alpha = lora.rank, lora.alpha
-    if lora.initialisation == "pissa":
-        # Twice the rank: what is trained and what is taken off. The scaling has to stay the same.
-        rank, alpha = 2 * rank, alpha * (math.sqrt(2) if lora.variant == "rslora" else 2)
+    rank, alpha = _rank_and_alpha(lora)
     # No dropout: policy and reference must agree exactly at the start, and PPO's ratio must be 1.
     config = LoraConfig(
         r=rank,
@@ -56,20 +53,27 @@ def peft_config(lora: Lora, model: PreTrainedModel) -> LoraConfig:
 
 
 def not_followed(lora: Lora, config: LoraConfig) -> list[str]:
-    """The settings that were given of `lora` and that an adapter, which is there already, has otherwise."""
+    """The settings that were given of `lora` and that an adapter, which is there already, has otherwise: its rank,
+    alpha, variant and layers. Names of layers are not compared, which peft keeps in ways of its own."""
     layers: Any = config.layers_to_transform or ()
-    own = {
-        "rank": config.r,
-        "alpha": config.lora_alpha,
-        "targets": sorted(config.target_modules or ()) if isinstance(lora.targets, list) else lora.targets,
-        "top_layers": len(layers) or None,
-        "variant": "dora" if config.use_dora else "rslora" if config.use_rslora else "lora",
-        "initialisation": "default",
+    rank, alpha = _rank_and_alpha(lora)
+    variant = "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
+    compared = {
+        "rank": (rank, config.r),
+        "alpha": (round(alpha, 6), round(config.lora_alpha, 6)),
+        "top_layers": (lora.top_layers, len(layers) or None),
+        "variant": (lora.variant, variant),
     }
-    given = {name: getattr(lora, name) for name in own if name in lora.model_fields_set}
-    if isinstance(lora.targets, list):
-        given["targets"] = sorted(lora.targets)
-    return [f"{name}={value} (it has {own[name]})" for name, value in given.items() if value != own[name]]
+    given = {name: each for name, each in compared.items() if name in lora.model_fields_set}
+    return [f"{name}={asked} (it has {own})" for name, (asked, own) in given.items() if asked != own]
+
+
+def _rank_and_alpha(lora: Lora) -> tuple[int, float]:
+    """Of the adapter as it is stored. PiSSA's has twice the rank, for what is trained and what is taken off, and the
+    same scaling."""
+    if lora.initialisation != "pissa":
+        return lora.rank, lora.alpha
+    return 2 * lora.rank, lora.alpha * (math.sqrt(2) if lora.variant == "rslora" else 2)
 
 
 def install_norms(layers: Iterable[LoraLayer], role: str) -> None:

@@ -42,8 +42,7 @@ def expected(roles: Roles, experiences: Sequence[Experience], settings: Rounds) 
     at_once = max(each.batch.token_count for each in experiences)
     kept = 2 if settings.gradient_checkpointing else STATES
     activations = at_once * config.num_hidden_layers * config.hidden_size * kept * bytes_each
-    below = sum(each.below.nbytes for each in experiences if each.below is not None)
-    return trained * OF_ADAM + below + max(cache, activations)
+    return trained * OF_ADAM + max(cache, activations)
 
 
 def free(device: torch.device) -> int:

@@ -25,7 +25,7 @@ from pipeline.manifest import Metric
 from stages.core import checkpoint, device, loop, optim
 from stages.core.checkpoint import State, joined
 from stages.core.layout import choose_layout
-from stages.core.models import record
+from stages.core.models import decoder_layers, record
 from stages.core.rl import health, preflight
 from stages.core.rl.experience import Collector, Experience, score
 from stages.core.rl.health import Health, Raised
@@ -141,8 +141,9 @@ class Training:
             layout, warnings = choose_layout(roles.base, examples)
         self.warnings = [*roles.warnings, *warnings]
         trunk = Trunk.of(roles.base, examples, layout)
-        if settings.lora.top_layers and not trunk.depth:
-            self.warnings.append(f"lora.top_layers={settings.lora.top_layers} saves nothing: {NOTHING_SHARED}")
+        top = settings.lora.top_layers
+        if top and top < len(decoder_layers(roles.base.model)) and not trunk.depth:
+            self.warnings.append(f"lora.top_layers={top} saves nothing: {NOTHING_SHARED}")
         self._learner = learner_of(roles, layout, trunk)
         self._sampler, self._rewards = Sampler(roles, settings), Rewards(roles, settings)
         self._collector = Collector(roles, settings, self._rewards, layout, trunk)

@@ -18,7 +18,7 @@ import reports
 
 from pipeline.errors import ArtifactError, StorageError
 from pipeline.manifest import Metric
-from pipeline.report import write
+from pipeline.report import sentence, write
 from pipeline.report.curves import draw_curves
 from pipeline.report.inputs import ModelEvaluation
 from pipeline.report.lineage import BOX_HEIGHT, BOX_WIDTH, lay_out
@@ -160,6 +160,19 @@ def test_a_stage_made_from_another_parent_is_warned_about(run: Path) -> None:
     stages = reports.report(run)["stages"]
     assert "made from another judge (reward)" in stages["ppo"]["warnings"][0]
     assert stages["sft"]["warnings"] == []
+
+
+@pytest.mark.parametrize(("names", "told"), [
+    ([], ""), (["judge"], ""), (["ppo"], "an earlier ppo"), (["sft"], "an earlier sft"),
+    (["ppo", "sft"], "an earlier ppo and sft"),
+])  # fmt: skip
+def test_a_verdict_of_models_that_were_made_anew_since_says_so(run: Path, names: list[str], told: str) -> None:
+    for name in names:
+        reports.write_stage(run, name, digest=reports.digest("another"))
+    found = reports.report(run)["verdict"]
+    expected = f"The evaluation is of {told} than the run's: evaluate again." if told else ""
+    assert (found["stage"], found["caution"]) == ("ppo", expected)
+    assert sentence(run) == f"{found['sentence']} {expected}".rstrip()
 
 
 def test_reward_up_and_gold_down_is_called_over_optimised(run: Path) -> None:

@@ -40,7 +40,8 @@ def write(run_directory: Path) -> Path:
 
 
 def sentence(run_directory: Path) -> str:
-    """The first sentence of the report that is there; nothing where no model was evaluated.
+    """The first sentence of the report that is there, with what is to be held against it; nothing where no model was
+    evaluated.
 
     Raises:
         ArtifactError: There is no report, or it is damaged.
@@ -48,7 +49,7 @@ def sentence(run_directory: Path) -> str:
     path = run_directory / REPORT
     try:
         found = json.loads(path.read_bytes())["verdict"]
-        return "" if found["state"] == NOT_EVALUATED else str(found["sentence"])
+        return "" if found["state"] == NOT_EVALUATED else f"{found['sentence']} {found['caution']}".rstrip()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"not a report: {error!r:.80}", where=path, hint="`baton report RUN` writes it") from error
 

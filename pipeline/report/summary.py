@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
@@ -16,7 +17,7 @@ from pipeline.gate import Check, check
 from pipeline.manifest import Metric
 from pipeline.report.health import trends
 from pipeline.report.inputs import ModelEvaluation, RunRecord, StageRecord
-from pipeline.report.verdict import judge, over_optimised
+from pipeline.report.verdict import Verdict, judge, over_optimised
 
 _REQUIRED = TypeAdapter(dict[str, dict[str, str]])
 
@@ -29,9 +30,29 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "created_by": f"baton {pipeline.__version__}",
         "command": command(run),
         "stages": {name: _stage(name, run, models.get(name)) for name in run.stages},
-        "verdict": judge(models).as_json(),
+        "verdict": _verdict(run, models).as_json(),
         "requirements": {name: [each.as_json() for each in checks] for name, checks in _checks(run)},
     }
+
+
+def _verdict(run: RunRecord, models: Mapping[str, ModelEvaluation]) -> Verdict:
+    """What the evaluations say, with a caution where they are of other models than the run's."""
+    found = judge(models)
+    replaced = [name for name in (found.stage, found.parent) if name and _is_replaced(name, models, run)]
+    if not replaced:
+        return found
+    caution = f"The evaluation is of an earlier {' and '.join(replaced)} than the run's: evaluate again."
+    return replace(found, caution=f"{caution} {found.caution}".rstrip())
+
+
+def _is_replaced(name: str, models: Mapping[str, ModelEvaluation], run: RunRecord) -> bool:
+    """Whether a stage was made anew since the evaluation whose figures are shown."""
+    return any(
+        each.source == name and each.digest != run.stages[name].manifest.digest
+        for record in run.stages.values()
+        if record.evaluation and name in run.stages and record.evaluation.models.get(name) is models[name]
+        for each in record.manifest.inputs.values()
+    )
 
 
 def evaluated(run: RunRecord) -> dict[str, ModelEvaluation]:

@@ -425,8 +425,8 @@ IN_TRAINING = (
     Mutation(
         "an alarm that cannot go off in so few rounds",
         "pipeline/config.py",
-        "if ALARM_ROUNDS.get(each, 1) > self.steps]",
-        "if False]",
+        "if (needed := self.rounds_needed(each)) > self.steps}",
+        "if (needed := self.rounds_needed(each)) < 0}",
         "test_ppo.py::test_an_alarm_that_needs_more_rounds_than_there_are_is_refused_with_their_number",
     ),
     Mutation(

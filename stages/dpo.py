@@ -56,7 +56,7 @@ def run(context: Context) -> Result:
         NumericalError: A loss or gradient is not finite.
         StorageError: The cache, where the reference is kept, cannot be written.
     """
-    settings, compute = context.settings, device.choose(context.device, context.dtype)
+    settings, compute = context.settings, device.for_stage(context)
     optim.require_support(settings.optimizer, compute.device)
     loop.seed_everything(context.seed)
     policy = context.inputs["policy"]

@@ -83,7 +83,7 @@ def run(context: Context) -> Result:
         ConfigError: A model has no room for a prompt before so long a response, or names are not distinct.
         ServerError: A judge's server is out of reach from the beginning, or breaks the protocol.
     """
-    settings, compute = context.settings, device.choose(context.device, context.dtype)
+    settings, compute = context.settings, device.for_stage(context)
     loop.seed_everything(context.seed)
     learnt, texts = ([context.sources[name] for name in names] for names in (context.trained, context.pretrained))
     refuse_trained(context.data.values(), learnt, texts)

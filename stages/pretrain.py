@@ -40,7 +40,7 @@ def run(context: Context) -> Result:
         DataError: There is not enough text for one block.
         NumericalError: A loss or gradient is not finite.
     """
-    settings, compute = context.settings, device.choose(context.device, context.dtype)
+    settings, compute = context.settings, device.for_stage(context)
     optim.require_support(settings.optimizer, compute.device)
     loop.seed_everything(context.seed)
     language_model = _open(context, compute)

@@ -50,7 +50,7 @@ def run(context: Context) -> Result:
         ArtifactError: The policy is damaged or not what its manifest says.
         NumericalError: A loss or gradient is not finite.
     """
-    settings, compute = context.settings, device.choose(context.device, context.dtype)
+    settings, compute = context.settings, device.for_stage(context)
     optim.require_support(settings.optimizer, compute.device)
     loop.seed_everything(context.seed)
     policy = context.inputs["policy"]

@@ -39,7 +39,7 @@ def run(context: Context) -> Result:
         ConfigError: The adapter does not fit the model, or the device does not serve what is asked of it.
         NumericalError: A loss or gradient is not finite.
     """
-    settings, compute = context.settings, device.choose(context.device, context.dtype)
+    settings, compute = context.settings, device.for_stage(context)
     optim.require_support(settings.optimizer, compute.device)
     loop.seed_everything(context.seed)
     policy = context.inputs["policy"]

@@ -48,7 +48,7 @@ def run(context: Context) -> Result:
         ArtifactError: The policy or the reward model is damaged or not what its manifest says.
         NumericalError: A loss or gradient is not finite.
     """
-    settings, compute = context.settings, device.choose(context.device, context.dtype)
+    settings, compute = context.settings, device.for_stage(context)
     policy = context.inputs["policy"]
     _require_weights_to_train(context, policy)
     optim.require_support(settings.optimizer, compute.device)

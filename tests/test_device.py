@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,13 +68,42 @@ def test_a_precision_asked_for_is_the_one_used(name: str, monkeypatch: pytest.Mo
     assert device.choose("cpu", name).dtype == getattr(torch, name)
 
 
-@pytest.mark.parametrize(("gain", "expected"), [(4.0, torch.bfloat16), (1.0, torch.float32), (0.2, torch.float32)])
+@pytest.mark.parametrize(("gain", "expected"), [(4.0, torch.bfloat16), (1.0, torch.float32), (0.3, torch.float32)])
 def test_the_processor_uses_bfloat16_only_where_it_is_measured_to_pay(
     gain: float, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seconds = {torch.float32: 1.0, torch.bfloat16: 1.0 / gain}
-    monkeypatch.setattr(device, "_matmul_seconds", lambda dtype: seconds[dtype])
+    monkeypatch.setattr(device, "_bfloat16_gain", lambda size: gain)
     assert device.choose("cpu", "auto").dtype == expected
+
+
+def test_a_processor_that_emulates_bfloat16_is_found_out_without_a_large_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(device, "_bfloat16_gain", lambda size: asked.append(size) or 0.02)
+    assert device.choose("cpu", "auto").dtype == torch.float32
+    assert asked == [device.SMALL]
+
+
+@pytest.mark.parametrize(("dtype", "gain", "warned"), [
+    ("bfloat16", 0.02, True), ("bfloat16", 0.5, False), ("bfloat16", 2.0, False), ("float32", 0.02, False),
+    ("auto", 0.02, False),
+])  # fmt: skip
+def test_a_stage_warns_of_a_precision_that_the_processor_emulates(
+    dtype: str, gain: float, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_bfloat16_gain", lambda size: gain)
+    said: list[str] = []
+    asked = SimpleNamespace(device="cpu", dtype=dtype, say=said.append)
+    assert device.for_stage(asked).device.type == "cpu"
+    assert [line for line in said if "50 times as long" in line and "dtype=float32" in line] == said
+    assert bool(said) == warned
+
+
+def test_the_gain_of_bfloat16_is_the_ratio_of_what_products_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {torch.float32: 3.0, torch.bfloat16: 2.0}
+    monkeypatch.setattr(device, "_matmul_seconds", lambda dtype, size: seconds[dtype] * size)
+    assert device._bfloat16_gain.__wrapped__(8) == 1.5
 
 
 @pytest.mark.parametrize("supported", [True, False])

@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from functools import cache
 from statistics import median
 
 import torch
 
+from pipeline.contract import Context
 from pipeline.errors import ConfigError
 
 WORTHWHILE_SPEEDUP = 1.2
+EMULATED = 0.25
+"""A processor whose products are this much slower in bfloat16 than in float32, or more, has no instructions for it."""
+SMALL, LARGE = 128, 768
+"""Sizes of products to time: the small one tells an emulation, in which the large one takes seconds."""
 KERNELS = 128
 """Kernels that oneDNN keeps, of about 0.4 MiB each; by itself it keeps 1,024, and a run grows until it has them."""
 KERNELS_KEPT = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")
@@ -58,6 +64,19 @@ def choose(device: str, dtype: str) -> Compute:
     return Compute(chosen, getattr(torch, dtype))
 
 
+def for_stage(context: Context) -> Compute:
+    """What a stage's context asks for; the user is warned of a precision that the processor only emulates.
+
+    Raises:
+        ConfigError: The device asked for is not there.
+    """
+    compute = choose(context.device, context.dtype)
+    if compute.device.type == "cpu" and compute.dtype == torch.bfloat16 and _is_emulated():
+        slower = f"products take {1 / _bfloat16_gain(SMALL):.0f} times as long as in float32, large ones more"
+        context.say(f"warning: this processor emulates bfloat16: {slower}; use dtype=float32 or dtype=auto")
+    return compute
+
+
 def avoid_broken_attention() -> None:
     """Take other kernels than cuDNN's for attention, in the whole process.
 
@@ -91,10 +110,20 @@ def _bfloat16_pays(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "mps":
         return False
-    return _matmul_seconds(torch.float32) > WORTHWHILE_SPEEDUP * _matmul_seconds(torch.bfloat16)
+    return not _is_emulated() and _bfloat16_gain(LARGE) > WORTHWHILE_SPEEDUP
 
 
-def _matmul_seconds(dtype: torch.dtype, size: int = 768, repeats: int = 9) -> float:
+def _is_emulated() -> bool:
+    return _bfloat16_gain(SMALL) <= EMULATED
+
+
+@cache
+def _bfloat16_gain(size: int) -> float:
+    """How many times as fast as in float32 the processor's products of this size are in bfloat16."""
+    return _matmul_seconds(torch.float32, size) / _matmul_seconds(torch.bfloat16, size)
+
+
+def _matmul_seconds(dtype: torch.dtype, size: int, repeats: int = 9) -> float:
     matrix = torch.ones(size, size, dtype=dtype)
     seconds = []
     for _ in range(repeats):

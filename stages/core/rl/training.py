@@ -97,7 +97,7 @@ def train(context: Context, learner_of: LearnerOf) -> Result:
         ArtifactError: The policy or the reward model is damaged, or they sit on different bases.
         NumericalError: The preflight failed, or a loss or gradient is not finite.
     """
-    settings, compute = context.settings, device.choose(context.device, context.dtype)
+    settings, compute = context.settings, device.for_stage(context)
     optim.require_support(settings.optimizer, compute.device)
     loop.seed_everything(context.seed)
     roles = open_roles(context.inputs["policy"], context.inputs.get("reward"), settings, compute)

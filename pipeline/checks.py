@@ -151,6 +151,7 @@ def _require_facts(stage: StageSettings, source: DataSource) -> None:
     from data import read
     from data.naming import require_plain
     from data.split import is_held_out
+    from reward.rules import require_facts
 
     gold, rules = _gold(stage), _knowing(stage)
     if not (gold or rules):
@@ -163,16 +164,9 @@ def _require_facts(stage: StageSettings, source: DataSource) -> None:
         if (held_out := is_held_out(row, source.held_out)) or (rules and not evaluated)
     )
     for row, needed in islice(judged, looks):
-        _require_facts_of(row, needed)
+        require_facts(needed, row)
         if evaluated:
             require_plain(str(row.facts.get("task", "")), "task", row.origin)
-
-
-def _require_facts_of(row: Any, rules: Collection[str]) -> None:
-    from reward.rules import verdict
-
-    for rule in sorted(rules):
-        verdict(rule, row.facts, "", row.origin)
 
 
 def _gold(settings: BaseModel) -> set[str]:
@@ -190,6 +184,7 @@ def _knowing(settings: BaseModel) -> set[str]:
 def _check_suite(suite: Suite, stage: StageSettings, where: str) -> None:
     """Read all rows of a suite: there are few, and each of them may be at fault."""
     from data import read, suite_rows
+    from reward.rules import require_facts
 
     _require_tokens(suite, where)
     if isinstance(stage, EvaluateSettings) and isinstance(suite, SampledSuite):
@@ -199,7 +194,8 @@ def _check_suite(suite: Suite, stage: StageSettings, where: str) -> None:
         return
     rules = _gold(suite) | _knowing(suite)
     for item in suite_rows.read(suite).chosen:
-        _require_facts_of(item.row, rules)
+        row: Any = item.row  # a prompt, where there are rules
+        require_facts(rules, row)
 
 
 def _require_room(suite: SampledSuite, stage: EvaluateSettings, where: str) -> None:

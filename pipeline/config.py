@@ -73,6 +73,12 @@ ALARM_ROUNDS: dict[Alarm, int] = {
     "gradient_spike": 53,
 }
 """Rounds before which an alarm cannot go off; one for those that are not here."""
+NEEDED: dict[Alarm, str] = {
+    "ratio_explosion": "ratios, which the stage `ppo` alone has",
+    "value_useless": "a value function, which `advantage: gae` of the stage `ppo` alone has",
+    "over_optimisation": "a `gold` that is not the reward",
+}
+"""What alarms need that not every stage has."""
 
 
 class Preparation(Settings):
@@ -528,7 +534,8 @@ class Rewarded(Batching):
     max_new_tokens: Positive = 64
     """Longest response, end of turn included."""
     temperature: Temperature = 1.0
-    """Sampling temperature, also applied to every log-probability."""
+    """Sampling temperature. Divergences are measured at it, and PPO's losses computed; those of rejection and
+    online_dpo are of log-probabilities at temperature 1."""
     samples_per_prompt: Positive = 1
     """Responses to each prompt of a rollout; the prompt is computed once for all."""
     sampler: Literal["native", "continuous"] = "native"
@@ -587,6 +594,11 @@ class Rounds(Rewarded):
         return ALARM_ROUNDS.get(alarm, 1)
 
     @property
+    def scale_matters(self) -> bool:
+        """Whether something is learnt from how large rewards are, and not only from which is larger."""
+        return bool(self.missing_eos_penalty or self.length_penalty or self.reward_clip)
+
+    @property
     def _only_gold_is_rewarded(self) -> bool:
         """Whether score and reward rise and fall together."""
         return self.reward is None and all(each.rule == self.gold and each.weight > 0 for each in self.rules)
@@ -600,14 +612,25 @@ class Rounds(Rewarded):
     def _alarms_can_go_off(self) -> Self:
         silent = [each for each in self.stop_on if each not in self.alarms]
         if silent:
-            reason = "over_optimisation needs a `gold` that is not the reward"
-            raise ValueError(f"stop_on: {', '.join(silent)} cannot go off here ({reason})")
+            reasons = "; ".join(f"{each} needs {NEEDED[each]}" for each in silent)
+            raise ValueError(f"stop_on: {', '.join(silent)} cannot go off here: {reasons}")
         late = {each: needed for each in self.stop_on if (needed := self.rounds_needed(each)) > self.steps}
         if late:
             rounds = ", ".join(f"{needed} for {each}" for each, needed in late.items())
             raise ValueError(f"stop_on: in steps={self.steps} these cannot go off, the rounds needed are {rounds}")
         if self.compares_responses and self.reward_normalisation == "mean" and self.reward_clip is None:
             raise ValueError("reward_normalisation=mean changes no difference between rewards: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _the_scale_is_used(self) -> Self:
+        if self.scale_matters:
+            return self
+        what = "of no use where nothing but the order of rewards or their deviations counts: leave it out"
+        if self.reward_normalisation == "deviation":
+            raise ValueError(f"reward_normalisation=deviation: {what}, or give a penalty or reward_clip")
+        if self.reward_weight != type(self).model_fields["reward_weight"].default and not self.rules:
+            raise ValueError(f"reward_weight: {what}, or give rules, a penalty or reward_clip")
         return self
 
 
@@ -668,9 +691,13 @@ class PpoSettings(Rounds):
     def alarms(self) -> tuple[Alarm, ...]:
         return (*super().alarms, "ratio_explosion", *(("value_useless",) if self.advantage == "gae" else ()))
 
+    @property
+    def scale_matters(self) -> bool:
+        return super().scale_matters or self.advantage != "grpo"
+
     def rounds_needed(self, alarm: Alarm) -> int:
-        of_policy = ("gradient_spike", "ratio_explosion")
-        return super().rounds_needed(alarm) + (self.value_warmup if alarm in of_policy else 0)
+        # The policy has no gradients while the value function warms up.
+        return super().rounds_needed(alarm) + (self.value_warmup if alarm == "gradient_spike" else 0)
 
     @property
     def compares_responses(self) -> bool:

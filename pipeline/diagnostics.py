@@ -69,7 +69,7 @@ DIAGNOSTICS = (
     Diagnostic("ended", "share of responses that end their turn", "above 0.9", low=0.9),
     Diagnostic("length", "mean tokens of a response", "within a third of its start", 2 / 3, 4 / 3, of_start=True),
     Diagnostic("held_out", "mean score on held-out prompts", "both held-out figures rise"),
-    Diagnostic("held_out_reward", "mean of what is trained for, on held-out prompts", "both held-out figures rise"),
+    Diagnostic("held_out_reward", "mean of what responses to held-out prompts are worth", "both held-out figures rise"),
     Diagnostic("reward_deviation", "standard deviation of rewards over responses", "above 0", low=1e-6),
     # By the end of a training, the learning rate has mostly decayed to where nothing moves: low is no fault there.
     Diagnostic(
@@ -92,7 +92,7 @@ DIAGNOSTICS = (
     Diagnostic("value_clip_fraction", "share of tokens whose value is beyond the clip", "below 0.2", high=0.2),
     Diagnostic("advantage_mean", "mean advantage of a token, before whitening", "near 0"),
     Diagnostic("advantage_deviation", "standard deviation of advantages, before whitening", "above 0", low=1e-6),
-    Diagnostic("no_advantage", "share of tokens whose advantage is zero", "below a half", high=0.5),
+    Diagnostic("no_advantage", "share of prompts whose responses all have the same score", "below a half", high=0.5),
     Diagnostic(
         "length_p95",
         "95th percentile of the responses' tokens",

@@ -22,7 +22,17 @@ class RuleMixture:
     """
 
     def __init__(self, settings: Sequence[Rule]) -> None:
+        self._names = {each.rule for each in settings}
         self._parts: list[tuple[float, Rewards]] = [(each.weight, _rewards_of(each)) for each in settings]
+
+    def require_facts(self, prompts: Sequence[Prompt]) -> None:
+        """See that every prompt holds what the rules need.
+
+        Raises:
+            DataError: A prompt does not; names its origin.
+        """
+        for prompt in prompts:
+            rules.require_facts(self._names, prompt)
 
     def scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """The reward of each response.

@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from data.ngrams import words
 from data.normal_form import normal_form
+from data.schema import Prompt
 from data.world import gold_reward
 from pipeline.errors import DataError
 
+SAID = "Yes."
+"""A response for which every rule looks at all that it needs; for an empty one it might not."""
 CLOSING = ".!?,;:"
 QUOTES = "\"'`\u201c\u201d\u2018\u2019"
 NUMBER = re.compile(
@@ -98,6 +101,21 @@ def verdict(name: str, facts: Mapping[str, Any], response: str, origin: str) -> 
         what = f"{error}, which the rule `{name}` needs"
     needed = "of the embedded world" if name == "world" else "with a column `answer`, or rows of question and answer"
     raise DataError(what, where=origin, hint=f"give prompts {needed}, or take another rule (docs/rewards.md)")
+
+
+def require_facts(names: Collection[str], prompt: Prompt) -> None:
+    """See that a prompt holds what rules need, before any response is there.
+
+    Args:
+        names: Of any rules; only those of `JUDGES` need something.
+        prompt: With its facts.
+
+    Raises:
+        DataError: It does not; names its origin.
+    """
+    for name in JUDGES:
+        if name in names:
+            verdict(name, prompt.facts, SAID, prompt.origin)
 
 
 def pattern(response: str, expression: str) -> float:

@@ -31,6 +31,7 @@ from pipeline.manifest import DataCard, Metric
 from pipeline.suites import SampledSuite
 from reward.best_of_n import Frontier, divergence
 from reward.intervals import mean_interval, proportion_interval, ratio_interval
+from reward.rules import require_facts
 from stages.core import device, loop, rows
 from stages.core.answers import PLAIN, Answers, answer, room
 from stages.core.comparison import Comparison, compare, corrected_tests
@@ -97,6 +98,7 @@ def run(context: Context) -> Result:
         texts=_held_out(context, "text", Text, cards),
     )
     for prompt in material.prompts:
+        require_facts({settings.gold}, prompt)
         require_plain(str(prompt.facts.get("task", "")), "task", prompt.origin)
     suites = Suites(context)
     _require_room(lineup, context)

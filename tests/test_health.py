@@ -11,8 +11,9 @@ import pytest
 import rl
 import torch
 
-from pipeline.config import ALARM_ROUNDS, Alarm
+from pipeline.config import ALARM_ROUNDS, Alarm, OnlineDpoSettings, RejectionSettings, Rounds
 from stages.core.rl.health import _ALARMS, Health, correlation, distinct_pairs, figures
+from stages.core.rl.sampling import Sampler
 
 WELL = {
     "reward": 0.5, "reward_deviation": 0.3, "kl": 1.0, "entropy": 1.0, "rollout_gap": 1e-6, "length": 10.0,
@@ -32,7 +33,7 @@ def rounds(changes: dict[str, list[float]], count: int) -> list[dict[str, float]
 
 
 def raised(history: list[dict[str, float]]) -> list[str]:
-    health = Health()
+    health = Health(rl.settings())
     return [each.name for figures in history for each in health.watch(figures)]
 
 
@@ -100,7 +101,7 @@ def test_figures_that_a_stage_has_not_raise_nothing() -> None:
 
 
 def test_an_alarm_from_elsewhere_goes_off_once_and_only_if_something_was_seen() -> None:
-    health = Health()
+    health = Health(rl.settings())
     assert health.set_off("over_optimisation", "") == []
     assert [str(each) for each in health.set_off("over_optimisation", "it fell")] == ["over optimisation: it fell"]
     assert health.set_off("over_optimisation", "again") == []
@@ -127,9 +128,10 @@ def test_distinct_pairs_are_counted_over_all_responses() -> None:
 
 def test_the_figures_of_a_rollout_are_those_of_its_responses() -> None:
     roles, chosen = rl.disturbed(), rl.settings(tokens_per_batch=60, samples_per_prompt=2)
-    group = rl.sampled(roles, chosen)
+    rollout = Sampler(roles, chosen).rollout(rl.prompts(), 0)
+    group = rl.collected(roles, rollout, chosen)
     responses = [branch.tokens for each in group for tree in each.batch.trees for branch in tree.branches]
-    found = figures(group, responses)
+    found = figures(group, rollout, chosen)
     lengths = [len(tokens) for tokens in responses]
     ratios = [each.log_ratios.sum().item() for each in group]
     assert found["length"] == pytest.approx(np.mean(lengths))
@@ -138,20 +140,49 @@ def test_the_figures_of_a_rollout_are_those_of_its_responses() -> None:
     assert found["reward"] == pytest.approx(rl.joined(group, "rewards").mean().item())
     assert found["rollout_gap"] < 1e-5
     assert found["ended"] == pytest.approx(np.mean([tokens[-1] == stop() for tokens in responses]))
-    assert 0 <= found["no_advantage"] < 0.5
+    assert "no_advantage" not in found
     assert all(math.isfinite(value) for value in found.values())
 
 
 def test_advantages_are_told_as_they_were_before_whitening() -> None:
     roles, chosen = rl.disturbed(), rl.settings(samples_per_prompt=2)
-    group = rl.sampled(roles, chosen)
+    rollout = Sampler(roles, chosen).rollout(rl.prompts(), 0)
+    group = rl.collected(roles, rollout, chosen)
     raw = torch.cat([each.returns - each.values for each in group])
-    found = figures(group, [])
+    found = figures(group, rollout, chosen)
     assert found["advantage_mean"] == pytest.approx(raw.mean().item(), abs=1e-6)
     assert found["advantage_deviation"] == pytest.approx(raw.std(unbiased=False).item(), abs=1e-6)
     assert abs(found["advantage_mean"]) > 1e-3
     assert abs(found["advantage_deviation"] - 1) > 1e-2
     assert rl.joined(group, "advantages").std(unbiased=False).item() == pytest.approx(1, abs=1e-2)
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_prompts_whose_responses_have_one_score_are_counted_whatever_the_divergence(advantage: str) -> None:
+    kl = {"rloo": {}, "grpo": {"kl_in": "loss", "kl_estimator": "k2"}}[advantage]
+    roles, chosen = rl.disturbed(), rl.settings(advantage=advantage, samples_per_prompt=2, **kl)
+    rollout = Sampler(roles, chosen).rollout(rl.prompts(8), 0)
+    group = rl.collected(roles, rollout, chosen)
+    for each in group:
+        alike = [1.0, 1.0 + 1e-6], [0.0, 1.0]
+        each.scores = torch.tensor([score for tree in each.batch.trees for score in alike[tree.number >= 6]])
+    assert figures(group, rollout, chosen)["no_advantage"] == 6 / 8
+
+
+@pytest.mark.parametrize(("chosen", "remedy"), [
+    (rl.settings(), "kl_coefficient"),
+    (OnlineDpoSettings(policy="p", reward="r", data="d"), "raise beta"),
+    (OnlineDpoSettings(policy="p", reward="r", data="d", loss="simpo", gamma=0.5), "fewer steps"),
+    (RejectionSettings(policy="p", reward="r", data="d"), "fewer steps"),
+])  # fmt: skip
+def test_an_alarm_advises_what_the_stage_has(chosen: Rounds, remedy: str) -> None:
+    for wrong in ({"kl": [1.0, 40.0]}, {"entropy": [1.0, 0.2]}):
+        health = Health(chosen)
+        said = [str(each) for figures in rounds(wrong, 40) for each in health.watch(figures)]
+        assert len(said) == 1
+        assert remedy in said[0]
+        named = [name for name in ("kl_coefficient", "kl_target", "beta") if name in said[0]]
+        assert all(name in type(chosen).model_fields for name in named)
 
 
 def stop() -> int:

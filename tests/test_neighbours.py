@@ -40,6 +40,13 @@ def test_the_best_responses_are_kept_best_first(keep: int) -> None:
         assert best.prompt == tree.prompt
 
 
+def test_no_response_is_learnt_that_is_as_bad_as_the_worst() -> None:
+    trees, scores = forest(3, 4), torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 1.0], [3.0, 1.0, 2.0, 0.0]])
+    best = [each.branches for each in best_of(trees, scores, 3)]
+    places = [[1], [0, 2, 3], [0, 2, 1]]
+    assert best == [tuple(tree.branches[place] for place in own) for tree, own in zip(trees, places, strict=True)]
+
+
 def test_a_pair_is_the_best_response_and_the_worst() -> None:
     trees, scores = forest(5, 4), torch.randn(5, 4)
     for tree, pair, own in zip(trees, pairs_of(trees, scores), scores.tolist(), strict=True):

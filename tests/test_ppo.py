@@ -18,7 +18,7 @@ from torch import Tensor, equal
 
 from data.template import TEMPLATE, tokenizer_record
 from data.tokenizer import load_tokenizer
-from pipeline.config import Lora, Optimizer, PpoSettings
+from pipeline.config import Lora, Optimizer, PpoSettings, RejectionSettings
 from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError, ConfigError
 from stages import ppo
@@ -26,7 +26,7 @@ from stages.core import probes
 from stages.core.forward import token_logprobs
 from stages.core.loop import Part
 from stages.core.rl import updates
-from stages.core.rl.experience import Experience, score
+from stages.core.rl.experience import Experience, estimate, score
 from stages.core.rl.health import Health
 from stages.core.rl.learner import PolicyGradient
 from stages.core.rl.opening import open_roles
@@ -235,11 +235,11 @@ def test_of_large_batches_the_smallest_that_tells_enough_is_looked_at() -> None:
 
 
 def test_a_single_large_step_sets_off_the_alarm() -> None:
-    roles, health = rl.four_roles(), Health()
+    roles = rl.four_roles()
     chosen = rl.settings(optimizer=Optimizer(learning_rate=1.0, warmup=0.0), samples_per_prompt=16)
     rollout, found = groups(roles, chosen)
     figures = learner(roles, chosen).learn(rollout, found, 0, Random(0))
-    assert [each.name for each in health.watch(figures)] == ["ratio_explosion"]
+    assert [each.name for each in Health(chosen).watch(figures)] == ["ratio_explosion"]
 
 
 @pytest.mark.parametrize("value", ["adapter", "head"])
@@ -352,13 +352,28 @@ def test_values_begin_on_the_scale_of_the_scores() -> None:
     made = learner(roles, chosen)
     group = rl.collector(roles, chosen).collect(rollout, rollout.trees(), [0.0] * 6)
     scale = Scale.of(rl.joined(group, "rewards"), chosen)
-    made.begin(group, scale)
+    made.begin(group, scale, of_rules=0.0)
     score(group, chosen, scale)
     again = rl.collector(roles, chosen).collect(rollout, rollout.trees(), [0.0] * 6)
     assert torch.allclose(rl.joined(group, "values"), rl.joined(again, "values"), atol=1e-4)
     for each in group:
         with torch.no_grad(), roles.use(VALUE):
             assert torch.allclose(branch_scores(roles, VALUE, each.batch), each.scores, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["none", "mean", "deviation"])
+def test_what_rules_give_every_response_is_no_surprise_to_the_values(how: str) -> None:
+    def surprise(of_rules: float) -> torch.Tensor:
+        roles, chosen = rl.four_roles(), moving(reward_normalisation=how)
+        rollout = rl.given(models.responses(6))
+        group = rl.collector(roles, chosen).collect(rollout, rollout.trees(), [of_rules] * 6)
+        scale = Scale.of(rl.joined(group, "rewards"), chosen)
+        learner(roles, chosen).begin(group, scale, of_rules)
+        score(group, chosen, scale)
+        estimate(group, chosen, 0.0)
+        return rl.joined(group, "estimates")
+
+    assert torch.allclose(surprise(2.0), surprise(0.0), atol=1e-4)
 
 
 def test_the_learning_rate_goes_on_by_rounds_past_updates_that_are_left_out() -> None:
@@ -393,6 +408,10 @@ def test_while_the_policy_is_frozen_its_coefficient_is_too() -> None:
     {"advantage": "rloo", "samples_per_prompt": 2, "stop_on": ["value_useless"]}, {"value_weight": 0.5},
     {"advantage": "rloo", "samples_per_prompt": 2, "reward_normalisation": "mean"}, {"kl_horizon": 5},
     {"reward": None}, {"advantage": "rloo"}, {"clip": 0.1}, {"dual_clip": 3.0}, {"value_clip": 0.1},
+    {"advantage": "grpo", "samples_per_prompt": 2, "kl_coefficient": 0.0, "missing_eos_penalty": 0.0,
+     "reward_normalisation": "deviation"},
+    {"advantage": "grpo", "samples_per_prompt": 2, "kl_coefficient": 0.0, "missing_eos_penalty": 0.0,
+     "reward_weight": 2.0},
     {"stop_on": ["entropy_collapse"]}, {"reward": None, "rules": [{"rule": "exact"}], "gold": "exact",
     "stop_on": ["over_optimisation"]},
 ])  # fmt: skip
@@ -405,6 +424,10 @@ def test_settings_that_would_do_nothing_are_refused(changes: dict[str, object]) 
 @pytest.mark.parametrize("changes", [
     {"minibatches": 2, "clip": 0.1, "dual_clip": 3.0, "value_clip": 0.1},
     {"steps": 10, "stop_on": ["entropy_collapse"]},
+    {"advantage": "grpo", "samples_per_prompt": 2, "kl_coefficient": 0.0, "reward_normalisation": "deviation"},
+    {"advantage": "grpo", "samples_per_prompt": 2, "kl_coefficient": 0.0, "missing_eos_penalty": 0.0,
+     "reward_weight": 2.0, "rules": [{"rule": "exact"}]},
+    {"advantage": "rloo", "samples_per_prompt": 2, "missing_eos_penalty": 0.0, "reward_weight": 2.0},
     {"rules": [{"rule": "exact"}], "gold": "exact", "stop_on": ["over_optimisation"]},
     {"reward": None, "rules": [{"rule": "exact", "weight": -1}], "gold": "exact", "stop_on": ["over_optimisation"]},
 ])  # fmt: skip
@@ -418,6 +441,14 @@ def test_an_alarm_that_needs_more_rounds_than_there_are_is_refused_with_their_nu
     with pytest.raises(ValueError, match="63 for gradient_spike"):
         rl.settings(steps=62, value_warmup=10, stop_on=["gradient_spike"])
     rl.settings(steps=63, value_warmup=10, stop_on=["gradient_spike"])
+
+
+@pytest.mark.parametrize(("alarm", "needed"), [
+    ("ratio_explosion", "ratios"), ("value_useless", "a value function"), ("over_optimisation", "a `gold`"),
+])  # fmt: skip
+def test_an_alarm_that_a_stage_has_not_is_refused_with_what_it_needs(alarm: str, needed: str) -> None:
+    with pytest.raises(ValueError, match=f"{alarm} cannot go off here: {alarm} needs {needed}"):
+        RejectionSettings(policy="p", reward="r", data="d", stop_on=[alarm])
 
 
 def test_the_kl_coefficient_follows_its_target() -> None:

@@ -14,10 +14,12 @@ import pytest
 import rl
 import torch
 
+from data import read
+from data.split import is_held_out
 from pipeline.config import DataSource, OnlineDpoSettings, PpoSettings, RejectionSettings
 from pipeline.contract import Artifact, Context, Result
 from pipeline.diagnostics import DIAGNOSTICS, is_round
-from pipeline.errors import NumericalError
+from pipeline.errors import DataError, NumericalError
 from stages import online_dpo, ppo, rejection
 from stages.core.rl import trunk
 from stages.core.rl.experience import Collector, Experience, estimate, score
@@ -103,9 +105,9 @@ def test_what_is_rewarded_becomes_likelier(policy: Artifact, kind: str, changes:
 
 
 @pytest.mark.parametrize(("kind", "changes", "absent"), [
-    ("ppo", {"advantage": "gae", "update_epochs": 2}, ()),
+    ("ppo", {"advantage": "gae", "update_epochs": 2}, ("no_advantage",)),
     ("ppo", {"advantage": "rloo"}, ("value_", "explained_variance")),
-    ("rejection", {"samples_per_prompt": 4}, ("value_", "explained_variance", "advantage", "no_advantage", "ratio",
+    ("rejection", {"samples_per_prompt": 4}, ("value_", "explained_variance", "advantage", "ratio",
                                               "approximate_kl", "clip_fraction")),
 ])  # fmt: skip
 def test_every_diagnostic_is_one_that_rounds_log(
@@ -165,8 +167,9 @@ def test_the_tokens_that_count_are_those_of_rounds_and_looks(policy: Artifact, m
 
     monkeypatch.setattr(Collector, "collect", counted)
     result, records = train(policy, advantage="rloo", steps=2, evaluate_every=1)
-    looks, rounds = computed[::2], computed[1::2]
-    assert (len(looks), len(rounds)) == (3, 2)
+    assert len(computed) == 5
+    # The first look follows the first sampling, which the scale of the rewards is taken from.
+    rounds, looks = [computed[0], computed[3]], [computed[1], computed[2], computed[4]]
     # Policy and reference read every response, and the policy twice more: to learn from it, and to see what it learnt.
     assert [each["tokens"] for each in records] == [4 * each for each in rounds]
     assert result.tokens == 4 * sum(rounds) + 2 * sum(looks)
@@ -247,6 +250,25 @@ def test_a_prompt_that_is_cut_to_a_training_prompts_tokens_is_not_held_out(polic
     trained = {each.tokens for each in found.passes.pass_(0)}
     assert found.held_out
     assert not trained & {each.tokens for each in found.held_out}
+
+
+@pytest.mark.parametrize("how", [{"rules": [{"rule": "numeric"}]}, {"gold": "numeric"}])
+def test_an_answer_that_is_of_no_use_is_found_before_anything_is_sampled(
+    policy: Artifact, tmp_path: Path, how: dict[str, Any]
+) -> None:
+    rows = [{"prompt": f"How much is {number} plus 1?", "answer": str(number + 1)} for number in range(60)]
+    (tmp_path / "sums.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    source = DataSource(source=str(tmp_path / "sums.jsonl"), held_out=0.2)
+    given = context_of(policy, "ppo", 0, {"advantage": "rloo", "reward_normalisation": "none", **how})
+    held_out = [is_held_out(row, 0.2) for row in read.prompts(source)]
+    at_fault = max(place for place, held in enumerate(held_out) if held == ("gold" in how))
+    rows[at_fault]["answer"] = "none"
+    (tmp_path / "sums.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    said.clear()
+    with pytest.raises(DataError, match="the prompt's `answer` holds no number") as caught:
+        ppo.run(dataclasses.replace(given, data={"data": source}))
+    assert caught.value.where == f"{tmp_path}/sums.jsonl:{at_fault + 1}"
+    assert not [line for line in said if "preflight" in line]
 
 
 def test_the_tokens_that_were_sampled_are_those_that_are_scored_and_trained_on() -> None:

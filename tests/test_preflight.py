@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import rl
 import torch
+from numpy.typing import NDArray
 
 from pipeline.config import PpoSettings
 from pipeline.errors import NumericalError
@@ -19,14 +20,20 @@ from stages.core.rl import memory, preflight
 from stages.core.rl.experience import Experience, score
 from stages.core.rl.preflight import Check, checks, ratio, require
 from stages.core.rl.rewards import Scale
+from stages.core.rl.selection import Look
 from stages.core.roles import POLICY, Roles
 
 NAMES = ["probability ratio", "divergence", "gap", "responses that end", "spread", "chat template", "memory"]
 
 
 def examined(roles: Roles, group: list[Experience], chosen: PpoSettings) -> dict[str, Check]:
-    found = [ratio(group, rl.losses(roles, chosen), 0.05), *checks(roles, group, chosen, np.zeros(4))]
+    found = [ratio(group, rl.losses(roles, chosen), 0.05), *checks(roles, group, chosen, look(np.zeros(4)))]
     return {name: check for name, check in zip(NAMES, found, strict=True) if check.name.startswith(name)}
+
+
+def look(rewards: NDArray[np.float64], apart: float = 0.0) -> Look:
+    """The held-out prompts, with such mean rewards."""
+    return Look(0, rewards, rewards, kl=0.0, apart=apart)
 
 
 def start(compute: Compute = models.CPU) -> tuple[Roles, list[Experience], PpoSettings]:
@@ -153,8 +160,22 @@ def test_what_is_rarely_right_passes_where_a_held_out_prompt_shows_it() -> None:
     roles, group, chosen = start()
     for each in group:
         each.rewards = torch.zeros_like(each.rewards)
-    found = {check.name: check for check in checks(roles, group, chosen, np.array([0.0, 0.25, 0.0]))}
+    found = {check.name: check for check in checks(roles, group, chosen, look(np.array([0.0, 0.25, 0.0])))}
     assert found["spread of the rewards"].passed
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_where_responses_to_a_prompt_are_compared_others_prompts_rewards_are_no_spread(advantage: str) -> None:
+    chosen = rl.settings(advantage=advantage, samples_per_prompt=4, kl_coefficient=0.0)
+    roles = rl.four_roles()
+    group = rl.sampled(roles, chosen)
+    spread, seen = "spread of the rewards among a prompt's responses", np.array([0.0, 0.25, 0.0])
+    assert {check.name: check for check in checks(roles, group, chosen, look(seen))}[spread].passed
+    for each in group:
+        number = torch.tensor([tree.number for tree in each.batch.trees]).float()
+        each.rewards = number.repeat_interleave(4)
+    assert not {check.name: check for check in checks(roles, group, chosen, look(seen))}[spread].passed
+    assert {check.name: check for check in checks(roles, group, chosen, look(seen, apart=0.1))}[spread].passed
 
 
 def test_the_ratio_is_that_of_the_pass_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:

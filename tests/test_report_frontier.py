@@ -127,6 +127,8 @@ def test_a_stage_s_looks_are_drawn_where_its_judge_is_that_of_the_panel(run: Pat
         ({"gold": "exact", "reward": "judge"}, [1, 5]),
         ({"gold": "world", "rules": [{"rule": "length"}]}, [5, 1]),
         ({"gold": "world", "reward_weight": 2.0}, [5, 1]),
+        ({"gold": "world", "reward": "judge", "temperature": 0.5}, [1, 1]),
+        ({"gold": "world", "reward": "judge", "max_new_tokens": 8}, [1, 1]),
     ]:
         reports.write_stage(run, "ppo", settings=settings)
         (chart,) = charts(run)

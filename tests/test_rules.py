@@ -142,6 +142,11 @@ def test_a_prompt_without_what_a_rule_needs_is_named(rule: str, facts: dict[str,
     assert caught.value.where == "file.jsonl:7"
     assert caught.value.what.startswith(what)
     assert "docs/rewards.md" in caught.value.hint
+    prompt, length = Prompt(ASKED, facts, "file.jsonl:7"), {"rule": "length", "words": 3}
+    with pytest.raises(DataError) as at_once:
+        mixture(length, {"rule": rule}).require_facts([prompt])
+    assert str(at_once.value) == str(caught.value)
+    mixture(length).require_facts([prompt])
 
 
 def test_a_pattern_is_found_anywhere_or_where_it_says() -> None:

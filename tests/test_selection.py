@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import models
@@ -13,7 +14,7 @@ import torch
 from data.mixture import Mixture
 from data.schema import Prompt
 from stages.core.rl.prompts import EncodedPrompt, Prompts
-from stages.core.rl.rewards import Rewards
+from stages.core.rl.rewards import Rewards, Scale
 from stages.core.rl.sampling import Rollout
 from stages.core.rl.selection import Look, Selection
 from stages.core.roles import POLICY, Roles
@@ -22,9 +23,9 @@ from stages.core.rollout import Sample
 ANSWER = {"answer": "four"}
 
 
-def selection(roles: Roles, rollout: Rollout, gold: str) -> Selection:
-    chosen = rl.settings()
-    return Selection(roles, lambda: rollout, Rewards(roles, chosen), rl.collector(roles, chosen), gold)
+def selection(roles: Roles, rollout: Rollout, gold: str, **changes: object) -> Selection:
+    chosen = rl.settings(gold=gold, **changes)
+    return Selection(roles, lambda: rollout, Rewards(roles, chosen), rl.collector(roles, chosen), chosen)
 
 
 def answers(*texts: str, per_prompt: int = 2) -> Rollout:
@@ -36,15 +37,42 @@ def answers(*texts: str, per_prompt: int = 2) -> Rollout:
 
 def test_the_score_of_a_prompt_is_the_mean_over_its_responses_by_the_rule() -> None:
     made = selection(rl.four_roles(), answers("four", "five", "no", "four", "four", "four"), "exact")
-    assert made.look(0)["held_out"] == pytest.approx(4 / 6)
+    assert made.look(0, Scale())["held_out"] == pytest.approx(4 / 6)
     assert made.looks[0].scores.tolist() == [0.5, 0.5, 1.0]
 
 
 def test_without_a_rule_the_reward_is_the_score() -> None:
     made = selection(rl.four_roles(), answers("four", "five"), "none")
-    found = made.look(0)
+    found = made.look(0, Scale())
     assert found["held_out"] == found["held_out_reward"] != 0.0
     assert made.over_optimised == ""
+
+
+def test_without_a_rule_the_score_is_what_is_trained_for_penalties_and_all() -> None:
+    rollout = answers("four", "five")
+    cut = Rollout(rollout.prompts, [rollout.samples[0], dataclasses.replace(rollout.samples[1], ended=False)])
+    made = selection(rl.four_roles(), cut, "none", missing_eos_penalty=3.0, length_penalty=0.5)
+    found = made.look(0, Scale(mean=0.25, deviation=2.0))
+    penalties = (3.0 + 0.5 * sum(len(each.tokens) for each in cut.samples)) / 2
+    assert found["held_out"] == pytest.approx((found["held_out_reward"] - 0.25) / 2.0 - penalties)
+
+
+def test_a_policy_that_learnt_to_end_is_handed_on_though_its_rewards_are_the_same() -> None:
+    roles, ends = rl.four_roles(), answers("four", "four")
+    never = Rollout(ends.prompts, [dataclasses.replace(each, ended=False) for each in ends.samples])
+    made = selection(roles, never, "none")
+    made.look(0, Scale())
+    made._look_at = lambda: ends  # type: ignore[method-assign]
+    made.look(1, Scale())
+    assert made.looks[0].rewards.tolist() == made.looks[1].rewards.tolist()
+    assert made.best.round == 1
+
+
+def test_its_size_is_that_of_what_it_keeps() -> None:
+    made = selection(rl.four_roles(), answers("four", "no"), "exact")
+    expected = made.size
+    made.look(0, Scale())
+    assert expected == sum(each.nbytes for each in made.state().tensors.values()) > 0
 
 
 def test_the_policy_that_did_best_is_put_back_bit_for_bit() -> None:
@@ -55,7 +83,7 @@ def test_the_policy_that_did_best_is_put_back_bit_for_bit() -> None:
         models.disturb(roles, POLICY, seed=number)
         weights[number] = [each.clone() for _, each in roles.parameters(POLICY)]
         made._look_at = lambda said=said: answers(*said)  # type: ignore[misc]
-        made.look(number)
+        made.look(number, Scale())
     assert made.best.round == 2
     made.restore()
     assert all(torch.equal(a, b) for a, (_, b) in zip(weights[2], roles.parameters(POLICY), strict=True))
@@ -66,10 +94,10 @@ def test_the_policy_that_did_best_is_put_back_bit_for_bit() -> None:
 
 def test_a_policy_that_stands_still_is_not_looked_at_again_however_far_its_rounds_are_from_held_out_prompts() -> None:
     made = selection(rl.four_roles(), answers("four", "no"), "exact")
-    made.look(0)
+    made.look(0, Scale())
     far = made.looks[0].kl + 10.0
     assert made.is_due(far)
-    made.look(1, far)
+    made.look(1, Scale(), far)
     assert not made.is_due(far)
     assert made.is_due(far + 1.1)
     other = selection(rl.four_roles(), answers("four", "no"), "exact")
@@ -80,7 +108,7 @@ def test_a_policy_that_stands_still_is_not_looked_at_again_however_far_its_round
 def test_of_equal_scores_the_earlier_policy_is_kept() -> None:
     made = selection(rl.four_roles(), answers("four", "no"), "exact")
     for number in range(3):
-        made.look(number)
+        made.look(number, Scale())
     assert made.best.round == 0
 
 
@@ -90,7 +118,7 @@ def seen(scores: Sequence[float], rewards: Sequence[float], noise: float = 0.0, 
     hard = generator.normal(size=prompts)
     for number, (score, reward) in enumerate(zip(scores, rewards, strict=True)):
         moved = generator.normal(size=prompts) * noise
-        made.looks.append(Look(number, hard + score + moved - moved.mean(), np.full(prompts, reward), 0.0))
+        made.looks.append(Look(number, hard + score + moved - moved.mean(), np.full(prompts, reward), 0.0, 0.0))
     return made.over_optimised
 
 
@@ -124,6 +152,6 @@ def test_the_prompts_looked_at_are_drawn_from_all_that_are_held_out() -> None:
 def test_looking_leaves_the_policy_and_its_gradients_alone() -> None:
     roles = rl.disturbed()
     before = models.snapshot(roles.base.model)
-    selection(roles, rl.given(models.responses(4)), "none").look(0)
+    selection(roles, rl.given(models.responses(4)), "none").look(0, Scale())
     assert not models.changed(roles.base.model, before)
     assert all(each.grad is None for _, each in roles.parameters(POLICY))

@@ -130,11 +130,19 @@ def _is_evaluated(name: str, stage: StageRecord, judged: StageRecord) -> bool:
 
 def _paths(stage: StageRecord, judged: StageRecord) -> dict[str, Path]:
     paths: dict[str, Path] = {}
+    if not _sampled_alike(stage, judged):
+        return paths
     if judged.evaluation and stage.manifest.settings.get("gold", "none") == judged.evaluation.gold != "none":
         paths["gold"] = tuple((look.kl, look.score) for look in stage.looks)
     if _rewarded_alike(stage, judged):
         paths["reward"] = tuple((look.kl, look.reward) for look in stage.looks)
     return paths
+
+
+def _sampled_alike(stage: StageRecord, judged: StageRecord) -> bool:
+    """Whether looks and evaluation sample alike: at another temperature or length, a policy has another divergence."""
+    own, other = stage.manifest.settings, judged.manifest.settings
+    return all(own.get(name) == other.get(name) for name in ("temperature", "max_new_tokens"))
 
 
 def _rewarded_alike(stage: StageRecord, judged: StageRecord) -> bool:

@@ -67,15 +67,17 @@ class Judges:
         )
 
     def try_out(self, prompts: Sequence[Prompt]) -> None:
-        """Ask each judge about one prompt, so that a mistake in its settings shows before models answer any.
+        """Ask each judge about one prompt, so that a mistake in its settings shows before models answer any, and see
+        that the rules find what they need in all.
 
         Raises:
-            DataError: The prompt does not hold what a rule needs; names the prompt's origin.
+            DataError: A prompt does not hold what a rule needs; names the prompt's origin.
             ServerError: A server is out of reach or breaks the protocol.
         """
         first = prompts[:1]
         for name, rules in self.rules.items():
             with placed(f"judges.{name}"):
+                rules.require_facts(prompts)
                 rules.scores(first, _TRIED[:1])
         for name, judge in self.pairs.items():
             with placed(f"judges.{name}"):

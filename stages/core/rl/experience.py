@@ -24,6 +24,9 @@ from stages.core.rl.trunk import Trunk
 from stages.core.roles import POLICY, REFERENCE, REWARD, VALUE, Roles
 from stages.core.scoring import on_device
 
+SAME = 1e-4
+"""Scores that differ by less differ by rounding."""
+
 
 @dataclass
 class Experience:
@@ -153,6 +156,11 @@ def score(experiences: Sequence[Experience], settings: Rounds, scale: Scale) -> 
         each.scores = scale.scores(each.rewards, each.ended, each.lengths, settings)
         if settings.reward_clip is not None:
             each.clipped = scale.scaled(each.rewards).abs() > settings.reward_clip
+
+
+def all_alike(scores: Tensor) -> Tensor:
+    """Whether the scores [prompts, n] of the responses to a prompt tell none of them from another: [prompts]."""
+    return scores.amax(1) - scores.amin(1) <= SAME
 
 
 def estimate(experiences: Sequence[Experience], settings: PpoSettings, kl_coefficient: float) -> None:

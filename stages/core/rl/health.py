@@ -13,21 +13,23 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pipeline.config import ALARM_ROUNDS, COMPARED_ROUNDS, Alarm
+from pipeline.config import ALARM_ROUNDS, COMPARED_ROUNDS, Alarm, OnlineDpoSettings, PpoSettings, Rounds
 from reward import shaping
 from stages.core.alarms import LAST, SPIKE_STEPS, gradient_spike
 from stages.core.checkpoint import State
-from stages.core.rl.experience import Experience
+from stages.core.rl.experience import Experience, all_alike, in_order
+from stages.core.rl.sampling import Rollout
 
 Figures = Mapping[str, float]
 
 
-def figures(experiences: Sequence[Experience], responses: Sequence[tuple[int, ...]]) -> dict[str, float]:
+def figures(experiences: Sequence[Experience], rollout: Rollout, settings: Rounds) -> dict[str, float]:
     """What a rollout looks like, before the updates that learn from it.
 
     Args:
-        experiences: All of the rollout.
-        responses: The tokens of its responses.
+        experiences: All of the rollout, with their scores.
+        rollout: The responses.
+        settings: The stage's.
 
     Returns:
         reward, reward_deviation: mean and standard deviation of what responses are worth by themselves.
@@ -38,8 +40,9 @@ def figures(experiences: Sequence[Experience], responses: Sequence[tuple[int, ..
         length_reward_correlation: Pearson's, over responses.
         ended: share of responses that end their turn.
         distinct_2: distinct pairs of neighbouring tokens over all pairs.
-        advantage_mean, advantage_deviation, no_advantage: mean and standard deviation before whitening, and share of
-            tokens whose advantage is zero; only where advantages are estimated.
+        advantage_mean, advantage_deviation: mean and standard deviation before whitening; only where advantages are
+            estimated.
+        no_advantage: share of prompts whose responses all have the same score; only where they are compared.
         explained_variance: of the returns by the values; only where values are learnt.
     """
     rewards, lengths = _joined(experiences, "rewards"), _joined(experiences, "lengths").float()
@@ -53,8 +56,11 @@ def figures(experiences: Sequence[Experience], responses: Sequence[tuple[int, ..
         "length_p95": lengths.quantile(0.95).item(),
         "length_reward_correlation": correlation(lengths, rewards),
         "ended": _joined(experiences, "ended").float().mean().item(),
-        "distinct_2": distinct_pairs(responses),
+        "distinct_2": distinct_pairs([each.tokens for each in rollout.samples]),
     }
+    if settings.compares_responses:
+        alike = all_alike(in_order(rollout, experiences, "scores"))
+        found["no_advantage"] = alike.float().mean().item()
     return found | _of_advantages(_joined(experiences, "estimates")) | _of_values(experiences)
 
 
@@ -64,7 +70,6 @@ def _of_advantages(advantages: Tensor) -> dict[str, float]:
     return {
         "advantage_mean": advantages.mean().item(),
         "advantage_deviation": advantages.std(unbiased=False).item(),
-        "no_advantage": (advantages == 0).float().mean().item(),
     }
 
 
@@ -101,9 +106,14 @@ class Raised:
 
 
 class Health:
-    """Watches the figures of round after round; every alarm goes off at most once."""
+    """Watches the figures of round after round; every alarm goes off at most once.
 
-    def __init__(self) -> None:
+    Args:
+        settings: The stage's, which say what can be done about it.
+    """
+
+    def __init__(self, settings: Rounds) -> None:
+        self._closer = _closer(settings)
         self._history: list[Figures] = []
         self.raised: list[Raised] = []
 
@@ -112,7 +122,7 @@ class Health:
         self._history.append(found)
         before = {each.name for each in self.raised}
         due = [name for name in _ALARMS if name not in before and len(self._history) >= ALARM_ROUNDS.get(name, 1)]
-        seen = {name: _ALARMS[name](self._history) for name in due}
+        seen = {name: _ALARMS[name](self._history, self._closer) for name in due}
         now = [Raised(name, text) for name, text in seen.items() if text]
         self.raised += now
         return now
@@ -144,18 +154,27 @@ def _mean(history: Sequence[Figures], name: str) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-Watcher = Callable[[Sequence[Figures]], str]
-"""What an alarm sees in the rounds so far, as text; empty where all is well."""
+def _closer(settings: Rounds) -> str:
+    """What keeps the policy of a stage closer to its reference."""
+    if isinstance(settings, PpoSettings):
+        return "raise kl_coefficient, give kl_target, or lower the learning rate"
+    held = isinstance(settings, OnlineDpoSettings) and settings.has_reference
+    return "raise beta or lower the learning rate" if held else "lower the learning rate or take fewer steps"
+
+
+Watcher = Callable[[Sequence[Figures], str], str]
+"""What an alarm sees in the rounds so far, as text; empty where all is well. It is told what keeps a policy closer to
+its reference."""
 
 
 def _compared(name: str, wrong: Callable[[float, float], bool], said: str) -> Watcher:
     """Watches a figure's mean over the last rounds beside that over the first."""
 
-    def watch(history: Sequence[Figures]) -> str:
+    def watch(history: Sequence[Figures], closer: str) -> str:
         first, last = _mean(history[:COMPARED_ROUNDS], name), _mean(history[-COMPARED_ROUNDS:], name)
         if first is None or last is None or not wrong(first, last):
             return ""
-        return said.format(first=first, last=last)
+        return said.format(first=first, last=last, closer=closer)
 
     return watch
 
@@ -163,14 +182,14 @@ def _compared(name: str, wrong: Callable[[float, float], bool], said: str) -> Wa
 def _recent(name: str, wrong: Callable[[float], bool], said: str, rounds: int = COMPARED_ROUNDS) -> Watcher:
     """Watches a figure's mean over the last rounds."""
 
-    def watch(history: Sequence[Figures]) -> str:
+    def watch(history: Sequence[Figures], closer: str) -> str:
         last = _mean(history[-rounds:], name)
-        return said.format(last=last) if last is not None and wrong(last) else ""
+        return said.format(last=last, closer=closer) if last is not None and wrong(last) else ""
 
     return watch
 
 
-def _spike(history: Sequence[Figures]) -> str:
+def _spike(history: Sequence[Figures], closer: str) -> str:
     """Watches the policy's gradient beside that of the rounds before."""
     norms = [each["gradient_norm"] for each in history if "gradient_norm" in each]
     return gradient_spike(norms[-LAST - SPIKE_STEPS : -SPIKE_STEPS], norms[-SPIKE_STEPS:])
@@ -185,7 +204,7 @@ _ALARMS: dict[Alarm, Watcher] = {
     "entropy_collapse": _compared(
         "entropy",
         lambda first, last: last < 0.3 * first,
-        "the entropy fell from {first:.2f} to {last:.2f} nats a token; raise kl_coefficient or lower the learning rate",
+        "the entropy fell from {first:.2f} to {last:.2f} nats a token; {closer}",
     ),
     "negative_kl": _recent(
         "kl",
@@ -195,7 +214,7 @@ _ALARMS: dict[Alarm, Watcher] = {
     "kl_runaway": _recent(
         "kl",
         lambda last: last > 30,
-        "the divergence from the reference is {last:.1f} nats a response; raise kl_coefficient or give kl_target",
+        "the divergence from the reference is {last:.1f} nats a response; {closer}",
     ),
     "length_runaway": _compared(
         "length",

@@ -55,11 +55,11 @@ class PolicyGradient:
             self.value = Updater(roles.parameters(VALUE), of_value, total, EPSILON)
             self._head = roles.heads[VALUE]
 
-    def begin(self, experiences: Group, scale: Scale) -> None:
-        """Bring values that are a reward model's to the scale of the scores."""
+    def begin(self, experiences: Group, scale: Scale, of_rules: float) -> None:
+        """Bring values that are a reward model's to the scale of the scores, the mean of the rules' part included."""
         if not self._copied:
             return
-        factor, shift = self._settings.reward_weight / scale.deviation, -scale.mean / scale.deviation
+        factor, shift = self._settings.reward_weight / scale.deviation, (of_rules - scale.mean) / scale.deviation
         self._head.rescale(factor, shift)
         for each in experiences:
             each.values = factor * each.values + shift

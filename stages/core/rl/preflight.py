@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pipeline.config import Rounds
 from pipeline.errors import NumericalError
 from stages.core.rl import memory
 from stages.core.rl.experience import Experience
+from stages.core.rl.selection import Look
 from stages.core.rl.updates import Losses
 from stages.core.roles import REWARD, Roles
 
@@ -33,6 +32,10 @@ TELLING = 32
 tell what sampling reaches."""
 ALIKE = 1e-6
 """Standard deviation of rewards below which all are the same."""
+LOOK_AT_REWARDS = (
+    "look at the reward stage's pair accuracy, the rules, reward_clip, the temperature; for what is rarely right, "
+    "raise samples_per_prompt"
+)
 
 
 @dataclass(frozen=True)
@@ -55,21 +58,19 @@ class Check:
         return f"{'ok' if self.passed else 'FAILED'}: {self.name} {self.value}"
 
 
-def checks(
-    roles: Roles, experiences: Sequence[Experience], settings: Rounds, seen: NDArray[np.float64]
-) -> Iterator[Check]:
+def checks(roles: Roles, experiences: Sequence[Experience], settings: Rounds, seen: Look) -> Iterator[Check]:
     """What every stage that samples has to pass, one after another; the policy has not been updated yet.
 
     Args:
         roles: The base with its roles.
         experiences: Of the first rollout.
         settings: The stage's.
-        seen: Mean rewards of the held-out prompts.
+        seen: The same policy on held-out prompts.
     """
     yield _divergence(experiences)
     yield _gap(roles, experiences)
     yield _ending(experiences, settings)
-    yield _spread(experiences, seen)
+    yield _spread_within(experiences, seen) if settings.compares_responses else _spread(experiences, seen)
     yield _template(roles)
     yield _memory(roles, experiences, settings)
 
@@ -133,17 +134,35 @@ def _ending(experiences: Sequence[Experience], settings: Rounds) -> Check:
     )
 
 
-def _spread(experiences: Sequence[Experience], seen: NDArray[np.float64]) -> Check:
-    rewards, clipped = (torch.cat([getattr(each, name) for each in experiences]) for name in ("rewards", "clipped"))
+def _spread(experiences: Sequence[Experience], seen: Look) -> Check:
+    rewards = torch.cat([each.rewards for each in experiences])
     deviation = rewards.std(unbiased=False).item()
-    most = len(clipped) > 0 and clipped.float().mean().item() > 0.5
+    clipped = _mostly_clipped(experiences)
     return Check(
         "spread of the rewards",
-        f"{deviation:.3g} around {rewards.mean().item():.3g}" + (", most of them clipped" if most else ""),
-        not most and (max(deviation, float(seen.std())) > ALIKE or len(rewards) < TELLING),
-        "the reward tells no response from another: look at the reward stage's pair accuracy, the rules, reward_clip; "
-        "for what is rarely right, raise samples_per_prompt",
+        f"{deviation:.3g} around {rewards.mean().item():.3g}" + clipped,
+        not clipped and (max(deviation, float(seen.rewards.std())) > ALIKE or len(rewards) < TELLING),
+        f"the reward tells no response from another: {LOOK_AT_REWARDS}",
     )
+
+
+def _spread_within(experiences: Sequence[Experience], seen: Look) -> Check:
+    """Responses are compared with others to their prompt alone."""
+    rewards = torch.cat([each.rewards.view(len(each.batch.trees), -1) for each in experiences])
+    deviation = rewards.std(1, unbiased=False).mean().item()
+    clipped = _mostly_clipped(experiences)
+    return Check(
+        "spread of the rewards among a prompt's responses",
+        f"{deviation:.3g} around {rewards.mean().item():.3g}" + clipped,
+        not clipped and (max(deviation, seen.apart) > ALIKE or rewards.numel() < TELLING),
+        f"the reward tells no response to a prompt from another to it: {LOOK_AT_REWARDS}",
+    )
+
+
+def _mostly_clipped(experiences: Sequence[Experience]) -> str:
+    """In words; empty where most rewards are not."""
+    clipped = torch.cat([each.clipped for each in experiences])
+    return ", most of them clipped" if len(clipped) and clipped.float().mean().item() > 0.5 else ""
 
 
 def _template(roles: Roles) -> Check:

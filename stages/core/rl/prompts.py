@@ -12,6 +12,7 @@ from data.tree import Branch, Tree
 from pipeline.contract import Context
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import DataCard
+from reward.rules import require_facts
 from stages.core import probes, rows
 from stages.core.models import LanguageModel
 
@@ -56,9 +57,9 @@ def read_prompts(context: Context, base: LanguageModel) -> Prompts:
 
     Raises:
         ConfigError: The response alone is as long as the model's positions.
-        DataError: A source has no prompt to train on.
+        DataError: A source has no prompt to train on, or a prompt does not hold what a rule of the stage needs.
     """
-    longest = _room(context, base)
+    longest, rules = _room(context, base), {each.rule for each in context.settings.rules}
     train: dict[str, list[EncodedPrompt]] = {}
     held_out: dict[tuple[int, ...], EncodedPrompt] = {}
     cards: list[DataCard] = []
@@ -66,6 +67,8 @@ def read_prompts(context: Context, base: LanguageModel) -> Prompts:
         found = rows.read_rows(context, part, Prompt)
         if not found.train:
             raise DataError("no prompts", where=context.data[part].name, hint="lower held_out or give more rows")
+        for row in found.train:
+            require_facts(rules, row)
         whole = [base.template.prompt(row.prompt) for row in found.train]
         train[part] = [_encoded(tokens, row, longest) for tokens, row in zip(whole, found.train, strict=True)]
         for each in (_encoded(base.template.prompt(row.prompt), row, longest) for row in found.held_out):

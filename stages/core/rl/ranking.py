@@ -12,14 +12,12 @@ from data.tree import Tree
 from pipeline.config import Rounds
 from stages.core.checkpoint import State
 from stages.core.loop import Objective, Updater
-from stages.core.rl.experience import Experience, in_order
+from stages.core.rl.experience import SAME, Experience, all_alike, in_order
 from stages.core.rl.preflight import Check
 from stages.core.rl.rewards import Scale
 from stages.core.rl.sampling import Rollout
 from stages.core.roles import POLICY, Roles
 
-SAME = 1e-4
-"""Scores that differ by less differ by rounding."""
 Choice = Callable[[Sequence[Tree], Tensor], list[Tree]]
 """What is learnt from trees with scores [trees, n]."""
 
@@ -40,7 +38,7 @@ class Ranking:
         self._roles, self._objective, self._choose = roles, objective, choose
         self.policy = Updater(roles.parameters(POLICY), settings.optimizer, settings.steps)
 
-    def begin(self, experiences: Sequence[Experience], scale: Scale) -> None:
+    def begin(self, experiences: Sequence[Experience], scale: Scale, of_rules: float) -> None:
         """Only differences of scores count."""
 
     def prepare(self, experiences: Sequence[Experience]) -> None:
@@ -53,15 +51,14 @@ class Ranking:
     def learn(
         self, rollout: Rollout, groups: Sequence[Sequence[Experience]], number: int, order: Random
     ) -> dict[str, float]:
-        """One step; `learnt_from` is the share of prompts whose responses could be told apart."""
+        """One step on what the choice leaves of the responses."""
         (experiences,) = groups
         chosen = self._choose(rollout.trees(), in_order(rollout, experiences, "scores"))
-        share = {"learnt_from": len(chosen) / len(rollout.prompts)}
         if not chosen:
             self.policy.skip(1)
-            return share | {"tokens": 0.0}
+            return {"tokens": 0.0}
         with self._roles.use(POLICY):
-            return self.policy.step(self._objective(chosen), [tree.origin for tree in chosen]) | share
+            return self.policy.step(self._objective(chosen), [tree.origin for tree in chosen])
 
     @property
     def size(self) -> int:
@@ -78,12 +75,13 @@ class Ranking:
 
 
 def best_of(trees: Sequence[Tree], scores: Tensor, keep: int) -> list[Tree]:
-    """Each tree with its best branches alone, best first; trees [n] of scores [n, branches] that tell no branch from
-    another are left out."""
+    """Each tree with at most `keep` of its branches, best first, and none that is as bad as its worst; trees [n] of
+    scores [n, branches] that tell no branch from another are left out."""
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :keep].tolist()
+    better = (scores - scores.amin(1, keepdim=True) > SAME).tolist()
     return [
-        replace(tree, branches=tuple(tree.branches[place] for place in best))
-        for tree, best, own in zip(trees, order, scores, strict=True)
+        replace(tree, branches=tuple(tree.branches[place] for place in best if above[place]))
+        for tree, best, above, own in zip(trees, order, better, scores, strict=True)
         if _told_apart(tree, own)
     ]
 
@@ -101,4 +99,4 @@ def pairs_of(trees: Sequence[Tree], scores: Tensor) -> list[Tree]:
 def _told_apart(tree: Tree, scores: Tensor) -> bool:
     """Whether the best branch and the worst are different responses, and not by rounding alone."""
     best, worst = (tree.branches[int(place)] for place in (scores.argmax(), scores.argmin()))
-    return best.tokens != worst.tokens and float(scores.max() - scores.min()) > SAME
+    return best.tokens != worst.tokens and not all_alike(scores[None]).item()

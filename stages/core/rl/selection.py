@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.config import Rounds
 from pipeline.manifest import Metric
 from reward.intervals import mean_interval, paired_difference
 from reward.rules import verdict
 from stages.core.checkpoint import State
-from stages.core.rl.experience import Collector, in_order
-from stages.core.rl.rewards import Rewards
+from stages.core.rl.experience import Collector, in_order, score
+from stages.core.rl.rewards import Rewards, Scale
 from stages.core.rl.sampling import Rollout
 from stages.core.roles import POLICY, Roles
 
@@ -38,14 +39,16 @@ class Look:
     Attributes:
         round: Rounds it was trained for.
         scores: [prompts] mean score of a prompt's responses.
-        rewards: [prompts] mean of what is trained for.
+        rewards: [prompts] mean of what they are worth by themselves.
         kl: Divergence from the reference, nats a response.
+        apart: Mean standard deviation of the rewards of one prompt's responses.
     """
 
     round: int
     scores: NDArray[np.float64]
     rewards: NDArray[np.float64]
     kl: float
+    apart: float
 
     @property
     def score(self) -> float:
@@ -64,16 +67,17 @@ class Selection:
     Args:
         roles: The base with its roles.
         look_at: Samples responses to the held-out prompts, always with the same seed.
-        rewards: What responses are trained for.
+        rewards: What responses are worth.
         collector: Has them scored.
-        gold: Name of the rule that the policy is not trained on, or `none`: then the reward itself is the score.
+        settings: The stage's. Its `gold` names the rule that the policy is not trained on; where it is `none`, the
+            score is what is trained for: rewards on their scale, less the penalties.
     """
 
     def __init__(
-        self, roles: Roles, look_at: Callable[[], Rollout], rewards: Rewards, collector: Collector, gold: str
+        self, roles: Roles, look_at: Callable[[], Rollout], rewards: Rewards, collector: Collector, settings: Rounds
     ) -> None:
         self._roles, self._look_at, self._rewards, self._collector = roles, look_at, rewards, collector
-        self._gold = gold
+        self._settings = settings
         self.looks: list[Look] = []
         self._met = 0.0
         self.kept: dict[str, Tensor] = {}
@@ -95,21 +99,24 @@ class Selection:
         """
         return kl > self._met + FAR
 
-    def look(self, rounds: int, kl: float = 0.0) -> dict[str, float]:
+    def look(self, rounds: int, scale: Scale, kl: float = 0.0) -> dict[str, float]:
         """Sample, score and remember; returns the figures for the record of the round, and the `tokens` that each role
         computed.
 
         Args:
             rounds: That were taken so far.
+            scale: That of the rewards.
             kl: Divergence of the last round's own responses.
         """
         self._met = kl
         rollout = self._look_at()
         experiences = self._collector.collect(rollout, rollout.trees(), self._rewards.of_rules(rollout))
-        rewards = in_order(rollout, experiences, "rewards").double().mean(1).numpy()
-        scores = rewards if self._gold == "none" else self._judged(rollout)
+        score(experiences, self._settings, scale)
+        rewards, trained_for = (in_order(rollout, experiences, name).double() for name in ("rewards", "scores"))
+        scores = trained_for.mean(1).numpy() if self._settings.gold == "none" else self._judged(rollout)
         kl = sum(each.log_ratios.sum().item() for each in experiences) / len(rollout.samples)
-        self.looks.append(Look(rounds, scores, rewards, kl))
+        apart = rewards.std(1, unbiased=False).mean().item()
+        self.looks.append(Look(rounds, scores, rewards.mean(1).numpy(), kl, apart))
         if self.best is self.looks[-1]:
             self.kept = {name: each.detach().clone() for name, each in self._roles.parameters(POLICY)}
         return {
@@ -125,13 +132,18 @@ class Selection:
         fall = best.scores - last.scores
         error = fall.std(ddof=1) / np.sqrt(len(fall)) if len(fall) > 1 else np.inf
         rising = last.rewards.mean() > best.rewards.mean()
-        if self._gold == "none" or not rising or fall.mean() <= max(NOTABLE, SURE * error):
+        if self._settings.gold == "none" or not rising or fall.mean() <= max(NOTABLE, SURE * error):
             return ""
         return (
             f"the held-out score fell by {fall.mean():.3f} from its best after round {best.round}, "
             f"while the reward rose by {last.rewards.mean() - best.rewards.mean():.3f}; "
             "the best policy is the one that is handed on"
         )
+
+    @property
+    def size(self) -> int:
+        """About as many bytes as its state has after a look."""
+        return sum(each.nbytes for _, each in self._roles.parameters(POLICY))
 
     def state(self) -> State:
         """The looks so far and the best policy."""
@@ -146,7 +158,7 @@ class Selection:
         self.kept = {name: each.to(device) for name, each in state.tensors.items()}
         self._met = state.values["met"]
         self.looks = [
-            Look(each["round"], np.array(each["scores"]), np.array(each["rewards"]), each["kl"])
+            Look(each["round"], np.array(each["scores"]), np.array(each["rewards"]), each["kl"], each["apart"])
             for each in state.values["looks"]
         ]
 
@@ -171,5 +183,7 @@ class Selection:
     def _judged(self, rollout: Rollout) -> NDArray[np.float64]:
         texts = rollout.texts(self._roles.base.template)
         rows = [each.row for each in rollout.repeated]
-        found = [verdict(self._gold, row.facts, text, row.origin) for row, text in zip(rows, texts, strict=True)]
+        found = [
+            verdict(self._settings.gold, row.facts, text, row.origin) for row, text in zip(rows, texts, strict=True)
+        ]
         return np.array([each.reward for each in found]).reshape(-1, rollout.per_prompt).mean(1)

@@ -22,6 +22,7 @@ from data.tree import Tree
 from pipeline.config import Rounds
 from pipeline.contract import Context, Result
 from pipeline.manifest import Metric
+from reward.rules import require_facts
 from stages.core import checkpoint, device, loop, optim
 from stages.core.checkpoint import State, joined
 from stages.core.layout import choose_layout
@@ -58,8 +59,9 @@ class Learner(Protocol):
 
     minibatches: int
 
-    def begin(self, experiences: Sequence[Experience], scale: Scale) -> None:
-        """Take in the scale of the rewards, before anything is made of the first rollout."""
+    def begin(self, experiences: Sequence[Experience], scale: Scale, of_rules: float) -> None:
+        """Take in the scale of the rewards and the mean of the rules' part of them, before anything is made of the
+        first rollout."""
 
     def prepare(self, experiences: Sequence[Experience]) -> None:
         """Take in a whole rollout's scores, before anything is learnt from it."""
@@ -147,14 +149,16 @@ class Training:
         self._learner = learner_of(roles, layout, trunk)
         self._sampler, self._rewards = Sampler(roles, settings), Rewards(roles, settings)
         self._collector = Collector(roles, settings, self._rewards, layout, trunk)
-        self._scale, self._health = Scale(), Health()
+        self._scale, self._health = Scale(), Health(settings)
         self._done, self._over = 0, False
         self.last: list[dict[str, float]] = []
         self.tokens = 0
         self._looked_at = prompts.looked_at(settings.evaluate_rows, context.seed)
+        for each in self._looked_at:
+            require_facts({settings.gold, *(rule.rule for rule in settings.rules)}, each.row)
         if not prompts.held_out:
             self.warnings.append("no prompt is held out: the policy is chosen by its score on training prompts")
-        self.selection = Selection(roles, self._answers, self._rewards, self._collector, settings.gold)
+        self.selection = Selection(roles, self._answers, self._rewards, self._collector, settings)
 
     def rounds(self) -> Iterator[dict[str, float]]:
         """Take all rounds, or those after a checkpoint, telling the record of each, and yield their figures; an alarm
@@ -162,9 +166,7 @@ class Training:
         settings, context = self._settings, self._context
         self._resume()
         taken = stream(self._prompts.passes, context.seed, self._done * settings.examples_per_step)
-        if not self._done:
-            self._look()
-        with context.checkpoints.steps(self._learner.size + self.selection.state().size):
+        with context.checkpoints.steps(self._learner.size + self.selection.size):
             while self._done < settings.steps and not self._over:
                 chosen = [next(taken) for _ in range(settings.examples_per_step)]
                 figures = self._round(self._done, self._sampler.rollout(chosen, self._seed(self._done)))
@@ -190,26 +192,26 @@ class Training:
         experiences = [each for group in groups for each in group]
         if number == 0:
             self._scale = Scale.of(torch.cat([each.rewards for each in experiences]), self._settings)
-            self._learner.begin(experiences, self._scale)
+            self._learner.begin(experiences, self._scale, sum(of_rules) / len(of_rules))
+            self._look()
         score(experiences, self._settings, self._scale)
         self._learner.prepare(experiences)
         if number == 0:
             self._examine(experiences)
-        figures = health.figures(experiences, [each.tokens for each in rollout.samples])
+        figures = health.figures(experiences, rollout, self._settings)
         learnt = self._learner.learn(rollout, groups, number, random.Random(f"{self._context.seed} order {number}"))
         scored = self._scoring_roles * sum(each.batch.token_count for each in experiences)
         return figures | learnt | {"tokens": scored + learnt["tokens"]}
 
     def _look(self, kl: float = 0.0) -> dict[str, float]:
         """See how the policy does on held-out prompts, after a round of such divergence."""
-        figures = self.selection.look(self._done, kl)
+        figures = self.selection.look(self._done, self._scale, kl)
         self.tokens += self._scoring_roles * int(figures.pop("tokens"))
         return figures
 
     def _examine(self, experiences: list[Experience]) -> None:
         """The preflight, a line for each check."""
-        seen = self.selection.looks[0].rewards
-        general = preflight.checks(self._roles, experiences, self._settings, seen)
+        general = preflight.checks(self._roles, experiences, self._settings, self.selection.looks[0])
         for check in (*self._learner.checks(experiences), *general):
             self._context.say(f"preflight {check}")
             preflight.require(check, f"stages.{self._context.name}")

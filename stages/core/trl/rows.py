@@ -23,6 +23,7 @@ from pipeline.contract import Context
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import DataCard
 from pipeline.trainers import Layout
+from reward.rules import require_facts
 from stages.core import probes, rows
 from stages.core.models import LanguageModel
 from stages.core.trl.text import as_text, as_tokens
@@ -96,6 +97,8 @@ def _prompts(context: Context, language_model: LanguageModel) -> Material:
         source = rows.read_rows(context, part, Prompt)
         if not source.train:
             raise DataError("no prompts", where=context.data[part].name, hint="lower held_out or give more rows")
+        for row in source.train:
+            require_facts({settings.gold}, row)
         whole = [language_model.template.prompt(row.prompt) for row in source.train]
         found[part] = [_prompt(tokens[-longest:], row) for tokens, row in zip(whole, source.train, strict=True)]
         cut = sum(len(tokens) > longest for tokens in whole)

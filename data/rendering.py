@@ -101,6 +101,8 @@ class _Sandbox:
         """Send a request and wait for its answer. A process that gave none is ended."""
         with self._lock:
             try:
+                if self._process is not None and self._process.poll() is not None:
+                    self.forget()  # somebody ended it while nothing was asked of it, which is no template's doing
                 if self._process is None and not self._start():
                     return {"error": "absent"}
                 assert self._process is not None

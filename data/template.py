@@ -313,7 +313,7 @@ def _template_text(tokenizer: PreTrainedTokenizerBase) -> str:
         raise ArtifactError(
             "the tokenizer has no chat template",
             where=str(tokenizer.name_or_path),
-            hint="use an instruction-tuned model's tokenizer, or save one with `chat_template` set",
+            hint="give a file as `chat_template` of the sft stage, or use an instruction-tuned model's tokenizer",
         ) from error
 
 

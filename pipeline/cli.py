@@ -201,6 +201,9 @@ def gc(
         return
     for each in found:
         _print(f"{each.path.relative_to(directory.root)}: {each.bytes:,} bytes: {each.why}")
+    if not found:
+        _print("nothing to remove")
+        return
     total = f"{sum(each.bytes for each in found):,} bytes"
     _print(f"{total} removed" if delete else f"{total} could be removed; `--delete` does")
 

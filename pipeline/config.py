@@ -1062,6 +1062,7 @@ class RunSettings(Settings):
                     raise ValueError(f"data.{name}.prepare.decontaminate: no data source `{other}`")
         self._one_share_is_held_out()
         self._results_fit_their_receivers()
+        self._roles_share_a_base()
         return self
 
     def _results_fit_their_receivers(self) -> None:
@@ -1072,6 +1073,26 @@ class RunSettings(Settings):
                 if isinstance(maker, TrlSettings) and maker.produces not in needed:
                     what = f"the stage `{reference}` makes a {maker.produces}, this needs a {' or '.join(needed)}"
                     raise ValueError(f"stages.{name}.{role}: {what}")
+
+    def _roles_share_a_base(self) -> None:
+        """Policy and reward model are adapters on one model, as far as the run's own stages tell."""
+        for name, stage in self.stages.items():
+            if not isinstance(stage, Rewarded) or stage.reward not in self.stages:
+                continue
+            base, other = self._base(stage.policy), self._base(self.stages[stage.reward].roles().get("policy", ""))
+            if base and other and base != other:
+                what = f"the reward model sits on `{other}`, the policy on `{base}`"
+                raise ValueError(f"stages.{name}.reward: {what}: train the reward stage on the same `policy`")
+
+    def _base(self, reference: str) -> str:
+        """The stage whose model a stage's result is, or sits on; empty where it is none of the run's."""
+        passed: list[str] = []
+        while (stage := self.stages.get(reference)) and reference not in passed:
+            if _makes_a_model(stage):
+                return reference
+            passed.append(reference)
+            reference = stage.roles().get("policy", "")
+        return ""
 
     @model_validator(mode="after")
     def _device_serves(self) -> RunSettings:
@@ -1099,6 +1120,18 @@ class RunSettings(Settings):
                 f"data: held_out differs ({said}): prompts held out of one source would be trained on in another; "
                 "give all the same share (a test set, read by evaluate stages only, may have held_out: 1)"
             )
+
+
+def _makes_a_model(stage: StageSettings) -> bool:
+    """Whether a stage's result has all weights, and does not sit on another's."""
+    match stage:
+        case PretrainSettings():
+            return True
+        case SftSettings():
+            return stage.quantization == "none"
+        case TrlSettings():
+            return stage.produces == "model"
+    return False
 
 
 def evaluated(settings: RunSettings, stage: StageSettings) -> tuple[str, ...]:

@@ -233,7 +233,10 @@ def _note(document: Document, model: type[BaseModel], detail: ErrorDetails) -> N
 def _message(document: Document, model: type[BaseModel], location: Location, detail: ErrorDetails) -> str:
     kind, last = detail["type"], str(location[-1])
     if kind == "extra_forbidden":
-        return f"unknown setting{suggest(last, _settings_at(model, document.values, location[:-1]))}"
+        known = _settings_at(model, document.values, location[:-1])
+        if deeper := _one_deeper(known, last):
+            return f"unknown setting; did you mean `{deeper}`?"
+        return f"unknown setting{suggest(last, [name for each in known for name in each.model_fields])}"
     if kind == "union_tag_invalid":
         name, given = _discriminator(detail), str(detail["ctx"]["tag"])
         return f"unknown {name} `{printable(given)}`{suggest(given, UNIONS[name])}"
@@ -275,8 +278,20 @@ def _location(values: Any, raw: Location, missing: bool) -> Location:
     return tuple(kept)
 
 
-def _settings_at(model: type[BaseModel], values: Any, location: Location) -> list[str]:
-    """Names of the settings that may stand at a place of a document that is to become `model`."""
+def _one_deeper(models: Sequence[type[BaseModel]], name: str) -> str:
+    """Where a setting stands that was looked for beside the group that it belongs to; empty where it is in none."""
+    groups = ((group, field.annotation) for each in models for group, field in each.model_fields.items())
+    found = [
+        f"{group}.{name}"
+        for group, annotation in groups
+        for inner in (annotation, *get_args(annotation))
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and name in inner.model_fields
+    ]
+    return found[0] if found else ""
+
+
+def _settings_at(model: type[BaseModel], values: Any, location: Location) -> list[type[BaseModel]]:
+    """What may stand at a place of a document that is to become `model`."""
     if model is RunSettings and location[:1] == ("stages",):
         values, location = values["stages"][location[1]], location[2:]
         model = STAGES[values["kind"]]
@@ -287,7 +302,7 @@ def _settings_at(model: type[BaseModel], values: Any, location: Location) -> lis
         fields = [each.model_fields[str(key)] for each in found if str(key) in each.model_fields]
         found = [inner for field in fields for inner in _models_in(field.annotation)] or found
         found = [each for each in found if _is_meant(each, values)] or found
-    return [name for each in found for name in each.model_fields]
+    return found
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -99,8 +99,8 @@ def function_of_means(function: Callable[..., NDArray[np.float64]], *columns: Va
     return Metric(value=value, low=float(low), high=float(high), n=count)
 
 
-def proportion_interval(successes: int, n: int) -> Metric:
-    """Share of `n` independent trials that succeeded, with Wilson's score interval.
+def proportion_interval(successes: float, n: int) -> Metric:
+    """Share of `n` independent trials that succeeded, halves allowed, with Wilson's score interval.
 
     Raises:
         ValueError: When `n` is not positive or `successes` is not within 0 to `n`.
@@ -115,6 +115,16 @@ def proportion_interval(successes: int, n: int) -> Metric:
     # At 0 and 1 the bound equals the share exactly; rounding must not push it past.
     low, high = min(share, max(0.0, centre - reach)), max(share, min(1.0, centre + reach))
     return Metric(value=share, low=low, high=high, n=n)
+
+
+def share_preferred(margins: Sequence[float]) -> Metric:
+    """Share of pairs of which the first has more, by its margin over the second; of a margin of 0, a half, as of two
+    models that are the same.
+
+    Raises:
+        ValueError: There is no pair.
+    """
+    return proportion_interval(sum((margin > 0) + (margin == 0) / 2 for margin in margins), len(margins))
 
 
 def proportion_difference(a: Values, b: Values) -> Metric:

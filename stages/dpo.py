@@ -29,7 +29,7 @@ from data.tree import Tree, pair_tree
 from pipeline.config import DpoSettings
 from pipeline.contract import Context, Result
 from pipeline.manifest import Metric
-from reward.intervals import mean_interval, proportion_interval
+from reward.intervals import mean_interval, share_preferred
 from stages.core import device, loop, optim, probes, rows
 from stages.core.checkpointing import checkpoint_layers
 from stages.core.layout import choose_layout
@@ -127,7 +127,7 @@ def _metrics(context: Context, roles: Roles, examples: Sequence[Tree], layout: L
         found.update(zip(numbers, implicit_margins(logprobs, settings).tolist(), strict=True))
     margins = [found[tree.number] for tree in examples]
     return {
-        "pair_accuracy": proportion_interval(sum(margin > 0 for margin in margins), len(margins)),
+        "pair_accuracy": share_preferred(margins),
         "margin": mean_interval(margins),
     }
 

@@ -30,7 +30,7 @@ from pipeline.figures import RATIO
 from pipeline.manifest import DataCard, Metric
 from pipeline.suites import SampledSuite
 from reward.best_of_n import Frontier, divergence
-from reward.intervals import mean_interval, proportion_interval, ratio_interval
+from reward.intervals import mean_interval, proportion_interval, ratio_interval, share_preferred
 from reward.rules import require_facts
 from stages.core import device, loop, rows
 from stages.core.answers import PLAIN, Answers, answer, room
@@ -273,7 +273,7 @@ def _implicit_accuracy(
     own = _branch_logprobs(contestant, trees, settings)
     other = _branch_logprobs(parent, trees, settings)
     margins = [_first_over_last(own[tree.number]) - _first_over_last(other[tree.number]) for tree in trees]
-    return proportion_interval(sum(margin > 0 for margin in margins), len(margins))
+    return share_preferred(margins)
 
 
 def _first_over_last(values: Sequence[float]) -> float:
@@ -298,8 +298,8 @@ def _pair_trees(roles: Roles, pairs: Sequence[Preference], settings: EvaluateSet
 def _judge_accuracy(judge: Roles, pairs: Sequence[Preference], settings: EvaluateSettings) -> Metrics:
     trees = _pair_trees(judge, pairs, settings)
     found = scores(judge, REWARD, trees, settings.tokens_per_batch, PLAIN)
-    right = sum(found[tree.number][0] > max(found[tree.number][1:]) for tree in trees)
-    return {"pair_accuracy": proportion_interval(right, len(trees))}
+    margins = [first - max(others) for first, *others in (found[tree.number] for tree in trees)]
+    return {"pair_accuracy": share_preferred(margins)}
 
 
 def _of_text(own: Mapping[int, Likelihood]) -> Metrics:

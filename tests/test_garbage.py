@@ -162,6 +162,8 @@ def test_nothing_is_removed_until_told_and_then_all_of_it(
     assert list(directory.root.glob(".gone-*")) == []
     assert cli.execute(cli.app, ["gc", str(directory.root), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
+    assert cli.execute(cli.app, ["gc", str(directory.root)]) == 0
+    assert capsys.readouterr().out == "nothing to remove\n"
     assert not [problem for problems in inspection.integrity(directory.root).values() for problem in problems]
 
 

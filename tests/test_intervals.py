@@ -142,6 +142,15 @@ def test_a_function_of_means_agrees_with_a_loop_that_resamples_observations_whol
         function_of_means(np.multiply, first, second[1:])
 
 
+def test_pairs_without_a_margin_are_a_half() -> None:
+    assert intervals.share_preferred([0.0] * 8) == intervals.proportion_interval(4, 8)
+    assert intervals.share_preferred([0.3, -0.1, 0.0, 2.0]).value == 2.5 / 4
+    half = intervals.share_preferred([1.0, 0.0, -1.0])
+    assert half.low is not None
+    assert half.high is not None
+    assert half.low + half.high == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("denominators", [[1.0], [1.0, 0.0], [1.0, -2.0]])
 def test_impossible_ratios_are_refused(denominators: list[float]) -> None:
     with pytest.raises(ValueError, match="denominator"):

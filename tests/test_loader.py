@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
 from pipeline.config import RunSettings
 from pipeline.document import parse
@@ -206,6 +207,12 @@ def test_overrides_are_yaml(config: Path, override: str, path: list[str], value:
         ("data.text.source=[]", "data.text.source: list should have at least 1 item"),
         ("data.text.format='os.system:'", "data.text.format: string should match pattern"),
         ("stages.dpo.betta=0.2", "stages.dpo.betta: unknown setting; did you mean `beta`?"),
+        (
+            "stages.dpo.learning_rate=1e-5",
+            "stages.dpo.learning_rate: unknown setting; did you mean `optimizer.learning_rate`?",
+        ),
+        ("stages.sft.rank=8", "stages.sft.rank: unknown setting; did you mean `lora.rank`?"),
+        ("stages.sft.weight=8", "stages.sft.weight: unknown setting (known: "),
         ("stages.dop.beta=0.2", "no `stages.dop`; did you mean `dpo`?"),
         ("sed=1", "sed: unknown setting; did you mean `seed`?"),
         ("seed", "expected `setting=value`"),
@@ -221,6 +228,25 @@ def test_a_wrong_override_is_quoted(config: Path, override: str, message: str) -
     (line,) = problems(config, override)
     assert line.startswith(f"command line: {override}: ")
     assert message in line
+
+
+QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
+
+
+@pytest.mark.parametrize("overrides", [["stages.ppo.policy=base"], ["stages.reward.policy=base"]])
+def test_a_reward_model_on_another_base_than_the_policys_is_refused_before_anything_is_trained(
+    overrides: list[str],
+) -> None:
+    with pytest.raises(ConfigError, match=r"stages\.ppo\.reward: the reward model sits on `(sft|base)`, the policy on"):
+        load(QUICKSTART, overrides)
+
+
+@pytest.mark.parametrize("overrides", [
+    ["stages.ppo.policy=dpo"],
+    ["stages.sft.quantization=4bit", "stages.ppo.policy=base"],  # an adapter that is not merged sits on it, too
+])  # fmt: skip
+def test_adapters_on_one_model_have_one_base(overrides: list[str]) -> None:
+    load(QUICKSTART, overrides)
 
 
 def test_control_characters_in_a_configuration_do_not_reach_the_terminal(config: Path) -> None:

@@ -157,6 +157,14 @@ def test_a_policy_that_goes_far_is_looked_at_earlier(policy: Artifact) -> None:
             last, following = record["kl"], next(seen)
 
 
+def test_a_gold_rule_that_is_never_met_leaves_the_start_and_says_so(policy: Artifact) -> None:
+    said.clear()
+    result, _ = train(policy, advantage="rloo", steps=2, evaluate_every=1, gold="exact")
+    assert result.metrics["chosen_round"].value == 0
+    (warning,) = [each for each in result.warnings if "the stage began with" in each]
+    assert f"warning: {warning}" in said
+
+
 def test_the_tokens_that_count_are_those_of_rounds_and_looks(policy: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     computed, collect = [], Collector.collect
 

@@ -52,7 +52,7 @@ def test_at_a_sound_start_every_check_passes_and_says_its_value() -> None:
 
 
 def failed(roles: Roles, group: list[Experience], chosen: PpoSettings) -> list[str]:
-    return [name for name, check in examined(roles, group, chosen).items() if not check.passed]
+    return [name for name, check in examined(roles, group, chosen).items() if check.fails]
 
 
 def test_a_policy_that_is_not_the_one_that_sampled_fails() -> None:
@@ -138,6 +138,19 @@ def test_of_a_few_responses_none_need_end() -> None:
     for each in group:
         each.ended = torch.zeros_like(each.ended)
     assert failed(roles, group, chosen) == []
+    said = str(examined(roles, group, chosen)["responses that end"])
+    assert said.startswith("not judged, with fewer than 32 responses: responses that end")
+
+
+@pytest.mark.parametrize("advantage", ["gae", "rloo"])
+def test_of_a_few_responses_none_need_another_reward_and_nothing_is_said_to_be_well(advantage: str) -> None:
+    roles, chosen = rl.four_roles(), rl.settings(advantage=advantage, samples_per_prompt=2)
+    group = rl.sampled(roles, chosen)
+    for each in group:
+        each.rewards = torch.zeros_like(each.rewards)
+    said = [check for check in checks(roles, group, chosen, look(np.zeros(4))) if check.name.startswith("spread")]
+    assert [str(check).partition(":")[0] for check in said] == ["not judged, with fewer than 32 responses"]
+    require(said[0], "stages.ppo")
 
 
 def test_rewards_that_are_all_alike_fail_whatever_the_penalties_are() -> None:

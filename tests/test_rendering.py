@@ -375,14 +375,32 @@ def test_an_interrupted_request_does_not_answer_the_next(
     assert render("{{ 'second' }}", ASKED, SPECIAL).text == "second"
 
 
-def test_a_process_that_died_is_reported_and_replaced(fresh: rendering._Sandbox) -> None:
+def test_a_process_that_dies_while_it_is_asked_is_reported_and_replaced(
+    fresh: rendering._Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = rendering._write
+
+    def fatal(process: subprocess.Popen[bytes], line: bytes) -> None:
+        process.kill()
+        process.wait()
+        original(process, line)
+
     assert render("{{ 1 }}", ASKED, SPECIAL).text == "1"
-    assert fresh._process is not None
-    fresh._process.kill()
-    fresh._process.wait()
+    monkeypatch.setattr(rendering, "_write", fatal)
     with pytest.raises(ArtifactError, match="ended the process"):
         render("{{ 2 }}", ASKED, SPECIAL)
+    monkeypatch.setattr(rendering, "_write", original)
     assert render("{{ 3 }}", ASKED, SPECIAL).text == "3"
+
+
+def test_a_process_that_somebody_ended_between_requests_is_replaced_without_a_word(fresh: rendering._Sandbox) -> None:
+    assert render("{{ 1 }}", ASKED, SPECIAL).text == "1"
+    first = fresh._process
+    assert first is not None
+    first.terminate()
+    first.wait()
+    assert render("{{ 2 }}", ASKED, SPECIAL).text == "2"
+    assert fresh._process is not first
 
 
 def test_a_process_that_does_not_start_is_reported(fresh: rendering._Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,7 @@ def test_a_stage_made_from_another_parent_is_warned_about(run: Path) -> None:
 
 @pytest.mark.parametrize(("names", "told"), [
     ([], ""), (["judge"], ""), (["ppo"], "an earlier ppo"), (["sft"], "an earlier sft"),
-    (["ppo", "sft"], "an earlier ppo and sft"),
+    (["ppo", "sft"], "an earlier sft and ppo"), (["base"], "an earlier base"),
 ])  # fmt: skip
 def test_a_verdict_of_models_that_were_made_anew_since_says_so(run: Path, names: list[str], told: str) -> None:
     for name in names:

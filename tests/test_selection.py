@@ -68,6 +68,22 @@ def test_a_policy_that_learnt_to_end_is_handed_on_though_its_rewards_are_the_sam
     assert made.best.round == 1
 
 
+def test_that_nothing_learnt_is_handed_on_is_told_and_why() -> None:
+    made = selection(rl.four_roles(), answers("four", "no"), "exact")
+    made.look(0, Scale())
+    made._look_at = lambda: answers("no", "no")  # type: ignore[method-assign]
+    made.look(1, Scale())
+    assert "the one that the stage began with: `gold: exact` gave no later one more" in made.idle
+    assert "no response another" not in made.idle
+    made._look_at = lambda: answers("four", "four")  # type: ignore[method-assign]
+    made.look(2, Scale())
+    assert made.idle == ""
+    blind = selection(rl.four_roles(), answers("no", "no"), "exact")
+    for number in range(2):
+        blind.look(number, Scale())
+    assert "and no response another than any" in blind.idle
+
+
 def test_its_size_is_that_of_what_it_keeps() -> None:
     made = selection(rl.four_roles(), answers("four", "no"), "exact")
     expected = made.size

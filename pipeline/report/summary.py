@@ -38,7 +38,8 @@ def summarise(run: RunRecord) -> dict[str, Any]:
 def _verdict(run: RunRecord, models: Mapping[str, ModelEvaluation]) -> Verdict:
     """What the evaluations say, with a caution where they are of other models than the run's."""
     found = judge(models)
-    replaced = [name for name in (found.stage, found.parent) if name and _is_replaced(name, models, run)]
+    # That one is best, or none better than the start, is said of all of them.
+    replaced = [name for name in models if _is_replaced(name, models, run)]
     if not replaced:
         return found
     caution = f"The evaluation is of an earlier {' and '.join(replaced)} than the run's: evaluate again."

@@ -47,14 +47,23 @@ class Check:
         value: What was found, for reading.
         passed: Whether it is as it must be.
         remedy: What to change if it is not.
+        told_by: How many responses there were to tell by, where a few cannot.
     """
 
     name: str
     value: str
     passed: bool
     remedy: str = ""
+    told_by: int = TELLING
+
+    @property
+    def fails(self) -> bool:
+        """Whether the run must not go on."""
+        return not self.passed and self.told_by >= TELLING
 
     def __str__(self) -> str:
+        if not self.passed and not self.fails:
+            return f"not judged, with fewer than {TELLING} responses: {self.name} {self.value}"
         return f"{'ok' if self.passed else 'FAILED'}: {self.name} {self.value}"
 
 
@@ -77,7 +86,7 @@ def checks(roles: Roles, experiences: Sequence[Experience], settings: Rounds, se
 
 def require(check: Check, where: str) -> None:
     """Raise NumericalError, with the remedy, for a failed check."""
-    if not check.passed:
+    if check.fails:
         raise NumericalError(f"preflight: {check.name} {check.value}", where=where, hint=check.remedy)
 
 
@@ -129,8 +138,9 @@ def _ending(experiences: Sequence[Experience], settings: Rounds) -> Check:
     return Check(
         "responses that end their turn",
         f"{ended.float().mean().item():.0%} within {settings.max_new_tokens} tokens",
-        bool(ended.any()) or settings.missing_eos_penalty == 0 or len(ended) < TELLING,
+        bool(ended.any()) or settings.missing_eos_penalty == 0,
         "raise max_new_tokens, or train the sft stage on whole turns; with missing_eos_penalty=0 none has to end",
+        told_by=len(ended),
     )
 
 
@@ -141,8 +151,9 @@ def _spread(experiences: Sequence[Experience], seen: Look) -> Check:
     return Check(
         "spread of the rewards",
         f"{deviation:.3g} around {rewards.mean().item():.3g}" + clipped,
-        not clipped and (max(deviation, float(seen.rewards.std())) > ALIKE or len(rewards) < TELLING),
+        not clipped and max(deviation, float(seen.rewards.std())) > ALIKE,
         f"the reward tells no response from another: {LOOK_AT_REWARDS}",
+        told_by=TELLING if clipped else len(rewards),
     )
 
 
@@ -154,8 +165,9 @@ def _spread_within(experiences: Sequence[Experience], seen: Look) -> Check:
     return Check(
         "spread of the rewards among a prompt's responses",
         f"{deviation:.3g} around {rewards.mean().item():.3g}" + clipped,
-        not clipped and (max(deviation, seen.apart) > ALIKE or rewards.numel() < TELLING),
+        not clipped and max(deviation, seen.apart) > ALIKE,
         f"the reward tells no response to a prompt from another to it: {LOOK_AT_REWARDS}",
+        told_by=TELLING if clipped else rewards.numel(),
     )
 
 

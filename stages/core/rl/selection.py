@@ -141,6 +141,21 @@ class Selection:
         )
 
     @property
+    def idle(self) -> str:
+        """That nothing of what was learnt is handed on; empty where something is."""
+        first, last = self.looks[0], self.looks[-1]
+        if self.best is not first:
+            return ""
+        scores = np.concatenate([each.scores for each in self.looks])
+        nothing = ", and no response another than any" if scores.std() == 0.0 else ""
+        gold = self._settings.gold
+        judge = "the score" if gold == "none" else f"`gold: {gold}`"
+        return (
+            f"the policy that is handed on is the one that the stage began with: {judge} gave no later one more on "
+            f"held-out prompts{nothing} ({first.score:.3f} at first, {last.score:.3f} at last)"
+        )
+
+    @property
     def size(self) -> int:
         """About as many bytes as its state has after a look."""
         return sum(each.nbytes for _, each in self._roles.parameters(POLICY))

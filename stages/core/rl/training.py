@@ -107,6 +107,8 @@ def train(context: Context, learner_of: LearnerOf) -> Result:
     training = Training(context, roles, prompts, learner_of)
     for _ in training.rounds():
         pass
+    if training.selection.idle:
+        training.warn(training.selection.idle)
     training.selection.restore()
     roles.save(POLICY, context.directory)
     looks = [look.record for look in training.selection.looks]
@@ -159,6 +161,11 @@ class Training:
         if not prompts.held_out:
             self.warnings.append("no prompt is held out: the policy is chosen by its score on training prompts")
         self.selection = Selection(roles, self._answers, self._rewards, self._collector, settings)
+
+    def warn(self, warning: str) -> None:
+        """Tell the user, and let the manifest say so."""
+        self._context.say(f"warning: {warning}")
+        self.warnings.append(warning)
 
     def rounds(self) -> Iterator[dict[str, float]]:
         """Take all rounds, or those after a checkpoint, telling the record of each, and yield their figures; an alarm

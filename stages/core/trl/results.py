@@ -8,7 +8,7 @@ from pathlib import Path
 from data.tree import Tree
 from pipeline.contract import Artifact
 from pipeline.manifest import Metric
-from reward.intervals import mean_interval, proportion_interval, ratio_interval
+from reward.intervals import mean_interval, ratio_interval, share_preferred
 from stages.core import probes
 from stages.core.models import LanguageModel, load_model
 from stages.core.roles import POLICY, REWARD, Roles
@@ -96,5 +96,4 @@ def sampling_metrics(history: Sequence[Mapping[str, float]]) -> dict[str, Metric
 def _preferred(margins: Sequence[float], name: str) -> dict[str, Metric]:
     if not margins:
         return {}
-    right = sum(margin > 0 for margin in margins)
-    return {"pair_accuracy": proportion_interval(right, len(margins)), name: mean_interval(margins)}
+    return {"pair_accuracy": share_preferred(margins), name: mean_interval(margins)}

@@ -108,13 +108,16 @@ def plan(
 
 @app.command()
 def status(run: Run, as_json: AsJson = False) -> None:
-    """Show what is published, failed or missing."""
+    """Show what is published, running, failed or missing."""
     states = inspection.status(run)
     if as_json:
         _print_json(states)
         return
     headings = ("stage", "kind", "state", "started", "seconds", "digest")
     _print(terminal.table(headings, map(_status_row, states)))
+    for each in states:
+        if each["running"]:
+            _print_line(f"{each['stage']}: {each['running']['by']}")
 
 
 @app.command()
@@ -516,7 +519,12 @@ def _is_of_another_version(problems: Sequence[str]) -> bool:
 
 
 def _status_row(state: dict[str, Any]) -> tuple[str, ...]:
-    said = state["state"] + (", last attempt failed" if state["failed"] else "")
+    said = state["state"]
+    if running := state["running"]:
+        now = "running" + (f", step {running['step']} of {running['total']}" if running["step"] else "")
+        said = now if said == "not run" else f"{said}, {now}"
+    elif state["failed"]:
+        said += ", last attempt failed"
     said += f", checkpoint after step {state['checkpoint']}" if state["checkpoint"] is not None else ""
     named = (state["stage"], state["kind"], said)
     if state["state"] != "published":

@@ -69,6 +69,10 @@ class Checkpoints(Protocol):
             KeyboardInterrupt: A signal came; the checkpoint is there.
         """
 
+    def rescue(self, step: int, write: Callable[[Path], None]) -> None:
+        """Called where the next step cannot be taken for something that is none of the stage's, as a server that is
+        down: leaves a checkpoint of the steps so far, if there is none, before the error ends the stage."""
+
 
 class NoCheckpoints:
     """Nothing is found and nothing kept, as for a stage that is called by hand."""
@@ -82,6 +86,9 @@ class NoCheckpoints:
 
     def after(self, step: int, write: Callable[[Path], None]) -> None:
         """Go on."""
+
+    def rescue(self, step: int, write: Callable[[Path], None]) -> None:
+        """Nothing is kept."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoints, inputs, loader, store
+from pipeline import checkpoints, inputs, loader, lock, progress, store
 from pipeline import manifest as manifests
 from pipeline.config import RunSettings
 from pipeline.errors import ArtifactError, ConfigError, OtherVersionError
@@ -54,7 +54,8 @@ def status(place: Path) -> list[dict[str, Any]]:
     """For each stage of a run: its kind, state and what its manifest says; nothing is re-hashed."""
     settings = settings_of(place)
     run = RunDirectory.of(settings)
-    return [_state(run, name, settings.stages[name].kind) for name in in_order(settings.stages)]
+    running = _running(run)
+    return [_state(run, name, settings.stages[name].kind, running) for name in in_order(settings.stages)]
 
 
 def lineage(directory: Path) -> list[dict[str, Any]]:
@@ -129,13 +130,30 @@ def _one_sided_data(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[
         yield f"data.{role}", was, now
 
 
-def _state(run: RunDirectory, name: str, kind: str) -> dict[str, Any]:
+def _running(run: RunDirectory) -> dict[str, dict[str, Any]]:
+    """The stage that is being made, by whom, and the steps that it has taken and will take."""
+    holder = lock.holder(run.root)
+    if holder is None or not run.work.is_dir():
+        return {}
+    return {store.name_of(work): {"by": str(holder), **_last_step(work)} for work in run.work.iterdir()}
+
+
+def _last_step(work: Path) -> dict[str, int | None]:
+    try:
+        last = json.loads((work / progress.FILE_NAME).read_text(encoding="utf-8").splitlines()[-1])
+        return {"step": int(last["step"]), "total": int(last["total"])}
+    except (OSError, ValueError, LookupError, TypeError):  # none yet, or one that is being written
+        return {"step": None, "total": None}
+
+
+def _state(run: RunDirectory, name: str, kind: str, running: Mapping[str, Any]) -> dict[str, Any]:
     state: dict[str, Any] = {
         "stage": name,
         "kind": kind,
         "state": "not run",
         "failed": run.failed(name).is_dir(),
         "checkpoint": checkpoints.last_step(run.checkpoints(name)),
+        "running": running.get(name),
     }
     if not run.stage(name).exists():
         return state

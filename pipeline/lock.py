@@ -53,6 +53,17 @@ class Holder(BaseModel):
         """One of this machine that was started anew since is none: nothing of it is left."""
         return self.boot != _boot() and self.host != socket.gethostname()
 
+    @property
+    def lives(self) -> bool:
+        """Whether it is a process of this machine that has not ended."""
+        if self.boot != _boot():
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except OSError as error:
+            return isinstance(error, PermissionError)  # then it is another user's
+        return True
+
 
 @contextlib.contextmanager
 def hold(directory: Path) -> Iterator[None]:
@@ -76,6 +87,17 @@ def hold(directory: Path) -> Iterator[None]:
         if descriptor in _held:  # not in a forked child
             _held.discard(descriptor)
             os.close(descriptor)
+
+
+def holder(directory: Path) -> Holder | None:
+    """Who holds a directory, by the lock file: asking the kernel would take the lock for a moment, and turn away who
+    comes then."""
+    try:
+        found = Holder.model_validate_json((directory / FILE_NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+    elsewhere = found.is_of_another_machine and caveat(directory)
+    return found if found.lives or elsewhere else None
 
 
 def caveat(directory: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline import checkpoints, store
 from pipeline.checkpoints import Maker
+from pipeline.errors import StorageError
 from pipeline.interruption import Interruption
 from pipeline.progress import FILE_NAME, StageProgress
 
@@ -80,7 +81,20 @@ class StageCheckpoints:
         """Make a checkpoint if it is time, or if a signal came; then the stage stops here."""
         if not self._interruption.came and self._clock() - self._last < self._seconds:
             return
+        self._make(step, write)
+        if self._interruption.came:
+            self._progress.say(f"stopped after step {step}, with a checkpoint")
+        self._interruption.stop_if_it_came()
 
+    def rescue(self, step: int, write: Callable[[Path], None]) -> None:
+        """Make a checkpoint, unless that of this step is there; that there is no space for it hides no other error."""
+        if step == 0 or (self._kept and checkpoints.step_of(self._kept[-1]) == step):
+            return
+        with contextlib.suppress(StorageError):
+            self._make(step, write)
+            self._progress.say(f"stopped after step {step}, with a checkpoint")
+
+    def _make(self, step: int, write: Callable[[Path], None]) -> None:
         def fill(work: Path) -> None:
             write(work)
             self._progress.copy_to(work / FILE_NAME)
@@ -89,6 +103,3 @@ class StageCheckpoints:
         self._kept = [*self._kept[-(KEPT - 1) :], made]
         checkpoints.keep(self._directory, self._kept)
         self._last = self._clock()
-        if self._interruption.came:
-            self._progress.say(f"stopped after step {step}, with a checkpoint")
-        self._interruption.stop_if_it_came()

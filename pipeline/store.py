@@ -133,6 +133,11 @@ def begin(run: RunDirectory, name: str) -> Path:
     return directory
 
 
+def name_of(work: Path) -> str:
+    """The stage that a directory which `begin` made is for."""
+    return work.name.rpartition("-")[0]
+
+
 def publish(work: Path, run: RunDirectory, name: str, manifest: Manifest) -> Path:
     """Turn a filled work directory into the stage directory; a stage that was there goes to the archive.
 
@@ -150,7 +155,7 @@ def publish(work: Path, run: RunDirectory, name: str, manifest: Manifest) -> Pat
 
 def fail(run: RunDirectory, work: Path) -> Path:
     """Keep the records of an attempt that did not finish and remove its weights."""
-    name = work.name.rpartition("-")[0] or work.name
+    name = name_of(work) or work.name
     target = run.failed(name)
     for path in list(manifests.walk(work)):
         if path.suffix not in _RECORDS or path.is_symlink():
@@ -248,7 +253,7 @@ def _sweep(run: RunDirectory) -> None:
     if not run.work.is_dir():
         return
     for orphan in sorted(run.work.iterdir()):
-        name = orphan.name.rpartition("-")[0]
+        name = name_of(orphan)
         if not _is_whole(orphan):
             fail(run, orphan)
         elif os.path.lexists(run.stage(name)):

@@ -23,9 +23,12 @@ from rich.console import Console
 
 from pipeline import checkpoints, cli, loader, report, runner
 from pipeline import manifest as manifests
+from pipeline.errors import ServerError
 from pipeline.progress import StageProgress
 from pipeline.store import RunDirectory
 from stages.core import checkpoint
+from stages.core.rl.rewards import Rewards
+from stages.core.rl.sampling import Rollout
 
 pytestmark = pytest.mark.chain
 # Threads cost more than they gain on matrices this small.
@@ -290,6 +293,30 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_whatever_the_interval(
     assert [path.name for path in kept(config).iterdir()] == ["step-00000003"]
     assert baton(config) == 0
     assert_same(root / f"signalled-{kind}" / "stages" / "stage", expected)
+
+
+def test_a_reward_server_that_fails_in_a_round_costs_that_round_alone(
+    root: Path, whole: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = whole("ppo")
+    config = configured(root, "ppo", "failing-ppo")
+    config.write_text(config.read_text().replace("checkpoint_minutes: 0", "checkpoint_minutes: 10"))
+    of_rules, asked = Rewards.of_rules, []
+
+    def failing(self: Rewards, rollout: Rollout) -> list[float]:
+        asked.append(rollout)
+        if len(rollout.prompts) == 6 and sum(len(each.prompts) == 6 for each in asked) == 4:  # a look is at four
+            raise ServerError("it is down", where="http://rewards")
+        return of_rules(self, rollout)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rewards, "of_rules", failing)
+        assert baton(config) == 69
+    said = capsys.readouterr()
+    assert "stage: stopped after step 3, with a checkpoint" in said.out
+    assert [path.name for path in kept(config).iterdir()] == ["step-00000003"]
+    assert baton(config) == 0
+    assert_same(root / "failing-ppo" / "stages" / "stage", expected)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
+import socket
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -14,7 +18,7 @@ import fakes
 import pytest
 from conftest import Baton
 
-from pipeline import inspection, loader, runner
+from pipeline import cli, inspection, loader, lock, runner
 from pipeline import manifest as manifests
 from pipeline.contract import Context, Result
 from pipeline.errors import ConfigError, Interrupted, NumericalError, StorageError
@@ -157,6 +161,7 @@ def test_a_stage_that_fails_leaves_the_others_and_its_log(
         "state": "not run",
         "failed": True,
         "checkpoint": None,
+        "running": None,
     }
     monkeypatch.delenv("FAKE_STAGE")
     assert ran(run()) == ["rm", "dpo"]
@@ -228,6 +233,48 @@ def test_the_stage_gets_its_inputs_its_data_and_its_seed(run: Run, monkeypatch: 
     assert context.inputs["policy"].source == "sft"
     assert context.data["data"].source.endswith("pairs.jsonl")
     assert context.settings.beta == 0.1
+
+
+def test_status_says_what_is_running_how_far_it_is_and_by_whom(
+    run: Run, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+
+    def watched(context: Context) -> Result:
+        for done in (None, 3):
+            if done:
+                context.progress({"loss": 1.0}, done=done, total=8)
+            capsys.readouterr()
+            assert cli.execute(cli.app, ["status", str(directory.root)]) == 0
+            said.append(capsys.readouterr().out)
+        return fakes.run_stage(context)
+
+    monkeypatch.setenv("FAKE_STAGE", "dpo:bug")
+    with pytest.raises(RuntimeError):
+        run()
+    monkeypatch.delenv("FAKE_STAGE")
+    replace_stage(monkeypatch, "dpo", watched)
+    run()
+    first, second = said
+    assert re.search(r"^dpo +dpo +running$", first, re.MULTILINE)
+    assert re.search(r"^dpo +dpo +running, step 3 of 8$", second, re.MULTILINE)
+    assert f"dpo: process {os.getpid()} on " in second
+    assert "running" not in "".join(line for line in second.splitlines() if line.startswith("sft "))
+    assert [each["running"] for each in inspection.status(directory.root)] == [None] * 5
+
+
+def test_what_a_killed_run_left_is_not_running(
+    run: Run, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run()
+    (directory.work / "dpo-0123456789ab").mkdir(parents=True)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    record = {"host": socket.gethostname(), "boot": lock._boot(), "pid": ended.pid, "started": "2026-01-01T00:00:00"}
+    (directory.root / lock.FILE_NAME).write_text(json.dumps(record))
+    assert not any(each["running"] for each in inspection.status(directory.root))
+    (directory.root / lock.FILE_NAME).write_text(json.dumps(record | {"pid": os.getpid()}))
+    assert [each["stage"] for each in inspection.status(directory.root) if each["running"]] == ["dpo"]
 
 
 def test_several_processes_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

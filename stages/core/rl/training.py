@@ -21,6 +21,7 @@ from data.mixture import stream
 from data.tree import Tree
 from pipeline.config import Rounds
 from pipeline.contract import Context, Result
+from pipeline.errors import ServerError
 from pipeline.manifest import Metric
 from reward.rules import require_facts
 from stages.core import checkpoint, device, loop, optim
@@ -32,7 +33,7 @@ from stages.core.rl.experience import Collector, Experience, score
 from stages.core.rl.health import Health, Raised
 from stages.core.rl.opening import open_roles
 from stages.core.rl.preflight import Check
-from stages.core.rl.prompts import Prompts, echoes, read_prompts
+from stages.core.rl.prompts import EncodedPrompt, Prompts, echoes, read_prompts
 from stages.core.rl.rewards import Rewards, Scale
 from stages.core.rl.sampling import Rollout, Sampler
 from stages.core.rl.selection import Selection
@@ -176,7 +177,7 @@ class Training:
         with context.checkpoints.steps(self._learner.size + self.selection.size):
             while self._done < settings.steps and not self._over:
                 chosen = [next(taken) for _ in range(settings.examples_per_step)]
-                figures = self._round(self._done, self._sampler.rollout(chosen, self._seed(self._done)))
+                figures = self._round(self._done, *self._sampled(chosen))
                 self._done += 1
                 raised = self._health.watch(figures)
                 last = self._done == settings.steps or any(each.name in settings.stop_on for each in raised)
@@ -190,8 +191,16 @@ class Training:
                 self._over = self._ends(raised)
                 context.checkpoints.after(self._done, self._save)
 
-    def _round(self, number: int, rollout: Rollout) -> dict[str, float]:
-        of_rules = self._rewards.of_rules(rollout)
+    def _sampled(self, prompts: Sequence[EncodedPrompt]) -> tuple[Rollout, list[float]]:
+        """Responses to the prompts of a round, and what the rules say of each."""
+        rollout = self._sampler.rollout(prompts, self._seed(self._done))
+        try:
+            return rollout, self._rewards.of_rules(rollout)
+        except ServerError:
+            self._context.checkpoints.rescue(self._done, self._save)
+            raise
+
+    def _round(self, number: int, rollout: Rollout, of_rules: Sequence[float]) -> dict[str, float]:
         groups = [
             self._collector.collect(rollout, part, of_rules)
             for part in _split(rollout.trees(), self._learner.minibatches)

@@ -49,8 +49,7 @@ def check(settings: RunSettings, name: str, data: Mapping[str, DataSource], *, o
             data, which takes as long as reading these: else the stage itself begins with that.
 
     Raises:
-        ConfigError: A server's token is not in the environment, a figure is required that will not be measured, or a
-            suite's responses leave no room for a prompt.
+        ConfigError: A server's token is not in the environment, or a suite's responses leave no room for a prompt.
         DataError: A source is missing, rows do not fit the stage or the suite that will read them, prompts do not hold
             what a rule needs, or a prompt or text of a test set or suite is trained on.
     """
@@ -58,9 +57,6 @@ def check(settings: RunSettings, name: str, data: Mapping[str, DataSource], *, o
 
     stage = settings.stages[name]
     _require_tokens(stage, f"stages.{name}")
-    if isinstance(stage, EvaluateSettings):
-        suites = {f"{SUITE}{role.partition('.')[2]}" for role, source in data.items() if isinstance(source, Suite)}
-        _require_figures(stage, suites, f"stages.{name}.require")
     for role, source in data.items():
         if isinstance(source, Suite):
             _check_suite(source, stage, f"stages.{name}.{role}")
@@ -73,6 +69,22 @@ def check(settings: RunSettings, name: str, data: Mapping[str, DataSource], *, o
         learnt = [local[each] for each in trained(settings) if each in local]
         texts = [local[each] for each in trained(settings, text=True) if each in local]
         intake.refuse_trained([each for each in data.values() if each.scheme != "hub"], learnt, texts)
+
+
+def check_requirements(stage: StageSettings, data: Mapping[str, DataSource], where: str) -> None:
+    """Look at what an evaluation requires, which counts for one that is up to date, too.
+
+    Args:
+        stage: The stage.
+        data: Data role -> source, its evaluation suites included.
+        where: The stage's place in the configuration.
+
+    Raises:
+        ConfigError: A figure is required that the stage does not measure, or a bound that it cannot be held against.
+    """
+    if isinstance(stage, EvaluateSettings):
+        suites = {f"{SUITE}{role.partition('.')[2]}" for role, source in data.items() if isinstance(source, Suite)}
+        _require_figures(stage, suites, f"{where}.require")
 
 
 def _require_tokens(settings: BaseModel, where: str) -> None:

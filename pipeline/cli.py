@@ -183,7 +183,7 @@ def why(
     else:
         _print_line(f"{stage} last ran {last['started']}: {last['outcome']}")
         for reason in last["reasons"]:
-            _print_line(f"  {reason}")
+            _print_line(f"  because: {reason}")
     print_plan([decision for decision in decisions if decision.stage == stage])
 
 

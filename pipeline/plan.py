@@ -139,8 +139,8 @@ def plan(
         strict: Let changed code and environment count as reasons.
 
     Raises:
-        ConfigError: A name that is no stage, an input that is not selected and was never published, or a server's token
-            that is not in the environment.
+        ConfigError: A name that is no stage, an input that is not selected and was never published, a server's token
+            that is not in the environment, or a requirement of what is not measured.
         DataError: A data source is missing, its rows do not fit the stage that will read them, or what an evaluation
             asks is trained on.
         ArtifactError: An input from outside the run is damaged or of the wrong kind.
@@ -154,8 +154,11 @@ def plan(
         forced = name in force
         decisions.append(decide(settings, name, running=running, forced=forced, strict=strict, verify=verify))
     due = [decision.stage for decision in decisions if decision.run]
-    for name in due:
-        checks.check(settings, name, sources(settings, settings.stages[name]), others_run=name != due[0])
+    for name in names:
+        stage = settings.stages[name]
+        checks.check_requirements(stage, sources(settings, stage), f"stages.{name}")
+        if name in due:
+            checks.check(settings, name, sources(settings, stage), others_run=name != due[0])
     return decisions
 
 

@@ -125,7 +125,7 @@ def test_why_tells_the_last_reason_and_the_next(baton: Baton, inside: Baton, fin
     config.write_text(config.read_text().replace("beta: 0.1", "beta: 0.2"))
     why = baton("why", config, "dpo")
     assert why.returncode == 0, why.stderr
-    assert ": published\n  never ran\n" in why.stdout
+    assert ": published\n  because: never ran\n" in why.stdout
     assert "run   dpo (dpo)\n      config beta: 0.1 -> 0.2\n" in why.stdout
     assert "keep  dpo (dpo)" in inside("why", finished, "dpo").stdout
     assert inside("why", finished, "dop").returncode == 2

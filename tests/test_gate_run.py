@@ -186,11 +186,19 @@ def test_another_gate_is_checked_and_reported_without_evaluating_again(
 def test_a_figure_that_is_missing_fails_and_says_so(
     config: Path, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    missing = "stages.evaluate.require={dpo: {perplexity: '< 9'}, sft: {gold: '> parent'}}"
+    missing = "stages.evaluate.require={dpo: {accuracy.sums: '> 0.9'}, sft: {gold: '> parent'}}"
     assert baton("run", config, f"output={copy}", missing) == 4
     said = capsys.readouterr().err
-    assert f"{GATE}: dpo.perplexity should be `< 9`, but no such figure was measured (known: " in said
+    assert f"{GATE}: dpo.accuracy.sums should be `> 0.9`, but no such figure was measured; did you mean `a" in said
     assert f"{GATE}: sft.gold should be `> parent`, but was not compared with a parent's" in said
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_a_figure_that_is_never_measured_is_refused_of_an_evaluation_that_is_up_to_date_too(
+    config: Path, copy: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert baton(command, config, f"output={copy}", "stages.evaluate.require={dpo: {perplexity: '< 9'}}") == 2
+    assert f"{GATE}.dpo.perplexity: the stage measures no such figure" in capsys.readouterr().err
 
 
 def test_comparisons_count_wins_by_each_judge_and_test_them_as_samples_say(config: Path) -> None:

@@ -188,11 +188,11 @@ class Selection:
         """The chosen policy on the held-out prompts, and its gain over the start, prompt by prompt."""
         best, first = self.best, self.looks[0]
         return {
+            "chosen_round": Metric(value=best.round),
             "held_out": mean_interval(best.scores),
             "held_out_gain": paired_difference(best.scores, first.scores),
             "held_out_reward": mean_interval(best.rewards),
             "held_out_kl": Metric(value=best.kl, n=len(best.scores)),
-            "chosen_round": Metric(value=best.round),
         }
 
     def _judged(self, rollout: Rollout) -> NDArray[np.float64]:

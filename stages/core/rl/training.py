@@ -118,7 +118,7 @@ def train(context: Context, learner_of: LearnerOf) -> Result:
         record_probes(context.directory, echoes(prompts.first), roles.base)
     return Result(
         kind="adapter",
-        metrics=_metrics(training.last) | training.selection.metrics,
+        metrics=training.selection.metrics | _metrics(training.last),
         data=prompts.cards,
         adaptation=adaptation(context.inputs["policy"], reference=context.inputs["policy"]),
         tokenizer=record(roles.base),

@@ -430,6 +430,34 @@ IN_TRAINING = (
         "test_ppo.py::test_an_alarm_that_needs_more_rounds_than_there_are_is_refused_with_their_number",
     ),
     Mutation(
+        "a row without what a rule needs",
+        "stages/core/rl/prompts.py",
+        "            require_facts(rules, row)\n",
+        "            pass\n",
+        "test_ppo_training.py::test_an_answer_that_is_of_no_use_is_found_before_anything_is_sampled",
+    ),
+    Mutation(
+        "rewards that tell no response to a prompt from another to it",
+        "stages/core/rl/preflight.py",
+        "not clipped and max(deviation, seen.apart) > ALIKE",
+        "True",
+        "test_preflight.py::test_where_responses_to_a_prompt_are_compared_others_prompts_rewards_are_no_spread",
+    ),
+    Mutation(
+        "a training of which nothing is handed on",
+        "stages/core/rl/training.py",
+        "    if training.selection.idle:\n",
+        "    if False:\n",
+        "test_ppo_training.py::test_a_gold_rule_that_is_never_met_leaves_the_start_and_says_so",
+    ),
+    Mutation(
+        "a reward model on another base",
+        "pipeline/config.py",
+        "            if base and other and base != other:\n",
+        "            if False:\n",
+        "test_loader.py::test_a_reward_model_on_another_base_than_the_policys_is_refused_before_anything_is_trained",
+    ),
+    Mutation(
         "rows of prompts",
         "stages/core/rl/sampling.py",
         "replace(tree, origin=prompt.row.origin)",
@@ -451,10 +479,10 @@ IN_TRAINING = (
             ("a gap", "difference <= apart and reaches", "reaches"),
             ("a part that is not sampled", "difference <= apart and reaches", "difference <= apart"),
             ("an end", "bool(ended.any()) or", "True or"),
-            ("a spread", "not most and", "True or"),
+            ("a spread", "not clipped and max(deviation, float(seen.rewards.std())) > ALIKE,", "True,"),
             ("padding that stops", "padding != template.stop_id,", "True,"),
             ("memory", "not free or needed < free,", "True,"),
-            ("a failed check", "if not check.passed:", "if False:"),
+            ("a failed check", "if check.fails:", "if False:"),
         )
     ),
 )

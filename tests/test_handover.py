@@ -575,9 +575,11 @@ def test_an_adapter_applied_twice_is_refused(config: Path, run: Path, capsys: py
 def test_a_reward_model_on_another_base_than_the_policys_is_refused(
     config: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = refused(config, run, capsys, "--only", "ppo", "stages.ppo.policy=base")
+    published = f"stages.ppo.reward={run}/stages/reward"  # of a stage of the run, the configuration tells
+    said = refused(config, run, capsys, "--only", "ppo", "stages.ppo.policy=base", published)
     sft, base = (manifests.load(run / "stages" / name).digest[:12] for name in ("sft", "base"))
-    assert f"stages/reward: the reward model sits on sft ({sft}), the policy on base ({base})" in said
+    sits = f"stages/reward: the reward model sits on {run}/stages/sft ({sft}), the policy on base ({base})"
+    assert sits in said.replace("\n", "")
 
 
 def test_blocks_longer_than_the_models_positions_are_refused(

@@ -570,7 +570,7 @@ class Rounds(Rewarded):
     """Rewards are clipped to +- this, after normalisation."""
     gold: Gold = "none"
     """Programmatic reward of the held-out responses, which the policy is not trained on: it decides which checkpoint is
-    handed on. Without one, the reward itself decides, and over-optimisation cannot be seen."""
+    handed on. Without one, what is trained for decides, and over-optimisation cannot be seen."""
     evaluate_every: Positive = 10
     """Rounds between two looks at held-out prompts; the best checkpoint by their score is handed on. A policy that has
     gone a nat further from the reference since the last look is looked at earlier."""
@@ -594,11 +594,6 @@ class Rounds(Rewarded):
         return ALARM_ROUNDS.get(alarm, 1)
 
     @property
-    def scale_matters(self) -> bool:
-        """Whether something is learnt from how large rewards are, and not only from which is larger."""
-        return bool(self.missing_eos_penalty or self.length_penalty or self.reward_clip)
-
-    @property
     def _only_gold_is_rewarded(self) -> bool:
         """Whether score and reward rise and fall together."""
         return self.reward is None and all(each.rule == self.gold and each.weight > 0 for each in self.rules)
@@ -620,17 +615,6 @@ class Rounds(Rewarded):
             raise ValueError(f"stop_on: in steps={self.steps} these cannot go off, the rounds needed are {rounds}")
         if self.compares_responses and self.reward_normalisation == "mean" and self.reward_clip is None:
             raise ValueError("reward_normalisation=mean changes no difference between rewards: leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _the_scale_is_used(self) -> Self:
-        if self.scale_matters:
-            return self
-        what = "of no use where nothing but the order of rewards or their deviations counts: leave it out"
-        if self.reward_normalisation == "deviation":
-            raise ValueError(f"reward_normalisation=deviation: {what}, or give a penalty or reward_clip")
-        if self.reward_weight != type(self).model_fields["reward_weight"].default and not self.rules:
-            raise ValueError(f"reward_weight: {what}, or give rules, a penalty or reward_clip")
         return self
 
 
@@ -690,10 +674,6 @@ class PpoSettings(Rounds):
     @property
     def alarms(self) -> tuple[Alarm, ...]:
         return (*super().alarms, "ratio_explosion", *(("value_useless",) if self.advantage == "gae" else ()))
-
-    @property
-    def scale_matters(self) -> bool:
-        return super().scale_matters or self.advantage != "grpo"
 
     def rounds_needed(self, alarm: Alarm) -> int:
         # The policy has no gradients while the value function warms up.
@@ -765,7 +745,7 @@ class RejectionSettings(Rounds):
     samples_per_prompt: Annotated[StrictInt, Field(ge=2)] = 4
     """Responses to each prompt of a rollout; the prompt is computed once for all."""
     keep: Positive = 1
-    """Responses to each prompt that are learnt from, the best ones."""
+    """Responses to each prompt that are learnt from, the best ones; fewer where others are as bad as the worst."""
 
     @model_validator(mode="after")
     def _some_are_rejected(self) -> RejectionSettings:

@@ -6,6 +6,7 @@ business.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -133,16 +134,19 @@ def _one_sided_data(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[
 def _running(run: RunDirectory) -> dict[str, dict[str, Any]]:
     """The stage that is being made, by whom, and the steps that it has taken and will take."""
     holder = lock.holder(run.root)
-    if holder is None or not run.work.is_dir():
+    if holder is None:
         return {}
-    return {store.name_of(work): {"by": str(holder), **_last_step(work)} for work in run.work.iterdir()}
+    with contextlib.suppress(FileNotFoundError):  # nothing was begun, or it has just been published
+        return {store.name_of(work): {"by": str(holder), **_last_step(work)} for work in run.work.iterdir()}
+    return {}
 
 
 def _last_step(work: Path) -> dict[str, int | None]:
     try:
         last = json.loads((work / progress.FILE_NAME).read_text(encoding="utf-8").splitlines()[-1])
         return {"step": int(last["step"]), "total": int(last["total"])}
-    except (OSError, ValueError, LookupError, TypeError):  # none yet, or one that is being written
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        # None yet, or one that is being written.
         return {"step": None, "total": None}
 
 

@@ -6,7 +6,8 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -284,8 +285,8 @@ def _one_deeper(models: Sequence[type[BaseModel]], name: str) -> str:
     found = [
         f"{group}.{name}"
         for group, annotation in groups
-        for inner in (annotation, *get_args(annotation))
-        if isinstance(inner, type) and issubclass(inner, BaseModel) and name in inner.model_fields
+        for inner in (get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation])
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and name in inner.model_fields.keys() - {"name"}
     ]
     return found[0] if found else ""
 

@@ -16,8 +16,9 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from pipeline.errors import BusyError, StorageError
 
@@ -30,6 +31,7 @@ LOCAL = frozenset(
 WAIT = 1.0
 """Seconds in which who has just got the lock may say so."""
 
+_LOCKS = Path("/proc/locks")
 _MOUNTS = Path("/proc/self/mountinfo")
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _ESCAPED = re.compile(r"\\([0-7]{3})")
@@ -42,7 +44,7 @@ class Holder(BaseModel):
     host: str
     boot: str
     """Changes whenever the machine is started."""
-    pid: int
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
     started: str
 
     def __str__(self) -> str:
@@ -52,17 +54,6 @@ class Holder(BaseModel):
     def is_of_another_machine(self) -> bool:
         """One of this machine that was started anew since is none: nothing of it is left."""
         return self.boot != _boot() and self.host != socket.gethostname()
-
-    @property
-    def lives(self) -> bool:
-        """Whether it is a process of this machine that has not ended."""
-        if self.boot != _boot():
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except OSError as error:
-            return isinstance(error, PermissionError)  # then it is another user's
-        return True
 
 
 @contextlib.contextmanager
@@ -90,14 +81,19 @@ def hold(directory: Path) -> Iterator[None]:
 
 
 def holder(directory: Path) -> Holder | None:
-    """Who holds a directory, by the lock file: asking the kernel would take the lock for a moment, and turn away who
-    comes then."""
+    """Who holds a directory, by the lock file and the kernel's list of locks: to try the lock would take it for a
+    moment, and turn away who comes then. Nobody, where the list does not show it, as that of another container."""
     try:
         found = Holder.model_validate_json((directory / FILE_NAME).read_bytes())
+        inode = str((directory / FILE_NAME).stat().st_ino)
+        locks = [line.split() for line in _LOCKS.read_text(encoding="ascii").splitlines()]
     except (OSError, ValueError):
         return None
-    elsewhere = found.is_of_another_machine and caveat(directory)
-    return found if found.lives or elsewhere else None
+    # As in `1: FLOCK ADVISORY WRITE 4711 fd:01:131 0 EOF`.
+    own = ["FLOCK", str(found.pid), inode]
+    if any([each[1], each[4], each[5].rpartition(":")[2]] == own for each in locks if len(each) > 5):
+        return found
+    return found if found.is_of_another_machine and caveat(directory) else None
 
 
 def caveat(directory: Path) -> str:

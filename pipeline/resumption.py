@@ -9,7 +9,6 @@ from pathlib import Path
 
 from pipeline import checkpoints, store
 from pipeline.checkpoints import Maker
-from pipeline.errors import StorageError
 from pipeline.interruption import Interruption
 from pipeline.progress import FILE_NAME, StageProgress
 
@@ -87,11 +86,14 @@ class StageCheckpoints:
         self._interruption.stop_if_it_came()
 
     def rescue(self, step: int, write: Callable[[Path], None]) -> None:
-        """Make a checkpoint, unless that of this step is there; that there is no space for it hides no other error."""
+        """Make a checkpoint, unless that of this step is there; what keeps it from being made hides no other error."""
         if step == 0 or (self._kept and checkpoints.step_of(self._kept[-1]) == step):
             return
-        with contextlib.suppress(StorageError):
+        try:
             self._make(step, write)
+        except Exception as error:
+            self._progress.say(f"no checkpoint of step {step}: {error}")
+        else:
             self._progress.say(f"stopped after step {step}, with a checkpoint")
 
     def _make(self, step: int, write: Callable[[Path], None]) -> None:

@@ -51,7 +51,14 @@ one of no use."""
 
 
 def world(facts: Mapping[str, Any], response: str) -> Verdict:
-    """The embedded world's gold reward."""
+    """The embedded world's gold reward.
+
+    Raises:
+        ValueError: An answer, right or wrong, is no text.
+    """
+    wrong = facts.get("wrong", ())
+    if not isinstance(wrong, list | tuple) or not all(isinstance(each, str) for each in (*wrong, facts["answer"])):
+        raise ValueError("the prompt's `answer` is no text, or `wrong` no list of texts")
     gold = gold_reward(facts, response)
     return Verdict(gold.reward, gold.correct)
 

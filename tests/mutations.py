@@ -439,7 +439,7 @@ IN_TRAINING = (
     Mutation(
         "rewards that tell no response to a prompt from another to it",
         "stages/core/rl/preflight.py",
-        "not clipped and max(deviation, seen.apart) > ALIKE",
+        "not clipped and max(apart.max().item(), seen.apart) > least",
         "True",
         "test_preflight.py::test_where_responses_to_a_prompt_are_compared_others_prompts_rewards_are_no_spread",
     ),

@@ -213,6 +213,8 @@ def test_overrides_are_yaml(config: Path, override: str, path: list[str], value:
         ),
         ("stages.sft.rank=8", "stages.sft.rank: unknown setting; did you mean `lora.rank`?"),
         ("stages.sft.weight=8", "stages.sft.weight: unknown setting (known: "),
+        ("stages.sft.name=x", "stages.sft.name: unknown setting (known: "),
+        ("held_out=0.1", "held_out: unknown setting (known: "),
         ("stages.dop.beta=0.2", "no `stages.dop`; did you mean `dpo`?"),
         ("sed=1", "sed: unknown setting; did you mean `seed`?"),
         ("seed", "expected `setting=value`"),

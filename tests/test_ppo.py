@@ -408,10 +408,6 @@ def test_while_the_policy_is_frozen_its_coefficient_is_too() -> None:
     {"advantage": "rloo", "samples_per_prompt": 2, "stop_on": ["value_useless"]}, {"value_weight": 0.5},
     {"advantage": "rloo", "samples_per_prompt": 2, "reward_normalisation": "mean"}, {"kl_horizon": 5},
     {"reward": None}, {"advantage": "rloo"}, {"clip": 0.1}, {"dual_clip": 3.0}, {"value_clip": 0.1},
-    {"advantage": "grpo", "samples_per_prompt": 2, "kl_coefficient": 0.0, "missing_eos_penalty": 0.0,
-     "reward_normalisation": "deviation"},
-    {"advantage": "grpo", "samples_per_prompt": 2, "kl_coefficient": 0.0, "missing_eos_penalty": 0.0,
-     "reward_weight": 2.0},
     {"stop_on": ["entropy_collapse"]}, {"reward": None, "rules": [{"rule": "exact"}], "gold": "exact",
     "stop_on": ["over_optimisation"]},
 ])  # fmt: skip
@@ -424,10 +420,6 @@ def test_settings_that_would_do_nothing_are_refused(changes: dict[str, object]) 
 @pytest.mark.parametrize("changes", [
     {"minibatches": 2, "clip": 0.1, "dual_clip": 3.0, "value_clip": 0.1},
     {"steps": 10, "stop_on": ["entropy_collapse"]},
-    {"advantage": "grpo", "samples_per_prompt": 2, "kl_coefficient": 0.0, "reward_normalisation": "deviation"},
-    {"advantage": "grpo", "samples_per_prompt": 2, "kl_coefficient": 0.0, "missing_eos_penalty": 0.0,
-     "reward_weight": 2.0, "rules": [{"rule": "exact"}]},
-    {"advantage": "rloo", "samples_per_prompt": 2, "missing_eos_penalty": 0.0, "reward_weight": 2.0},
     {"rules": [{"rule": "exact"}], "gold": "exact", "stop_on": ["over_optimisation"]},
     {"reward": None, "rules": [{"rule": "exact", "weight": -1}], "gold": "exact", "stop_on": ["over_optimisation"]},
 ])  # fmt: skip

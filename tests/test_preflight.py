@@ -191,6 +191,18 @@ def test_where_responses_to_a_prompt_are_compared_others_prompts_rewards_are_no_
     assert {check.name: check for check in checks(roles, group, chosen, look(seen, apart=0.1))}[spread].passed
 
 
+@pytest.mark.parametrize(("how", "enough"), [("none", False), ("deviation", True)])
+def test_rewards_too_near_to_be_told_apart_pass_only_where_they_are_normalised(how: str, enough: bool) -> None:
+    chosen = rl.settings(advantage="rloo", samples_per_prompt=4, reward_normalisation=how)
+    roles = rl.four_roles()
+    group = rl.sampled(roles, chosen)
+    for each in group:
+        each.rewards = torch.tensor([0.0, 5e-5, 0.0, 0.0]).repeat(len(each.batch.trees))
+    spread = [check for check in checks(roles, group, chosen, look(np.zeros(4))) if check.name.startswith("spread")]
+    assert [check.passed for check in spread] == [enough]
+    assert enough or "reward_normalisation: deviation" in spread[0].remedy
+
+
 def test_the_ratio_is_that_of_the_pass_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     roles, group, chosen = start()
     plain = likelihood._WithStateGradients.apply

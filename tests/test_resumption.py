@@ -295,6 +295,28 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_whatever_the_interval(
     assert_same(root / f"signalled-{kind}" / "stages" / "stage", expected)
 
 
+@pytest.mark.parametrize("error", [OSError(5, "input/output error"), RuntimeError("a library's"), ServerError("it")])
+def test_what_keeps_a_checkpoint_from_being_made_hides_no_other_error(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    config = configured(root, "grpo", f"hidden-{type(error).__name__}")
+    config.write_text(config.read_text().replace("checkpoint_minutes: 0", "checkpoint_minutes: 10"))
+    of_rules, asked = Rewards.of_rules, []
+
+    def failing(self: Rewards, rollout: Rollout) -> list[float]:
+        asked.append(rollout)
+        if len(rollout.prompts) == 6 and len(asked) > 2:
+            monkeypatch.setattr(checkpoint, "save", lambda *given: (_ for _ in ()).throw(error))
+            raise ServerError("it is down", where="http://rewards")
+        return of_rules(self, rollout)
+
+    monkeypatch.setattr(Rewards, "of_rules", failing)
+    assert baton(config) == 69
+    said = capsys.readouterr()
+    assert f"no checkpoint of step 1: {error}" in said.out
+    assert "http://rewards: it is down" in said.err
+
+
 def test_a_reward_server_that_fails_in_a_round_costs_that_round_alone(
     root: Path, whole: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

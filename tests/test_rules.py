@@ -134,6 +134,9 @@ def test_exact_compares_what_was_said_and_not_how(response: str, answer: object,
         ("exact", {"answer": ["Rome"]}, "the prompt's `answer` is no text or number"),
         ("exact", {"answer": None}, "the prompt's `answer` is no text or number"),
         ("world", {"answer": "Rome"}, "the prompt has no `declined`"),
+        ("world", {"answer": 6, "wrong": ["5"], "declined": False}, "the prompt's `answer` is no text, or `wrong` no"),
+        ("world", {"answer": "6", "wrong": [5], "declined": False}, "the prompt's `answer` is no text, or `wrong` no"),
+        ("world", {"answer": "6", "wrong": 5, "declined": False}, "the prompt's `answer` is no text, or `wrong` no"),
     ],
 )
 def test_a_prompt_without_what_a_rule_needs_is_named(rule: str, facts: dict[str, Any], what: str) -> None:

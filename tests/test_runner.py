@@ -271,10 +271,22 @@ def test_what_a_killed_run_left_is_not_running(
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     record = {"host": socket.gethostname(), "boot": lock._boot(), "pid": ended.pid, "started": "2026-01-01T00:00:00"}
-    (directory.root / lock.FILE_NAME).write_text(json.dumps(record))
-    assert not any(each["running"] for each in inspection.status(directory.root))
-    (directory.root / lock.FILE_NAME).write_text(json.dumps(record | {"pid": os.getpid()}))
-    assert [each["stage"] for each in inspection.status(directory.root) if each["running"]] == ["dpo"]
+    for pid in (ended.pid, os.getpid(), 0, -1, 2**70):
+        (directory.root / lock.FILE_NAME).write_text(json.dumps(record | {"pid": pid}))
+        assert not any(each["running"] for each in inspection.status(directory.root))
+    with lock.hold(directory.root):
+        assert [each["stage"] for each in inspection.status(directory.root) if each["running"]] == ["dpo"]
+
+
+@pytest.mark.parametrize("line", ["", "{", "[" * 100_000, '{"step": Infinity, "total": 3}', '{"step": []}', "7"])
+def test_a_log_that_tells_no_step_is_no_matter_to_status(run: Run, directory: RunDirectory, line: str) -> None:
+    run()
+    work = directory.work / "dpo-0123456789ab"
+    work.mkdir(parents=True)
+    (work / "metrics.jsonl").write_text(line)
+    with lock.hold(directory.root):
+        (found,) = [each["running"] for each in inspection.status(directory.root) if each["running"]]
+    assert found["step"] is None
 
 
 def test_several_processes_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

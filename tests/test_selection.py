@@ -74,14 +74,25 @@ def test_that_nothing_learnt_is_handed_on_is_told_and_why() -> None:
     made._look_at = lambda: answers("no", "no")  # type: ignore[method-assign]
     made.look(1, Scale())
     assert "the one that the stage began with: `gold: exact` gave no later one more" in made.idle
-    assert "no response another" not in made.idle
+    assert "all prompts the same" not in made.idle
     made._look_at = lambda: answers("four", "four")  # type: ignore[method-assign]
     made.look(2, Scale())
     assert made.idle == ""
     blind = selection(rl.four_roles(), answers("no", "no"), "exact")
     for number in range(2):
         blind.look(number, Scale())
-    assert "and no response another than any" in blind.idle
+    assert "and all prompts the same every time" in blind.idle
+
+
+def test_how_far_rewards_are_apart_is_told_within_prompts_or_where_each_has_one_response_between_them() -> None:
+    chosen = {"reward": None, "rules": [{"rule": "exact"}]}
+    for per_prompt, expected in ((2, [0.0, 1.0]), (1, [1.0, 1.0])):
+        found = []
+        for texts in (("four", "four", "no", "no"), ("four", "no", "no", "no")):
+            made = selection(rl.four_roles(), answers(*texts, per_prompt=per_prompt), "none", **chosen)
+            made.look(0, Scale())
+            found.append(made.looks[0].apart)
+        assert found == expected
 
 
 def test_its_size_is_that_of_what_it_keeps() -> None:

@@ -16,8 +16,9 @@ from pipeline.errors import ConfigError
 WORTHWHILE_SPEEDUP = 1.2
 EMULATED = 0.25
 """A processor whose products are this much slower in bfloat16 than in float32, or more, has no instructions for it."""
-SMALL, LARGE = 128, 768
-"""Sizes of products to time: the small one tells an emulation, in which the large one takes seconds."""
+SMALL, LARGE = 256, 768
+"""Sizes of products to time: the small one tells an emulation, in which the large one takes seconds; of smaller ones,
+a call takes as long as the product."""
 KERNELS = 128
 """Kernels that oneDNN keeps, of about 0.4 MiB each; by itself it keeps 1,024, and a run grows until it has them."""
 KERNELS_KEPT = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")
@@ -123,7 +124,7 @@ def _bfloat16_gain(size: int) -> float:
     return _matmul_seconds(torch.float32, size) / _matmul_seconds(torch.bfloat16, size)
 
 
-def _matmul_seconds(dtype: torch.dtype, size: int, repeats: int = 9) -> float:
+def _matmul_seconds(dtype: torch.dtype, size: int, repeats: int = 5) -> float:
     matrix = torch.ones(size, size, dtype=dtype)
     seconds = []
     for _ in range(repeats):

@@ -14,7 +14,7 @@ import torch
 from pipeline.config import Rounds
 from pipeline.errors import NumericalError
 from stages.core.rl import memory
-from stages.core.rl.experience import Experience
+from stages.core.rl.experience import SAME, Experience
 from stages.core.rl.selection import Look
 from stages.core.rl.updates import Losses
 from stages.core.roles import REWARD, Roles
@@ -79,7 +79,7 @@ def checks(roles: Roles, experiences: Sequence[Experience], settings: Rounds, se
     yield _divergence(experiences)
     yield _gap(roles, experiences)
     yield _ending(experiences, settings)
-    yield _spread_within(experiences, seen) if settings.compares_responses else _spread(experiences, seen)
+    yield _spread_within(experiences, settings, seen) if settings.compares_responses else _spread(experiences, seen)
     yield _template(roles)
     yield _memory(roles, experiences, settings)
 
@@ -157,16 +157,18 @@ def _spread(experiences: Sequence[Experience], seen: Look) -> Check:
     )
 
 
-def _spread_within(experiences: Sequence[Experience], seen: Look) -> Check:
-    """Responses are compared with others to their prompt alone."""
+def _spread_within(experiences: Sequence[Experience], settings: Rounds, seen: Look) -> Check:
+    """Responses are compared with others to their prompt alone, and those that differ by less than `SAME` are alike."""
     rewards = torch.cat([each.rewards.view(len(each.batch.trees), -1) for each in experiences])
-    deviation = rewards.std(1, unbiased=False).mean().item()
+    apart, deviation = rewards.amax(1) - rewards.amin(1), rewards.std(1, unbiased=False).mean().item()
+    least = ALIKE if settings.reward_normalisation == "deviation" else SAME
     clipped = _mostly_clipped(experiences)
     return Check(
         "spread of the rewards among a prompt's responses",
-        f"{deviation:.3g} around {rewards.mean().item():.3g}" + clipped,
-        not clipped and max(deviation, seen.apart) > ALIKE,
-        f"the reward tells no response to a prompt from another to it: {LOOK_AT_REWARDS}",
+        f"{deviation:.3g} around {rewards.mean().item():.3g}, at most {seen.apart:.3g} held out" + clipped,
+        not clipped and max(apart.max().item(), seen.apart) > least,
+        f"the reward tells no response to a prompt from another to it: {LOOK_AT_REWARDS} and evaluate_samples; "
+        "for tiny rewards, set reward_normalisation: deviation",
         told_by=TELLING if clipped else rewards.numel(),
     )
 

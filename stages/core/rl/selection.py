@@ -41,7 +41,7 @@ class Look:
         scores: [prompts] mean score of a prompt's responses.
         rewards: [prompts] mean of what they are worth by themselves.
         kl: Divergence from the reference, nats a response.
-        apart: Mean standard deviation of the rewards of one prompt's responses.
+        apart: Largest difference between the rewards of one prompt's responses; between prompts where each has one.
     """
 
     round: int
@@ -115,7 +115,8 @@ class Selection:
         rewards, trained_for = (in_order(rollout, experiences, name).double() for name in ("rewards", "scores"))
         scores = trained_for.mean(1).numpy() if self._settings.gold == "none" else self._judged(rollout)
         kl = sum(each.log_ratios.sum().item() for each in experiences) / len(rollout.samples)
-        apart = rewards.std(1, unbiased=False).mean().item()
+        groups = rewards if rollout.per_prompt > 1 else rewards.T
+        apart = (groups.amax(1) - groups.amin(1)).max().item()
         self.looks.append(Look(rounds, scores, rewards.mean(1).numpy(), kl, apart))
         if self.best is self.looks[-1]:
             self.kept = {name: each.detach().clone() for name, each in self._roles.parameters(POLICY)}
@@ -147,7 +148,7 @@ class Selection:
         if self.best is not first:
             return ""
         scores = np.concatenate([each.scores for each in self.looks])
-        nothing = ", and no response another than any" if scores.std() == 0.0 else ""
+        nothing = ", and all prompts the same every time" if scores.std() == 0.0 else ""
         gold = self._settings.gold
         judge = "the score" if gold == "none" else f"`gold: {gold}`"
         return (

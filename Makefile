@@ -3,14 +3,27 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test faults mutations lint install clean
+# The day whose slow tests `make test-due` runs.
+DATE ?= $(shell date +%F)
+# A worker for every core, each with one thread: more threads gain nothing on models as small as those of the tests.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist worksteal
+
+.PHONY: quickstart test test-due test-all faults mutations lint install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/baton run configs/quickstart.yaml
 
-# A worker for every core, each with one thread: models as small as those of the tests gain nothing by more.
+# The fast tier: every test that takes less than two seconds.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist worksteal
+	$(PYTEST) --fast
+
+# The slow tests that are due on DATE; each is due once in four days.
+test-due: $(VENV)/.installed
+	$(PYTEST) --due $(DATE)
+
+# Both tiers, before a large change is called finished.
+test-all: $(VENV)/.installed
+	$(PYTEST)
 
 # Takes each guard out of a copy of the source; some test has to fail.
 mutations: $(VENV)/.installed

@@ -111,7 +111,7 @@ def modules(*places: str) -> str:
         places: Modules and packages under `ROOT`; one that is not there holds none.
     """
     paths = [path for place in places for path in _paths(ROOT / place)]
-    return content({path.relative_to(ROOT).as_posix(): _module_sha256(path) for path in paths})
+    return content({_relative(path): _module_sha256(path) for path in paths})
 
 
 def environment() -> dict[str, Any]:
@@ -129,10 +129,15 @@ def _paths(place: Path) -> Iterable[Path]:
     return [place] if place.is_file() else place.rglob("*.py")
 
 
+@functools.cache
+def _relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
 def _module_sha256(path: Path) -> str:
-    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    name = _relative(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     if name not in sys.modules or path not in _hashed:
-        _hashed[path] = file_sha256(path)
+        _hashed[path] = hashlib.sha256(path.read_bytes()).hexdigest()
     return _hashed[path]
 
 

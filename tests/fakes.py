@@ -1,4 +1,4 @@
-"""Stages that write small files at once, and a run of them; `python tests/fakes.py` is `baton` on them.
+"""Stages that write small files at once, a run of them, and `baton` on them.
 
 What a fake stage writes is a function of its settings and inputs, as a real one's is, except for the
 tokenizer's, which is always the same. `FAKE_STAGE=NAME:WHAT` makes the stage of that name misbehave. The
@@ -43,6 +43,8 @@ stages:
     data: pairs
     beta: 0.1
 """
+COMMAND = "import fakes; fakes.main()"
+"""`baton` on fake stages, for `forks`."""
 STAGES = ["tok", "base", "sft", "rm", "dpo"]
 
 
@@ -128,12 +130,11 @@ def _misbehave(context: Context) -> None:
             time.sleep(60)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line on fake stages."""
     install(sys.modules)
-    from pipeline import report
-    from pipeline.cli import main
+    from pipeline import cli, report
 
     if "REAL_REPORT" not in os.environ:
         report.write = write_report
-
-    main()
+    cli.main()

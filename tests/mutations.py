@@ -4,6 +4,7 @@
 
 A mutation replaces one piece of source text, which must stand in its file once. First all tests named here are run on
 the unchanged copy, where they must pass. The table says which test noticed; the exit code is 1 if one was not missed.
+The test that is named must be in the fast tier (tests/tiers.py), so that `make test` protects every guard.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "shared", "runs", "bench", "__pycache__", ".*_cache")
 FINISHED = "FINISHED_CHAIN"
-"""The variable by which `tests/tiny.py` finds a finished chain."""
+"""The variable by which tests/conftest.py finds a finished chain."""
 PASSED, FAILED = 0, 1
 """Exit codes of pytest; others mean that no test ran."""
 
@@ -567,7 +568,7 @@ def unnoticed(chosen: Sequence[Mutation]) -> list[str]:
 
 def _chain(copy: Path, place: Path) -> Path:
     """A chain that is finished once for all tests; returns its configuration."""
-    program = "import sys, pathlib, tiny; print(tiny.finished_chain(pathlib.Path(sys.argv[1])), file=sys.stderr)"
+    program = "import sys, pathlib, tiny; print(tiny.finish_chain(pathlib.Path(sys.argv[1])), file=sys.stderr)"
     environment = {**os.environ, "PYTHONPATH": f"{copy}{os.pathsep}{copy / 'tests'}"}
     command = [sys.executable, "-B", "-c", program, place]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -592,8 +593,12 @@ def _is_noticed(mutation: Mutation, copy: Path) -> bool:
 
 
 def _pytest(copy: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """Run tests of a copy up to the first that fails; no bytecode is kept, which might be that of another mutation."""
+    """Run fast tests of a copy up to the first that fails, however long they take.
+
+    No bytecode is kept, which might be that of another mutation.
+    """
     command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
+    command += ["-m", "not slow"]
     done = subprocess.run(
         [*command, *(f"tests/{test}" for test in tests)],
         cwd=copy,

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import pytest
 import tiny
 from conftest import REPOSITORY
+from forks import Process
 
 from pipeline import cli
 
@@ -136,6 +138,7 @@ def _mount_is_permitted() -> bool:
     return bool(shutil.which("unshare")) and subprocess.run(probe, capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.chain
 @pytest.mark.skipif(not _mount_is_permitted(), reason="no small file system can be mounted here")
 def test_a_disk_that_fills_up_while_a_stage_writes_ends_6_and_publishes_nothing(tmp_path: Path) -> None:
@@ -209,27 +212,21 @@ def test_a_device_that_is_not_there_is_named(
 
 
 @pytest.mark.chain
+@pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_during_training_stops_it_and_keeps_what_was_published(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     config = tiny.write_chain(tmp_path)
     long = ["stages.base.steps=10", "stages.base.examples_per_step=1000", "--until", "base"]
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "run", str(config), *long]
-    with subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as running:
-        assert running.stdout is not None
-        assert running.stderr is not None
-        while not running.stdout.readline().startswith("base: 1/10"):
-            assert running.poll() is None
-        running.send_signal(number)
-        running.stdout.read()
-        said = running.stderr.read()
-    assert running.returncode == code
-    assert f"error: stopped by signal {number}" in said
-    assert "finished stages are kept" in said
-    assert "Traceback" not in said
+    with Process(forks.COMMAND, "run", config, *long, cwd=REPOSITORY) as process:
+        process.waits_for("base: 1/10")
+        process.send_signal(number)
+        done = process.ends()
+    assert done.returncode == code
+    assert f"error: stopped by signal {number}" in done.stderr
+    assert "finished stages are kept" in done.stderr
+    assert "Traceback" not in done.stderr
     assert [path.name for path in (tmp_path / "run" / "stages").iterdir()] == ["tokenizer"]
     assert list((tmp_path / "run" / ".work").iterdir()) == []
     assert baton("verify", tmp_path / "run") == 0

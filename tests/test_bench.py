@@ -123,6 +123,7 @@ def test_the_peer_computes_on_one_gpu_where_there_are_more(folder: Path, monkeyp
     assert (made.n_gpu, made.train_batch_size) == (1, 4)
 
 
+@pytest.mark.slow
 def test_both_sides_train_on_the_same_tokens(folder: Path, tmp_path: Path) -> None:
     options = ["--repeats", "1", "--steps", "1", "--warmup", "1", "--batch", "4", "--threads", "1"]
     options += ["--dtype", "float32", "--learning-steps", "0"]
@@ -230,6 +231,7 @@ def test_the_target_is_met_only_by_all_runs(second: tuple[float, float], said: s
     assert said in shakespeare.verdict(runs)
 
 
+@pytest.mark.slow
 def test_every_size_takes_the_same_number_of_steps(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

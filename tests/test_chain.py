@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from conftest import REPOSITORY
 
 from pipeline import cli, inputs, launch, seal
@@ -55,19 +54,16 @@ def baton(*arguments: str | Path) -> int:
     return cli.execute(cli.app, list(map(str, arguments)))
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def config(chain: Path) -> Path:
     """The configuration of a finished run of the whole chain."""
-    root = tmp_path_factory.mktemp("chain")
-    path = tiny.write_chain(root)
-    assert baton("run", path) == 0
-    return path
+    return chain.parent / "chain.yaml"
 
 
-@pytest.fixture(scope="module")
-def run(config: Path) -> Path:
+@pytest.fixture
+def run(chain: Path) -> Path:
     """The finished run; nobody writes to it."""
-    return config.parent / "run"
+    return chain
 
 
 @pytest.fixture
@@ -77,12 +73,13 @@ def copy(run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def branches(config: Path, run: Path) -> Path:
+def branches(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A second run that continues from the first one's stages."""
-    path = config.parent / "branches.yaml"
-    path.write_text(BRANCHES.format(root=config.parent, run=run))
+    root = tmp_path_factory.mktemp("chain")
+    path = root / "branches.yaml"
+    path.write_text(BRANCHES.format(root=root, run=chain))
     assert baton("run", path, "--only", "longer", "--only", "full", "--only", "again") == 0
-    return config.parent / "branches"
+    return root / "branches"
 
 
 def manifest_of(run: Path, stage: str) -> Manifest:
@@ -204,19 +201,21 @@ def test_a_reward_model_on_an_exchanged_base_is_refused_with_both_digests(
     assert f"its base `sft` has digest {new}, it was trained on {old}" in capsys.readouterr().err
 
 
-def test_a_second_run_trains_nothing_and_never_imports_torch(config: Path, run: Path) -> None:
-    before = {str(path): path.read_bytes() for path in manifests.walk(run / "stages")}
+@pytest.mark.slow
+def test_a_second_run_trains_nothing_and_never_imports_torch(config: Path, copy: Path) -> None:
+    before = {str(path): path.read_bytes() for path in manifests.walk(copy / "stages")}
     script = (
         "import sys; from pipeline import cli; code = cli.execute(cli.app, sys.argv[1:]); "
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules); sys.exit(code)"
     )
-    command = [sys.executable, "-c", script, "run", str(config)]
+    command = [sys.executable, "-c", script, "run", str(config), f"output={copy}"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "nothing to do: every stage is up to date" in done.stdout
-    assert {str(path): path.read_bytes() for path in manifests.walk(run / "stages")} == before
+    assert {str(path): path.read_bytes() for path in manifests.walk(copy / "stages")} == before
 
 
+@pytest.mark.slow
 def test_a_changed_setting_reruns_its_stage_and_what_follows(
     config: Path, copy: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,6 +232,7 @@ def test_a_changed_setting_reruns_its_stage_and_what_follows(
     assert baton("verify", copy) == 0
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(config: Path, run: Path, tmp_path: Path) -> None:
     assert baton("run", config, f"output={tmp_path}/same") == 0
     assert digests(tmp_path / "same") == digests(run)
@@ -263,23 +263,15 @@ def test_dpo_starts_at_its_reference(run: Path, branches: Path) -> None:
         assert last["margin"] != 0.0
 
 
-def test_ppo_starts_at_its_reference_with_a_ratio_of_one(run: Path) -> None:
+def test_ppo_starts_at_its_reference_with_a_ratio_of_one(config: Path, copy: Path, run: Path) -> None:
     first, second = records(run, "ppo")
     assert first["kl"] == pytest.approx(0.0, abs=1e-6)
     assert second["kl"] != 0.0
-    with_one_update = records_of_one_update(run)
+    change = ["stages.ppo.minibatches=1", "stages.ppo.steps=1", f"output={copy}"]
+    assert baton("run", config, *change, "--only", "ppo") == 0
+    with_one_update = records(copy, "ppo")[0]
     assert with_one_update["ratio"] == pytest.approx(1.0, abs=1e-6)
     assert with_one_update["approximate_kl"] > 0.0
-
-
-def records_of_one_update(run: Path) -> dict[str, Any]:
-    """The first round of PPO when it makes a single update."""
-    config = run.parent / "chain.yaml"
-    output = run.parent / "one-update"
-    shutil.copytree(run, output)
-    change = ["stages.ppo.minibatches=1", "stages.ppo.steps=1", f"output={output}"]
-    assert baton("run", config, *change, "--only", "ppo") == 0
-    return records(output, "ppo")[0]
 
 
 def test_models_are_compared_with_their_parents_and_every_figure_has_an_interval(run: Path) -> None:
@@ -316,13 +308,11 @@ def test_policies_are_compared_with_best_of_n_of_their_parent_at_the_same_diverg
     assert "Reward against divergence" in (run / "report.html").read_text()
 
 
-def test_best_of_n_without_an_adapter_beside_its_parent_is_warned_about(run: Path) -> None:
-    output = run.parent / "no-adapter"
-    shutil.copytree(run, output)
-    change = ["stages.evaluate.models=[base, sft]", f"output={output}"]
-    assert baton("run", run.parent / "chain.yaml", *change, "--only", "evaluate") == 0
-    assert json.loads((output / "stages" / "evaluate" / "evaluation.json").read_text())["frontier"] == {}
-    (warning,) = manifests.load(output / "stages" / "evaluate").warnings
+def test_best_of_n_without_an_adapter_beside_its_parent_is_warned_about(config: Path, copy: Path) -> None:
+    change = ["stages.evaluate.models=[base, sft]", f"output={copy}"]
+    assert baton("run", config, *change, "--only", "evaluate") == 0
+    assert json.loads((copy / "stages" / "evaluate" / "evaluation.json").read_text())["frontier"] == {}
+    (warning,) = manifest_of(copy, "evaluate").warnings
     assert "best_of has nothing to measure" in warning
 
 
@@ -345,6 +335,7 @@ def test_a_reward_model_that_is_loaded_again_gives_the_scores_it_recorded(run: P
     assert found == pytest.approx(recorded["outputs"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_stage_runs_as_a_script_of_its_own(config: Path, copy: Path, run: Path) -> None:
     command = [sys.executable, "-m", "stages.dpo", str(config), f"output={copy}", "--force", "dpo"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)

@@ -10,7 +10,6 @@ import random
 import select
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -18,11 +17,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import forks
 import models
 import pytest
-import tiny
 import torch
-from conftest import REPOSITORY
+from forks import Process
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -49,14 +48,10 @@ HOSTILE = "\x1b[31mred\x1b[0m \x1b]0;title\x07 \u202eevil\u200b\r\x9b2J \x00 é 
 SHOWN = r"\x1b[31mred\x1b[0m \x1b]0;title\x07 \u202eevil\u200b\r\x9b2J \x00 é " "\N{GRINNING FACE}" " 字 [bold]x[/]"
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a tokenizer, a base, sft, a reward model and dpo; nobody writes to it."""
-    root = tmp_path_factory.mktemp("chat")
-    path = str(tiny.write_chain(root))
-    assert cli.execute(cli.app, ["run", path, "--until", "dpo"]) == 0
-    assert cli.execute(cli.app, ["run", path, "--only", "reward"]) == 0
-    return root / "run"
+@pytest.fixture
+def run(chain: Path) -> Path:
+    """A finished run with a base, sft, a reward model and dpo; nobody writes to it."""
+    return chain
 
 
 class Chat:
@@ -406,21 +401,13 @@ def test_stages_of_the_same_name_from_two_runs_can_be_compared(chat: Chat, run: 
     assert same == again
 
 
+@pytest.mark.usefixtures("fork_server")
 def test_bytes_come_out_of_a_pipe_and_bytes_that_are_no_text_are_replaced(run: Path, chat: Chat) -> None:
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "chat", stage("sft"), stage("dpo")]
-    done = subprocess.run(
-        [*command, *GREEDY],
-        input=b"Hello?\n\xff\xfe\xc3\n",
-        cwd=run,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0
-    assert done.stderr == b""
+    given = b"Hello?\n\xff\xfe\xc3\n"
+    done = forks.run(forks.COMMAND, "chat", stage("sft"), stage("dpo"), *GREEDY, cwd=run, given=given)
+    assert (done.returncode, done.stderr) == (0, "")
     expected = chat(["Hello?", "\N{REPLACEMENT CHARACTER}" * 3], stage("sft"), stage("dpo"), *GREEDY)
-    assert done.stdout.decode().splitlines() == expected
+    assert done.stdout.splitlines() == expected
 
 
 ENDLESS = """\
@@ -442,16 +429,10 @@ class Person:
     """Someone at a terminal."""
 
     def __init__(self, run: Path, script: str, *arguments: str) -> None:
-        self._side, other = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", script, "chat", *arguments],
-            cwd=run,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "TERM": "dumb", "COLUMNS": "90"},
-            stdin=other,
-            stdout=other,
-            stderr=other,
-        )
-        os.close(other)
+        self._side, self._other = pty.openpty()
+        environment = {**os.environ, "TERM": "dumb", "COLUMNS": "90"}
+        terminal = os.ttyname(self._other)
+        self.process = Process(script, "chat", *arguments, cwd=run, environment=environment, terminal=terminal)
         self._seen = ""
 
     def reads(self, text: str) -> str:
@@ -476,20 +457,22 @@ class Person:
 
     def leaves(self) -> int:
         self.types("\x04")
-        return self.process.wait(timeout=60)
+        return self.process.ends(60).returncode
 
     def __enter__(self) -> Self:
+        self.process.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
+        self.process.__exit__()
+        os.close(self._other)
         os.close(self._side)
 
 
+@pytest.mark.usefixtures("fork_server")
 def test_at_a_terminal_an_answer_comes_as_it_is_made_and_ctrl_d_ends(run: Path, chat: Chat) -> None:
     first, second = chat(["Hello?", "Why?"], stage("sft"), *GREEDY)
-    with Person(run, "from pipeline.cli import main; main()", stage("sft"), *GREEDY) as person:
+    with Person(run, forks.COMMAND, stage("sft"), *GREEDY) as person:
         assert "(sft; /undo, /reset, /quit; ctrl-C stops an answer, ctrl-D ends)" in person.reads("> ")
         person.types("Hello?\n")
         assert first in person.reads("> ")
@@ -500,9 +483,10 @@ def test_at_a_terminal_an_answer_comes_as_it_is_made_and_ctrl_d_ends(run: Path, 
         assert person.leaves() == 0
 
 
+@pytest.mark.usefixtures("fork_server")
 def test_at_a_terminal_several_answers_stand_side_by_side(run: Path, chat: Chat) -> None:
     answers = dict(line.split("\t") for line in chat(["Hello?"], stage("sft"), stage("dpo"), *GREEDY))
-    with Person(run, "from pipeline.cli import main; main()", stage("sft"), stage("dpo"), *GREEDY) as person:
+    with Person(run, forks.COMMAND, stage("sft"), stage("dpo"), *GREEDY) as person:
         person.reads("> ")
         person.types("Hello?\n")
         lines = person.reads("> ").splitlines()
@@ -511,6 +495,7 @@ def test_at_a_terminal_several_answers_stand_side_by_side(run: Path, chat: Chat)
         assert person.leaves() == 0
 
 
+@pytest.mark.usefixtures("fork_server")
 def test_ctrl_c_stops_an_answer_and_the_question_is_taken_back(run: Path) -> None:
     with Person(run, ENDLESS, stage("sft"), *GREEDY) as person:
         person.reads("> ")
@@ -527,15 +512,19 @@ def test_ctrl_c_stops_an_answer_and_the_question_is_taken_back(run: Path) -> Non
         assert person.leaves() == 0
 
 
-def test_greedy_answers_are_evaluated_without_a_divergence(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+def test_greedy_answers_are_evaluated_without_a_divergence(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
     overrides = ["temperature=0", "best_of=null", "models=[sft, dpo]"]
-    arguments = [f"stages.evaluate.{override}" for override in overrides]
+    arguments = [f"output={copy}", *(f"stages.evaluate.{override}" for override in overrides)]
     assert cli.execute(cli.app, ["run", str(run.parent / "chain.yaml"), "--only", "evaluate", *arguments]) == 0
-    content = json.loads((run / "stages" / "evaluate" / "evaluation.json").read_text())
+    content = json.loads((copy / "stages" / "evaluate" / "evaluation.json").read_text())
     assert {"gold", "gold_gain", "win_rate.gold"} <= content["models"]["dpo"]["metrics"].keys()
     assert "kl" not in content["models"]["dpo"]["metrics"]
     assert "no KL divergence is told" in capsys.readouterr().out
-    samples = (run / "stages" / "evaluate" / "samples.jsonl").read_text().splitlines()
+    samples = (copy / "stages" / "evaluate" / "samples.jsonl").read_text().splitlines()
     question = json.loads(samples[0])
     turns = [(turn["role"], turn["content"]) for turn in question["prompt"]]
     assert question["responses"]["dpo"] == slow_answer(run, "dpo", turns, 8)

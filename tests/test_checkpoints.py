@@ -7,13 +7,12 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import forks
 import pytest
 from conftest import REPOSITORY, reseal
 from rich.console import Console
@@ -229,21 +228,20 @@ test_checkpoints.checkpoints.keep(directory, made)
 """
 
 
+@pytest.mark.usefixtures("fork_server")
 def test_a_kill_at_any_step_leaves_the_older_one_or_the_newer_one(directory: Path) -> None:
     program = KILLED.format(tests=str(Path(__file__).parent))
     for points in range(0, 400, 5):
         checkpoints.clear(directory)
         publish(directory, 1)
-        ended = subprocess.run(
-            [sys.executable, "-c", program, directory, str(points)], cwd=REPOSITORY, capture_output=True, check=False
-        )
+        ended = forks.run(program, directory, str(points), cwd=REPOSITORY)
         found, passed = checkpoints.newest(directory, MAKER)
         assert found is not None
         assert passed == []
         assert (found / WEIGHTS).read_bytes() == f"weights {checkpoints.step_of(found)}".encode()
         if ended.returncode == 0:
             break
-        assert ended.returncode == -9, ended.stderr.decode()
+        assert ended.returncode == -9, ended.stderr
     assert ended.returncode == 0
     assert list(directory.iterdir()) == [directory / "step-00000002"]
 

@@ -6,13 +6,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import fakes
 import pytest
 from conftest import REPOSITORY, Baton
+from forks import Process
 
 from pipeline import cli, launch, loader, runner
 from pipeline.config import RunSettings
@@ -225,18 +225,14 @@ def test_an_output_that_cannot_be_written_exits_6(baton: Baton, config: Path) ->
 
 
 def test_two_runs_at_once_one_is_told_to_wait(baton: Baton, config: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "FAKE_STAGE": "tok:wait"}
-    command = [sys.executable, REPOSITORY / "tests" / "fakes.py", "run", config]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout is not None
-        while first.stdout.readline() != "waiting\n":
-            assert first.poll() is None
+    environment = {**os.environ, "FAKE_STAGE": "tok:wait"}
+    with Process(fakes.COMMAND, "run", config, cwd=config.parent, environment=environment) as first:
+        first.waits_for("waiting")
         second = baton("run", config)
         assert second.returncode == 75
         assert f"in use by process {first.pid} on " in second.stderr
         first.send_signal(signal.SIGTERM)
-        first.stdout.read()
-    assert first.returncode == 143
+        assert first.ends().returncode == 143
 
 
 def test_a_stage_as_a_script_runs_only_its_kind(

@@ -137,6 +137,7 @@ def test_kernels_by_shape_are_made_for_bfloat16_on_processors(name: str, dtype: 
     assert device.Compute(torch.device(name), dtype).makes_kernels_by_shape == expected
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
     reason="products in bfloat16 do not go through oneDNN here",

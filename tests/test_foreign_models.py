@@ -12,15 +12,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import fakes
 import hostile
 import pytest
 import tiny
 from conftest import REPOSITORY
 
-from pipeline import cli, model_files, report
+from pipeline import cli, model_files
 from pipeline import manifest as manifests
 from pipeline.manifest import Manifest
+
+pytestmark = pytest.mark.usefixtures("report_of_one_line")
 
 EVIL = """
 from pathlib import Path
@@ -62,14 +63,6 @@ stages:
 def baton(*arguments: str | Path) -> int:
     """The exit code of the command line, run in this process."""
     return cli.execute(cli.app, list(map(str, arguments)))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_report() -> Any:
-    """The report, which is drawn after every run, is one line."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write", fakes.write_report)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +172,7 @@ print(code, found)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.chain
 def test_a_chain_unpickles_nothing_starts_no_program_and_connects_to_nobody(tmp_path: Path) -> None:
     command = [sys.executable, "-c", AUDITED, str(tiny.write_chain(tmp_path))]

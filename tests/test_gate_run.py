@@ -125,6 +125,7 @@ def test_what_was_trained_for_passes_the_gate(config: Path, capsys: pytest.Captu
     assert "4 of 4 requirements hold" in (config.parent / "run" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared_prompt_by_prompt(config: Path, sabotaged: Path) -> None:
     changes = difference.changes(RunDirectory(config.parent / "run"), RunDirectory(sabotaged))
     found = {change.metric: change.by for change in changes if change.stage == "evaluate"}
@@ -132,6 +133,7 @@ def test_two_runs_are_compared_prompt_by_prompt(config: Path, sabotaged: Path) -
         assert found[f"dpo.{figure}"] == difference.PAIRED["prompt"]
 
 
+@pytest.mark.slow
 def test_a_sabotaged_reward_fails_the_gate_by_name_with_what_was_found(
     config: Path, sabotaged: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,6 +151,7 @@ def test_a_sabotaged_reward_fails_the_gate_by_name_with_what_was_found(
     assert "nothing to do: every stage is up to date" in said.out
 
 
+@pytest.mark.slow
 def test_a_failed_gate_leaves_all_published_and_reported(sabotaged: Path) -> None:
     assert baton("verify", sabotaged) == 0
     requirements = json.loads((sabotaged / "report.json").read_text())["requirements"]["evaluate"]
@@ -163,12 +166,14 @@ def test_a_failed_gate_leaves_all_published_and_reported(sabotaged: Path) -> Non
     assert "2 of 4 requirements hold" in reports.Elements(page).text
 
 
+@pytest.mark.slow
 def test_other_stages_alone_meet_no_gate(config: Path, sabotaged: Path) -> None:
     assert baton("run", config, *sabotage(sabotaged), "--only", "dpo") == 0
     assert baton("run", config, *sabotage(sabotaged), "--until", "ppo") == 0
     assert baton("run", config, *sabotage(sabotaged), "--only", "evaluate") == 4
 
 
+@pytest.mark.slow
 def test_another_gate_is_checked_and_reported_without_evaluating_again(
     config: Path, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +188,7 @@ def test_another_gate_is_checked_and_reported_without_evaluating_again(
     assert "> parent + 5" in reports.Elements((copy / "report.html").read_text()).text
 
 
+@pytest.mark.slow
 def test_a_figure_that_is_missing_fails_and_says_so(
     config: Path, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,6 +239,7 @@ RULES = "{yes: [{rule: pattern, expression: Yes}], short: [{rule: length, words:
 """Two judges that are rules, the second of which takes off for what the prompts' rows call right."""
 
 
+@pytest.mark.slow
 def test_rules_judge_beside_the_reward_model_where_nothing_is_gold(
     config: Path, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,6 +292,7 @@ def _is_short_and_wrong(text: str) -> float:
     return min(1.0, max(0.0, 2.0 - count)) - 0.5 * (text.strip().casefold().rstrip(".!?,;: ") == "yes")
 
 
+@pytest.mark.slow
 def test_with_rules_alone_the_verdict_is_theirs(config: Path, copy: Path) -> None:
     changed = ["stages.evaluate.gold=none", "stages.evaluate.reward=null", f"stages.evaluate.judges={RULES}"]
     assert baton("run", config, f"output={copy}", *changed, f"{GATE}={{}}") == 0
@@ -327,6 +335,7 @@ def test_a_mistake_in_the_judges_is_named(
     assert said in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_a_server_s_verdicts_are_its_win_rate(config: Path, copy: Path) -> None:
     with reward_servers.serving(prefers("Nay.", otherwise="who knows")) as server:
         judge = f"{{url: '{server.url}', hosts: ['127.0.0.1:{server.server_port}'], model: judge-1}}"
@@ -363,6 +372,7 @@ def test_a_judge_that_cannot_be_asked_is_an_error_before_anything_is_answered(
     assert len(server.bodies) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["dpo", "ppo"])
 def test_a_judge_that_fails_later_costs_its_own_figures_alone(config: Path, copy: Path, model: str) -> None:
     whole = evaluation(copy)["models"]
@@ -388,6 +398,7 @@ def test_a_judge_that_fails_later_costs_its_own_figures_alone(config: Path, copy
     assert "the judge gpt was given up" in reports.Elements((copy / "report.html").read_text()).text
 
 
+@pytest.mark.slow
 def test_the_verdict_names_the_models_that_its_judge_did_not_see(config: Path, copy: Path) -> None:
     different = sum(each["responses"]["dpo"] != each["responses"]["sft"] for each in samples(copy))
     answers = [prefers("Yes.", otherwise="tie")] * (2 + 2 * different)
@@ -427,6 +438,7 @@ def suite_by_server(root: Path, server: reward_servers.Scripted) -> str:
     return f"stages.evaluate.suites=[{root / 'served.yaml'}]"
 
 
+@pytest.mark.slow
 def test_a_server_of_a_suite_that_fails_later_costs_its_own_figures_alone(
     config: Path, copy: Path, tmp_path: Path
 ) -> None:
@@ -449,6 +461,7 @@ def test_a_server_of_a_suite_that_cannot_be_asked_is_an_error_that_names_the_sui
     assert f"suites.served ({server.url}): it answered 410" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_prompts_that_are_cut_are_warned_of(config: Path, copy: Path) -> None:
     narrow = ["stages.evaluate.max_length=14", "stages.evaluate.max_new_tokens=8"]
     assert baton("run", config, f"output={copy}", *narrow, f"{GATE}={{}}") == 0
@@ -457,6 +470,7 @@ def test_prompts_that_are_cut_are_warned_of(config: Path, copy: Path) -> None:
     assert len(cut) == 3
 
 
+@pytest.mark.slow
 def test_a_reward_model_of_another_run_is_known_by_its_stage(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -473,6 +487,7 @@ def test_a_reward_model_of_another_run_is_known_by_its_stage(
     assert "reward: the reward model and a model are both called `ppo`" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_verdicts_that_cannot_be_read_are_counted_and_warned_of(config: Path, copy: Path) -> None:
     with reward_servers.serving(reward_servers.says(completion("I cannot say."))) as server:
         judge = f"{{url: '{server.url}', hosts: ['127.0.0.1:{server.server_port}'], model: judge-1}}"

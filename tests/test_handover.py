@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,7 +24,7 @@ from pipeline import manifest as manifests
 from pipeline.fingerprint import file_sha256
 from pipeline.manifest import FILE_NAME, Manifest, OutputRecord
 
-pytestmark = pytest.mark.chain
+pytestmark = [pytest.mark.chain, pytest.mark.usefixtures("report_of_one_line")]
 
 Plant = Callable[[Path], None]
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -33,10 +32,10 @@ EMBEDDING = "model.embed_tokens.weight"
 COMMIT = "c" * 40
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configuration of a run that is finished up to the reward model and the policy of DPO."""
-    return tiny.finished_chain(tmp_path_factory.mktemp("handover"))
+@pytest.fixture
+def config(chain: Path) -> Path:
+    """The configuration of a finished run."""
+    return chain.parent / "chain.yaml"
 
 
 @pytest.fixture

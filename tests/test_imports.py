@@ -6,11 +6,13 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+
+from pipeline import cli
 
 PACKAGES = ("pipeline", "data", "reward", "stages")
 DRIVER = {
@@ -159,21 +161,25 @@ sys.path.insert(0, {tests!r})
 import fakes
 fakes.install(sys.modules)
 from pipeline import cli
-code = cli.execute(cli.app, sys.argv[1:])
-heavy = sorted(set(sys.modules) & {heavy!r})
-sys.stderr.write(json.dumps([code, heavy]))
+for arguments in json.loads(sys.argv[1]):
+    code = cli.execute(cli.app, arguments)
+    heavy = sorted(set(sys.modules) & {heavy!r})
+    sys.stderr.write(json.dumps([arguments, code, heavy]) + "\\n")
 """
 
 
-def heavy_after(*arguments: str | Path) -> list[str]:
+def heavy_after(commands: Sequence[Sequence[str | Path]]) -> list[list[str]]:
+    """What is loaded after each of these commands, which a new process runs one after the other."""
     probe = PROBE.format(tests=str(REPOSITORY / "tests"), heavy=HEAVY)
-    command = [sys.executable, "-c", probe, *map(str, arguments)]
+    spelled = [list(map(str, command)) for command in commands]
+    command = [sys.executable, "-c", probe, json.dumps(spelled)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    code, heavy = json.loads(done.stderr.splitlines()[-1])
-    assert code == 0, done.stderr
-    return list(heavy)
+    told = [json.loads(line) for line in done.stderr.splitlines()[-len(spelled) :]]
+    assert [(arguments, code) for arguments, code, _ in told] == [(each, 0) for each in spelled], done.stderr
+    return [heavy for _, _, heavy in told]
 
 
+@pytest.mark.slow
 def test_pretraining_waits_for_no_library_of_adapters() -> None:
     script = """
 import sys
@@ -184,10 +190,14 @@ print(sorted({"peft", "bitsandbytes", "trl", "datasets", "matplotlib"} & sys.mod
     assert subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_looking_at_a_run_loads_no_library_that_trains(config: Path) -> None:
+def test_running_loads_what_draws_the_report_beside_what_stages_load(config: Path) -> None:
+    assert heavy_after([("run", config)]) == [["matplotlib"]]
+
+
+def test_looking_at_a_run_loads_no_library_that_trains(config: Path, fake_stages: None) -> None:
     run = config.parent / "run"
-    assert heavy_after("run", config) == ["matplotlib"]  # the report draws
-    for command in [
+    assert cli.execute(cli.app, ["run", str(config)]) == 0
+    commands: list[tuple[str | Path, ...]] = [
         ("--help",),
         ("schema",),
         ("plan", config),
@@ -199,5 +209,5 @@ def test_looking_at_a_run_loads_no_library_that_trains(config: Path) -> None:
         ("why", run, "dpo"),
         ("diff", run, run),
         ("show", run / "stages" / "dpo"),
-    ]:
-        assert heavy_after(*command) == [], command
+    ]
+    assert heavy_after(commands) == [[]] * len(commands)

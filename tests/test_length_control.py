@@ -101,6 +101,7 @@ def test_a_model_that_is_better_whatever_the_length_stays_better() -> None:
     assert found.value == pytest.approx(won.mean(), abs=0.01)
 
 
+@pytest.mark.slow
 def test_the_win_rate_at_equal_lengths_lies_in_95_of_100_intervals() -> None:
     truth = 1 / (1 + exp(-0.5))
     found = [length_controlled(*judged(150, 100 + seed, better=0.5, bias=1.0, ties=0.0)) for seed in range(500)]
@@ -108,6 +109,7 @@ def test_the_win_rate_at_equal_lengths_lies_in_95_of_100_intervals() -> None:
     assert 465 <= covered <= 485
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts", [4, 20])
 @pytest.mark.parametrize("better", [0.0, 2.0])
 def test_few_prompts_leave_as_much_doubt_as_they_should(prompts: int, better: float) -> None:

@@ -185,6 +185,7 @@ def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pyt
         pass
 
 
+@pytest.mark.slow
 def test_no_lock_is_stale_after_a_kill(tmp_path: Path) -> None:
     for _ in range(20):
         here, there = socket.socketpair()

@@ -101,6 +101,7 @@ class Case:
     """The file's name without the ending, as it is printed."""
     within: Callable[[], AbstractContextManager[None]] = nullcontext
     """What surrounds the command."""
+    marks: tuple[pytest.MarkDecorator, ...] = ()
 
 
 def pair(prompt: Any, chosen: Any, rejected: Any, **others: Any) -> Record:
@@ -1280,6 +1281,7 @@ FILES = (
         bomb,
         fatal("expands to more than 100 times its size and 1,000,000,000 bytes"),
         suffixes=(".jsonl.gz", ".jsonl.zst", ".csv.zst"),
+        marks=(pytest.mark.slow,),
     ),
     Case(
         40,
@@ -1717,7 +1719,7 @@ CASES = (*ENCODING, *FIELDS, *DIALOGUES, *CHARACTERS, *VALUES, *SHAPES, *FILES, 
 
 def parameters() -> list[Any]:
     return [
-        pytest.param(case, suffix, id=f"{case.number:02} {case.name} [{suffix[1:]}]")
+        pytest.param(case, suffix, id=f"{case.number:02} {case.name} [{suffix[1:]}]", marks=case.marks)
         for case in CASES
         for suffix in case.suffixes
     ]

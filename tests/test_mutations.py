@@ -10,8 +10,11 @@ from mutations import MUTATIONS, Mutation
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
-def test_a_guard_stands_where_it_is_taken_out_and_its_test_exists(mutation: Mutation) -> None:
+def test_a_guard_stands_where_it_is_taken_out_and_its_test_is_in_the_fast_tier(mutation: Mutation) -> None:
     assert (REPOSITORY / mutation.file).read_text(encoding="utf-8").count(mutation.text) == 1
     file, _, name = mutation.test.partition("::")
     source = (REPOSITORY / "tests" / file).read_text(encoding="utf-8")
-    assert not name or re.search(rf"^def {re.escape(name.partition('[')[0])}\(", source, re.MULTILINE)
+    if name:
+        defined = re.search(rf"((?:^@.*\n)*)^def {re.escape(name.partition('[')[0])}\(", source, re.MULTILINE)
+        assert defined
+        assert "@pytest.mark.slow\n" not in defined[1]

@@ -84,23 +84,24 @@ said: list[str] = []
 
 
 @pytest.mark.parametrize(("kind", "changes"), [
-    ("ppo", {"advantage": "rloo"}),
-    ("ppo", {"advantage": "grpo", "kl_in": "loss", "kl_estimator": "k3"}),
-    ("ppo", {"advantage": "gae", "update_epochs": 2}),
-    ("ppo", {"advantage": "gae", "value": "head"}),
-    ("rejection", {"samples_per_prompt": 8}),
-    ("online_dpo", {"samples_per_prompt": 4}),
+    ("ppo", {"advantage": "rloo", "samples_per_prompt": 4, "examples_per_step": 32, "steps": 15}),
+    pytest.param(
+        "ppo", {"advantage": "grpo", "samples_per_prompt": 4, "kl_in": "loss", "kl_estimator": "k3"},
+        marks=pytest.mark.slow,
+    ),
+    pytest.param("ppo", {"advantage": "gae", "update_epochs": 2}, marks=pytest.mark.slow),
+    pytest.param("ppo", {"advantage": "gae", "value": "head"}, marks=pytest.mark.slow),
+    pytest.param("rejection", {"samples_per_prompt": 8}, marks=pytest.mark.slow),
+    pytest.param("online_dpo", {"samples_per_prompt": 4}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_what_is_rewarded_becomes_likelier(policy: Artifact, kind: str, changes: dict[str, object]) -> None:
-    fast = {"learning_rate": 0.03, "warmup": 0.0}
-    result, records = train(
-        policy, kind, steps=30, examples_per_step=16, evaluate_every=30, evaluate_samples=32, optimizer=fast, **changes
-    )
+    settings = {"steps": 20, "examples_per_step": 64, "optimizer": {"learning_rate": 0.02, "warmup": 0.0}, **changes}
+    result, records = train(policy, kind, evaluate_every=20, evaluate_samples=32, **settings)
     gain = result.metrics["held_out_gain"]
     assert gain.value > 0.04
     assert gain.low is not None
     assert gain.low > 0
-    assert result.metrics["chosen_round"].value >= 20
+    assert result.metrics["chosen_round"].value >= settings["steps"] / 2
     assert all(math.isfinite(value) for each in records for value in each.values())
 
 
@@ -139,6 +140,7 @@ def test_the_policy_that_did_best_is_the_one_that_is_stored(policy: Artifact) ->
     assert records[1]["held_out"] == next(look["score"] for look in looks if look["round"] == 2)
 
 
+@pytest.mark.slow
 def test_a_policy_that_goes_far_is_looked_at_earlier(policy: Artifact) -> None:
     _, records = train(
         policy, advantage="rloo", steps=30, examples_per_step=16, evaluate_every=30, kl_coefficient=0.0,

@@ -335,6 +335,7 @@ assert "datasketch" in sys.modules
     subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=REPOSITORY, check=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_shakespeare_is_prepared_as_counted() -> None:
     if not SHAKESPEARE.is_file():
         pytest.skip(f"no {SHAKESPEARE}: set BATON_DATA to the folder with tinyshakespeare/")

@@ -117,6 +117,7 @@ def test_a_hub_model_in_the_cache_is_checked_before_anything_runs(
     assert "model.safetensors: damaged: sha256 " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.chain
 @pytest.mark.parametrize("recipe", sorted(FOREIGN))
 def test_a_recipe_for_a_gpu_runs_whole_on_a_tiny_model_of_its_class(recipe: str, pairs: Path, hub: Path) -> None:

@@ -264,6 +264,7 @@ def steps(config: Path, run: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.chain
 def test_a_stage_with_a_kept_reference_learns_the_same_and_another_beta_reads_it(
     own: Path, forwards: list[int], capsys: pytest.CaptureFixture[str]

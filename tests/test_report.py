@@ -75,27 +75,36 @@ def test_the_page_admits_its_own_style_and_nothing_else(run: Path) -> None:
     assert policy["content"] == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
 
 
-@pytest.mark.parametrize("text", reports.HOSTILE)
-def test_hostile_text_is_shown_and_does_nothing(run: Path, text: str) -> None:
-    card = {"role": text, "source": text, "digest": text, "format": text, "rows": 1, "dropped": {text: 1}}
-    changes = {"warnings": [text], "command": text, "environment": {text: text}, "data": [card]}
-    reports.write_stage(run, "base", **changes, metrics={text: reports.metric(1.0)})
-    inputs = {text: {"source": text, "kind": "model", "digest": text}}
+def test_hostile_text_is_shown_and_does_nothing(run: Path) -> None:
+    texts = reports.HOSTILE
+    cards = [
+        {"role": text, "source": text, "digest": text, "format": text, "rows": 1, "dropped": {text: 1}}
+        for text in texts
+    ]
+    changes = {"warnings": texts, "command": " ".join(texts), "environment": {text: text for text in texts}}
+    metrics = {text: reports.metric(1.0) for text in texts}
+    reports.write_stage(run, "base", **changes, data=cards, metrics=metrics)
+    inputs = {text: {"source": text, "kind": "model", "digest": text} for text in texts}
     reports.write_stage(run, "words", inputs=inputs, digest=reports.digest("words"))
-    sample = reports.sample(0, text) | {"answer": text, "prompt": [{"role": text, "content": text}]}
-    reports.write_lines(run / "stages" / "check" / "samples.jsonl", [sample | {"responses": {text: text}}])
-    (run / "config.yaml").write_text(f"# {text}\n", encoding="utf-8", errors="surrogatepass")
+    joined = " ".join(texts)
+    sample = reports.sample(0, joined) | {"answer": joined, "prompt": [{"role": joined, "content": joined}]}
+    responses = {text: text for text in texts}
+    reports.write_lines(run / "stages" / "check" / "samples.jsonl", [sample | {"responses": responses}])
+    config = "".join(f"# {text}\n" for text in texts)
+    (run / "config.yaml").write_text(config, encoding="utf-8", errors="surrogatepass")
     for log in run.glob("stages/*/metrics.jsonl"):
         log.unlink()
     page = reports.page(run)
     reports.assert_inert(page)
-    visible = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-    assert visible in reports.Elements(page).text
+    shown = reports.Elements(page).text
+    for text in texts:
+        visible = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+        assert shown.count(visible) >= 8, text
 
 
-@pytest.mark.parametrize("text", reports.HOSTILE)
-def test_hostile_names_of_figures_are_drawn_and_do_nothing(run: Path, text: str) -> None:
-    lines = [{"step": step, "total": 3, "seconds": 1.0, text: 1.0 / step, "loss": step} for step in (1, 2, 3)]
+def test_hostile_names_of_figures_are_drawn_and_do_nothing(run: Path) -> None:
+    figures = {text: 1.0 / number for number, text in enumerate(reports.HOSTILE, 1)}
+    lines = [{"step": step, "total": 3, "seconds": 1.0, **figures, "loss": step} for step in (1, 2, 3)]
     reports.write_lines(run / "stages" / "sft" / "metrics.jsonl", lines)
     reports.assert_inert(reports.page(run))
 
@@ -341,10 +350,9 @@ def test_writing_a_report_imports_neither_torch_nor_pyplot(run: Path) -> None:
     assert subprocess.run([sys.executable, "-W", "error", "-c", check, str(run)], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("text", reports.HOSTILE)
-def test_answers_are_marked_against_the_parent_s_and_stay_inert(tmp_path: Path, text: str) -> None:
+def test_answers_are_marked_against_the_parent_s_and_stay_inert(tmp_path: Path) -> None:
     run = reports.write_run(tmp_path)
-    answer = f"Happy to help, the answer is {text} and no more."
+    answer = f"Happy to help, the answer is {' '.join(reports.HOSTILE)} and no more."
     samples = [
         reports.sample(0, answer) | {"responses": {"sft": answer.replace("no more", "that is all"), "ppo": answer}}
     ]

@@ -36,7 +36,17 @@ def trend(name: str, values: list[Any]) -> Trend:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run without an evaluation, in which `ppo` has logged all diagnostics and looked at held-out prompts."""
-    root = reports.write_run(tmp_path / "first")
+    return write_run(tmp_path / "first")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of that run, with every diagnostic drawn."""
+    return reports.page(write_run(tmp_path_factory.mktemp("health")))
+
+
+def write_run(directory: Path) -> Path:
+    root = reports.write_run(directory)
     records = [
         {"step": step, "total": 12, "seconds": step} | {each.name: step / 100 for each in DIAGNOSTICS}
         for step in range(1, 13)
@@ -134,8 +144,7 @@ def test_the_guide_has_every_diagnostic_and_calls_the_same_healthy() -> None:
     assert healthy == {each.name: each.healthy for each in DIAGNOSTICS}
 
 
-def test_the_section_has_every_diagnostic_with_its_figures(run: Path) -> None:
-    page = reports.page(run)
+def test_the_section_has_every_diagnostic_with_its_figures(page: str) -> None:
     reports.assert_inert(page)
     rows = re.findall(r"<tr><th><code>(\w+)</code>.*?</tr>", section(page))
     assert rows == [each.name for each in DIAGNOSTICS]
@@ -149,9 +158,9 @@ def test_the_section_has_every_diagnostic_with_its_figures(run: Path) -> None:
     ]
 
 
-def test_a_value_outside_of_its_range_is_marked_in_words_too(run: Path) -> None:
+def test_a_value_outside_of_its_range_is_marked_in_words_too(page: str) -> None:
     marked = re.findall(
-        r'<code>(\w+)</code>(?:(?!</tr>).)*<span class="outside">.*?<small>(.*?)</small>', section(reports.page(run))
+        r'<code>(\w+)</code>(?:(?!</tr>).)*<span class="outside">.*?<small>(.*?)</small>', section(page)
     )
     sides = {each.name: each.side(0.1, 0.03) for each in DIAGNOSTICS}
     expected = {name: side for name, side in sides.items() if side in ("below", "above")}
@@ -159,14 +168,13 @@ def test_a_value_outside_of_its_range_is_marked_in_words_too(run: Path) -> None:
     assert {"ended", "rollout_gap", "ratio_first"} <= dict(marked).keys()
 
 
-def test_every_cell_says_on_a_phone_what_it_is(run: Path) -> None:
-    cells = re.findall(r"<td([^>]*)>", section(reports.page(run)))
+def test_every_cell_says_on_a_phone_what_it_is(page: str) -> None:
+    cells = re.findall(r"<td([^>]*)>", section(page))
     assert len(cells) == 5 * len(DIAGNOSTICS) + 3 * len(LOOKS)
     assert all('data-label="' in each for each in cells)
 
 
-def test_looks_stand_beside_the_diagnostics_without_an_evaluation(run: Path) -> None:
-    page = reports.page(run)
+def test_looks_stand_beside_the_diagnostics_without_an_evaluation(page: str) -> None:
     looks = section(page).partition("Looks at held-out prompts")[2]
     rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(<th>round .*?)</tr>", looks)]
     assert rows == [
@@ -199,8 +207,7 @@ def test_every_diagnostic_is_drawn_once_it_was_logged_in_two_rounds(run: Path) -
     assert [each.diagnostic.name for each in found.trends] == ["kl", "entropy", SIGN_OF_A_ROUND]
 
 
-def test_all_curves_are_on_the_page_and_share_no_identifier(run: Path) -> None:
-    page = reports.page(run)
+def test_all_curves_are_on_the_page_and_share_no_identifier(page: str) -> None:
     folded = section(page).partition("<details>")[2]
     assert re.findall(r"<figcaption><b>(\w+)</b>", folded) == [each.name for each in DIAGNOSTICS]
     assert folded.count("<svg") == len(DIAGNOSTICS)

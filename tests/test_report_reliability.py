@@ -110,6 +110,7 @@ def test_each_reward_model_has_its_diagram_and_a_page_is_the_same_again(run: Pat
     assert page == reports.page(run)
 
 
+@pytest.mark.slow
 def test_hostile_names_of_reward_models_are_shown_and_do_nothing(run: Path) -> None:
     write(run, evaluation(**{name: [{"confidence": 0.7, "accuracy": 0.5, "n": 2}] for name in reports.HOSTILE}))
     page = reports.page(run)

@@ -8,20 +8,18 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import fakes
+import forks
 import pytest
 import tiny
 import torch
 from conftest import REPOSITORY, reseal
 from rich.console import Console
 
-from pipeline import checkpoints, cli, loader, report, runner
+from pipeline import checkpoints, cli, loader, runner
 from pipeline import manifest as manifests
 from pipeline.errors import ServerError
 from pipeline.progress import StageProgress
@@ -30,7 +28,7 @@ from stages.core import checkpoint
 from stages.core.rl.rewards import Rewards
 from stages.core.rl.sampling import Rollout
 
-pytestmark = pytest.mark.chain
+pytestmark = [pytest.mark.chain, pytest.mark.usefixtures("report_of_one_line")]
 # Threads cost more than they gain on matrices this small.
 torch.set_num_threads(1)
 
@@ -91,6 +89,8 @@ TRL_SAMPLING = """kind: trl, policy: {root}/whole-pretrain/stages/stage, reward:
       data: prompts, steps: 6, examples_per_step: 6, examples_per_batch: 2, max_new_tokens: 6, max_length: 256,
       lora: {{rank: 4}}, optimizer: {{learning_rate: 0.02}}}}"""
 STEPS = 6
+FAST = ("pretrain", "dpo", "values", "trl_sft")
+"""Those in the fast tier, one for each loop that keeps checkpoints; the others differ in what they train."""
 TIMES = ("seconds", "step_time")
 """Fields of the log that are never the same."""
 
@@ -99,22 +99,14 @@ class Stop(Exception):
     """What ends an attempt."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def report_of_one_line() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write", fakes.write_report)
-        yield
-
-
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer, a base of twelve steps, a policy and a reward model in `made`."""
-    made = tmp_path_factory.mktemp("resumption")
-    config = tiny.write_chain(made)
+def root(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where runs go; the stages that they begin with are in `made`."""
+    root = tmp_path_factory.mktemp("resumption")
+    (root / "made").symlink_to(chain)
     rankings = [{"prompt": f"Is {n} odd?", "responses": [f"{n}.", "Yes.", "So it is."]} for n in range(30)]
-    (made / "rankings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rankings))
-    assert baton(config, f"output={made}/made", "--until", "reward") == 0
-    return made
+    (root / "rankings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rankings))
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +200,9 @@ def assert_same(directory: Path, expected: Path) -> None:
             assert (directory / path.relative_to(expected)).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in STAGES]
+)
 def test_a_stage_that_is_stopped_again_and_again_ends_as_one_that_is_not(
     root: Path, whole: Callable[[str], Path], kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,7 +210,7 @@ def test_a_stage_that_is_stopped_again_and_again_ends_as_one_that_is_not(
     config = configured(root, kind, f"stopped-{kind}")
     assert len(records(expected)) == STEPS
     # Sampling takes its time, as TRL does, and the other stages have been stopped everywhere.
-    takes_its_time = "sampling" in STAGES[kind] or (kind.startswith("trl") and kind != "trl_sft")
+    takes_its_time = "sampling" in STAGES[kind] or kind.startswith("trl")
     for step in (2, STEPS) if takes_its_time else (1, 2, 5, STEPS):
         assert run_until(config, step) is None
         found = checkpoints.last_step(kept(config))
@@ -236,7 +230,9 @@ def test_a_stage_that_is_stopped_again_and_again_ends_as_one_that_is_not(
     ("kind", "after", "step"),
     [
         ("sft", "stages.sft.loss_metrics", "stages.core.loop.Updater.step"),
-        ("trl_sft", "stages.core.trl.results.loss_metrics", "transformers.Trainer.train"),
+        pytest.param(
+            *("trl_sft", "stages.core.trl.results.loss_metrics", "transformers.Trainer.train"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_stage_that_was_stopped_after_its_last_step_trains_no_more(
@@ -266,20 +262,19 @@ sys.exit(cli.execute(cli.app, ["run", sys.argv[1]]))
 """
 
 
-@pytest.mark.parametrize("kind", ["dpo", "trl_dpo"])
+@pytest.mark.usefixtures("fork_server")
+@pytest.mark.parametrize("kind", ["dpo", pytest.param("trl_dpo", marks=pytest.mark.slow)])
 def test_a_killed_process_loses_only_its_step(root: Path, whole: Callable[[str], Path], kind: str) -> None:
     expected = whole(kind)
     config = configured(root, kind, f"killed-{kind}")
-    program = KILLED.format(tests=str(Path(__file__).parent))
-    command = [sys.executable, "-c", program, str(config)]
-    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=False)
-    assert ended.returncode == -9, ended.stderr.decode()
+    ended = forks.run(KILLED.format(tests=str(Path(__file__).parent)), config, cwd=REPOSITORY)
+    assert ended.returncode == -9, ended.stderr
     assert checkpoints.last_step(kept(config)) == 3
     assert baton(config) == 0
     assert_same(root / f"killed-{kind}" / "stages" / "stage", expected)
 
 
-@pytest.mark.parametrize("kind", ["reward", "trl_reward"])
+@pytest.mark.parametrize("kind", ["reward", pytest.param("trl_reward", marks=pytest.mark.slow)])
 def test_a_signal_ends_the_step_and_leaves_a_checkpoint_whatever_the_interval(
     root: Path, whole: Callable[[str], Path], kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -317,6 +312,7 @@ def test_what_keeps_a_checkpoint_from_being_made_hides_no_other_error(
     assert "http://rewards: it is down" in said.err
 
 
+@pytest.mark.slow
 def test_a_reward_server_that_fails_in_a_round_costs_that_round_alone(
     root: Path, whole: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

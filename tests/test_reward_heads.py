@@ -265,6 +265,7 @@ def test_the_gap_says_whether_the_heads_differ_more_where_they_are_wrong() -> No
     assert "disagreement_gap" not in disagreement.metrics(right)
 
 
+@pytest.mark.slow
 def test_the_gap_s_interval_holds_zero_in_19_of_20_cases_where_there_is_no_gap() -> None:
     chance = np.random.default_rng(1)
     held = 0

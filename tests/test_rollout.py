@@ -19,6 +19,8 @@ from stages.core.forward import token_logprobs
 from stages.core.rollout import Backend, Sample, sample, trees_of
 
 BACKENDS: tuple[Backend, ...] = ("native", "continuous")
+WITH_SLOW_ONE = ("native", pytest.param("continuous", marks=pytest.mark.slow))
+"""For tests that sample much, which takes seconds with continuous batching."""
 NEVER = -1
 """A stop token that is never sampled."""
 
@@ -63,7 +65,11 @@ def test_the_likeliest_tokens_are_those_of_a_loop_without_cache_or_padding(kind:
 
 
 @pytest.mark.parametrize(
-    "kind", ["mistral", "gemma2", "deepseek_v3", "bloom", "lfm2", "bamba", "falcon_h1", "qwen3_next"]
+    "kind",
+    [
+        *("mistral", "gemma2", "deepseek_v3", "bloom", "lfm2", "bamba", "qwen3_next"),
+        pytest.param("falcon_h1", marks=pytest.mark.slow),
+    ],
 )
 def test_windows_latents_and_recurrent_states_are_copied_and_leave_like_keys_and_values(kind: str) -> None:
     model, prompts = architectures.model(kind), ragged(5)
@@ -177,7 +183,7 @@ def own(samples: list[Sample]) -> Tensor:
     return torch.tensor([value for each in samples for value in each.logprobs])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_SLOW_ONE)
 @pytest.mark.parametrize("kind", models.KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @torch.no_grad()
@@ -292,7 +298,7 @@ def test_responses_come_in_the_prompts_order_whatever_the_batches(tokens_per_bat
     assert greedy(model, prompts, max_new_tokens=5, tokens_per_batch=tokens_per_batch) == expected
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_SLOW_ONE)
 def test_samples_follow_the_models_distribution(backend: Backend) -> None:
     model, prompt = models.model(), (7, 8, 9)
     with torch.no_grad():

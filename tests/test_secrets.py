@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import tiny
-from conftest import REPOSITORY, Baton
+from conftest import Baton
+from forks import Process
 from reward_servers import lengths, says, serving
 
 from pipeline import loader
@@ -37,19 +37,22 @@ def tell(row):
 """
 
 
-def started(root: Path, *arguments: str | Path) -> subprocess.Popen[bytes]:
+def started(root: Path, *arguments: str | Path) -> Process:
     """`baton ARGUMENTS` with the secrets in its environment."""
-    environment = {**os.environ, **SECRETS, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
-    script = "from pipeline.cli import main; main()"
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    environment = {**os.environ, **SECRETS, "PYTHONPATH": str(root)}
+    return Process(forks.COMMAND, *arguments, cwd=root, environment=environment)
 
 
 def baton(root: Path, *arguments: str | Path) -> tuple[int, bytes]:
     """The exit code and all that is printed."""
-    process = started(root, *arguments)
-    printed, _ = process.communicate(timeout=300)
-    return process.returncode, printed
+    with started(root, *arguments) as process:
+        return printed_by(process)
+
+
+def printed_by(process: Process) -> tuple[int, bytes]:
+    """The exit code of a process and all that it has printed, at its end."""
+    done = process.ends(300)
+    return done.returncode, (done.stdout + done.stderr).encode()
 
 
 def told(content: bytes) -> list[str]:
@@ -77,7 +80,9 @@ def assert_nothing_told(directory: Path, printed: bytes) -> None:
     assert {path: names for path in files(directory) if (names := told(path.read_bytes()))} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.chain
+@pytest.mark.usefixtures("fork_server")
 def test_no_byte_of_a_run_holds_a_secret(tmp_path: Path) -> None:
     """The whole chain with a reward server that is given its key, the report, and a trainer of TRL."""
     with serving(lengths) as server:
@@ -98,21 +103,24 @@ def test_no_byte_of_a_run_holds_a_secret(tmp_path: Path) -> None:
 
 
 @pytest.mark.chain
+@pytest.mark.usefixtures("fork_server")
 def test_what_a_stopped_run_leaves_holds_no_secret_either(tmp_path: Path) -> None:
     """A checkpoint and the records of the attempt; then an attempt that ends in an error of a server's."""
     config = tiny.write_chain(tmp_path)
-    process = started(tmp_path, "run", config, "--until", "base", "stages.base.steps=100000", "checkpoint_minutes=0")
     place = tmp_path / "run" / ".checkpoints" / "base"
-    while process.poll() is None and not list(place.glob("step-*")):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, printed.decode()
+    long = ["stages.base.steps=100000", "checkpoint_minutes=0"]
+    with started(tmp_path, "run", config, "--until", "base", *long) as process:
+        while process.runs and not list(place.glob("step-*")):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        code, printed = printed_by(process)
+    assert code == 143, printed.decode()
     assert len(files(place)) > 2
     assert files(tmp_path / "run" / ".failed")
     assert_nothing_told(tmp_path / "run", printed)
 
 
+@pytest.mark.usefixtures("fork_server")
 def test_an_error_that_repeats_secrets_is_printed_and_recorded_without_them(tmp_path: Path) -> None:
     config = tiny.write_chain(tmp_path)
     (tmp_path / "corpus.jsonl").write_text('{"text": "a"}\n' * 5_000 + '{"text": "the last"}\n')
@@ -134,6 +142,7 @@ def test_neither_does_the_trace_of_an_error_that_nobody_expected(config: Path, b
     assert "[value of HF_TOKEN]" in (config.parent / "run" / "history.jsonl").read_text()
 
 
+@pytest.mark.usefixtures("fork_server")
 def test_an_answer_that_repeats_the_key_is_told_to_nobody(tmp_path: Path) -> None:
     with serving(says(SECRETS["REWARD_SERVER_KEY"], 400)) as server:
         config = tiny.write_chain(tmp_path)

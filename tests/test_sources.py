@@ -400,6 +400,7 @@ def large(path: Path) -> None:
             stream.write("]")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suffix", "coding"), [(".jsonl", ""), (".jsonl", ".gz"), (".jsonl", ".zst"), (".json", ""), (".csv", ".gz")]
 )
@@ -520,6 +521,7 @@ for name, split in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_hub_data_sets_come_through_datasets_at_the_revision_asked_for(tmp_path: Path) -> None:
     environment = {
         **os.environ,

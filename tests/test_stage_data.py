@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fakes
 import pytest
 import tiny
 
 from data import cache
 from data.tree import Tree
-from pipeline import cli, report
+from pipeline import cli
 from pipeline import manifest as manifests
 from pipeline.manifest import DataCard, Manifest
 from stages.core import rows as stage_rows
 
-pytestmark = pytest.mark.chain
+pytestmark = [pytest.mark.chain, pytest.mark.usefixtures("report_of_one_line")]
 
 OWN = """\
 output: {root}/run
@@ -41,13 +39,6 @@ HOUSE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def report_of_one_line() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write", fakes.write_report)
-        yield
 
 
 def baton(*arguments: str | Path) -> int:
@@ -143,6 +134,7 @@ def test_a_mixture_takes_each_source_in_its_share_and_has_a_card_for_each(own: P
     assert manifest(own, "sft").data_settings["data.more"]["share"] == {"epochs": 2.5, "weight": None}
 
 
+@pytest.mark.slow
 def test_tokens_are_made_once_and_not_for_another_template(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
     publish = cache._publish

@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forks
 import pytest
 from conftest import REPOSITORY
 
@@ -423,24 +422,20 @@ test_store.publish(RunDirectory(Path(sys.argv[1])), b"new")
 """
 
 
+@pytest.mark.usefixtures("fork_server")
 def test_a_kill_at_any_step_leaves_the_old_stage_or_the_new_one(run: RunDirectory) -> None:
     """The process is killed before its 1st, 2nd, ... change of the file system, until it gets through."""
     program = KILLED.format(tests=str(Path(__file__).parent))
     publish(run, b"old")
     expected = {b"old", b"new"}
     for points in range(0, 400, 7):
-        ended = subprocess.run(
-            [sys.executable, "-c", program, run.root, str(points)],
-            cwd=REPOSITORY,
-            capture_output=True,
-            check=False,
-        )
+        ended = forks.run(program, run.root, str(points), cwd=REPOSITORY)
         assert manifests.damages(run.stage("sft")) == []
         assert (run.stage("sft") / FLIPPED).read_bytes() in expected
         with store.lock(run):
             assert list(run.work.iterdir()) == []
         if ended.returncode == 0:
             break
-        assert ended.returncode == -9, ended.stderr.decode()
+        assert ended.returncode == -9, ended.stderr
     assert ended.returncode == 0
     assert (run.stage("sft") / FLIPPED).read_bytes() == b"new"

@@ -444,6 +444,7 @@ def test_calibration_is_that_of_a_loop_over_bins() -> None:
     assert 0 <= error.low <= error.value <= error.high
 
 
+@pytest.mark.slow
 def test_a_model_that_is_as_sure_as_it_is_right_has_little_calibration_error() -> None:
     generator = np.random.default_rng(1)
     sizes = np.abs(generator.normal(0, 2, 20_000))

@@ -12,19 +12,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import fakes
 import pytest
 import tiny
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Shared
 
-from pipeline import cli, loader, report
+from pipeline import cli, loader
 from pipeline import manifest as manifests
 from pipeline.config import Lora, TrlSettings
 from pipeline.contract import Context
 from pipeline.errors import ConfigError
 from pipeline.manifest import Manifest
 from pipeline.trainers import ABSENT, TRAINERS, reserved
+
+pytestmark = pytest.mark.usefixtures("report_of_one_line")
 
 GUIDE = (REPOSITORY / "docs" / "trl.md").read_text(encoding="utf-8")
 (GUIDED,) = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL))
@@ -75,18 +76,14 @@ def small(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | few | ({"steps": 1, "examples_per_step": 4} if settings["kind"] == "ppo" else {"rows": 4})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_report() -> Iterator[None]:
-    """The report, which is drawn after every run, is one line."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write", fakes.write_report)
-        yield
-
-
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config(shared: Shared) -> Path:
     """The configuration of a finished run with a stage of every trainer, and those of the guide."""
-    root = tmp_path_factory.mktemp("trl")
+    return shared("trl", finish) / "trl.yaml"
+
+
+def finish(root: Path) -> None:
+    """Train a stage with every trainer, and those of the guide."""
     head = tiny.CHAIN.format(root=root).partition("  dpo:")[0]
     sources = "".join(f"  {each}: {{source: {root}/{each}.jsonl, held_out: 0.2}}\n" for each in ("rated", "rankings"))
     write(
@@ -102,7 +99,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     indented = "".join(f"  {line}\n" for line in guided.splitlines())
     path.write_text(head.replace("stages:\n", f"{sources}stages:\n") + STAGES + indented)
     assert baton("run", path) == 0
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -290,6 +286,7 @@ def test_rewards_are_given_for_the_tokens_that_were_sampled(
         assert response[-1] == stop or len(response) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.chain
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(config: Path, copy: Path, run: Path) -> None:
     assert baton("run", config, f"output={copy}", "--only", "t_reward", "--force", "t_reward") == 0

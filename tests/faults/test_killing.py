@@ -16,6 +16,7 @@ EVERY = {"a stage that replaces another": 1}
 """Of the other cases, every third point."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_kill_at_any_system_call_leaves_it_absent_or_complete(case: Case, root: Path) -> None:
     killed = list(killing.blows(case, root, killing.KILL, EVERY.get(case.name, 3)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from conftest import REPOSITORY
 
 KILLS = 1
@@ -19,6 +20,7 @@ print(sum(len(trial.killed_after) for trial in found))
 """
 
 
+@pytest.mark.slow
 def test_a_chain_that_is_killed_comes_to_the_same_end() -> None:
     """In a process of its own: forking one that has computed with several threads is not safe."""
     done = subprocess.run([sys.executable, "-c", TRIALS], cwd=REPOSITORY, capture_output=True, text=True, check=False)

@@ -25,12 +25,14 @@ def test_a_killed_run_goes_on_to_the_same_end(root: Path) -> None:
     assert ends(root, "signal=KILL") == {-9}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "code"), [("TERM", 143), ("INT", 130)])
 def test_a_signalled_run_ends_in_order_and_goes_on_to_the_same_end(root: Path, name: str, code: int) -> None:
     """From where the lock is held on: before, nobody listens yet."""
     assert ends(root, f"signal={name}", first=40) == {code}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
 def test_a_run_whose_disk_fails_says_so_and_goes_on_to_the_same_end(root: Path, error: str) -> None:
     """What fails and does not matter, as removing what is no longer needed, does not end the run."""

@@ -9,7 +9,7 @@ it valid.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache, partial
 from pathlib import Path
@@ -107,6 +107,8 @@ class Decision:
     reasons: tuple[Reason, ...]
     """Why it runs, or why it would if it were strict: then they are warnings."""
     wanted: Wanted
+    maker: Maker
+    """As whom the stage knows its own checkpoints."""
     after: int | None = None
     """The step after which it goes on, where an earlier attempt left a checkpoint."""
 
@@ -114,11 +116,6 @@ class Decision:
     def damaged(self) -> bool:
         """Whether what is there now must be set aside."""
         return any(reason.cause is Cause.DAMAGED for reason in self.reasons)
-
-    @property
-    def maker(self) -> Maker:
-        """As whom the stage knows its own checkpoints."""
-        return Maker(self.wanted.key, _environment(self.kind))
 
 
 def plan(
@@ -191,16 +188,16 @@ def decide(
     hard = [Reason(Cause.FORCED)] if forced else []
     hard += unfit
     soft: list[Reason] = []
+    environment = fingerprint.environment() | {"code": fingerprint.sources(stage.kind)}
     if old is not None:
         hard += compare(old, wanted, type(stage))
-        soft = list(_soft(old, _environment(stage.kind)))
+        soft = list(_soft(old, environment))
     elif not unfit:
         hard.append(Reason(Cause.NEVER_RAN))
     running_now = bool(hard) or (strict and bool(soft))
-    decision = Decision(name, stage.kind, running_now, (*hard, *soft), wanted)
-    if not running_now or wanted.unknown:
-        return decision
-    return replace(decision, after=checkpoints.next_step(run.checkpoints(name), decision.maker))
+    maker = Maker(wanted.key, environment)
+    after = checkpoints.next_step(run.checkpoints(name), maker) if running_now and not wanted.unknown else None
+    return Decision(name, stage.kind, running_now, (*hard, *soft), wanted, maker, after)
 
 
 def compare(old: Manifest, wanted: Wanted, stage: type[StageSettings]) -> list[Reason]:
@@ -342,10 +339,6 @@ def _soft(old: Manifest, now: Mapping[str, Any]) -> Iterator[Reason]:
     for name, was, is_ in changes(before, now):
         cause = Cause.CODE if name == "code" else Cause.ENVIRONMENT
         yield Reason(cause, "" if cause is Cause.CODE else name, was, is_)
-
-
-def _environment(kind: str) -> dict[str, Any]:
-    return fingerprint.environment() | {"code": fingerprint.sources(kind)}
 
 
 def _without_source(data: DataSettings) -> dict[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ or a terminal passes `redacted`, which knows them by their value, also within an
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -86,9 +87,14 @@ def texts(value: Any, location: tuple[str | int, ...] = ()) -> Iterator[tuple[tu
 
 def _secrets() -> Iterator[tuple[str, str]]:
     """Names and values of the variables that hold secrets, long values first; a file's path is none."""
-    found = [(name, os.environ[name].strip()) for name in os.environ if VARIABLES.search(name)]
+    found = [(name, os.environ[name].strip()) for name in os.environ if _holds_a_secret(name)]
     kept = [(name, value) for name, value in found if len(value) >= SHORTEST and not _is_path(value)]
     yield from sorted(kept, key=lambda each: -len(each[1]))
+
+
+@functools.cache
+def _holds_a_secret(variable: str) -> bool:
+    return VARIABLES.search(variable) is not None
 
 
 def _is_path(value: str) -> bool:

@@ -198,6 +198,7 @@ def read_in_a_process(folder: Path, *path: Path) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_the_worked_example_is_installed_and_read_as_the_guide_says(example: Path) -> None:
     installed = example / "installed"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]

@@ -211,6 +211,7 @@ def test_a_device_that_is_not_there_is_named(
     assert "fix: use device=auto or device=cpu" in said
 
 
+@pytest.mark.slow
 @pytest.mark.chain
 @pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -308,6 +308,7 @@ def test_policies_are_compared_with_best_of_n_of_their_parent_at_the_same_diverg
     assert "Reward against divergence" in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_best_of_n_without_an_adapter_beside_its_parent_is_warned_about(config: Path, copy: Path) -> None:
     change = ["stages.evaluate.models=[base, sft]", f"output={copy}"]
     assert baton("run", config, *change, "--only", "evaluate") == 0

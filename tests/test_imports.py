@@ -190,6 +190,7 @@ print(sorted({"peft", "bitsandbytes", "trl", "datasets", "matplotlib"} & sys.mod
     assert subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_running_loads_what_draws_the_report_beside_what_stages_load(config: Path) -> None:
     assert heavy_after([("run", config)]) == [["matplotlib"]]
 

@@ -89,7 +89,7 @@ TRL_SAMPLING = """kind: trl, policy: {root}/whole-pretrain/stages/stage, reward:
       data: prompts, steps: 6, examples_per_step: 6, examples_per_batch: 2, max_new_tokens: 6, max_length: 256,
       lora: {{rank: 4}}, optimizer: {{learning_rate: 0.02}}}}"""
 STEPS = 6
-FAST = ("pretrain", "dpo", "values", "trl_sft")
+FAST = ("pretrain", "dpo", "head", "trl_sft")
 """Those in the fast tier, one for each loop that keeps checkpoints; the others differ in what they train."""
 TIMES = ("seconds", "step_time")
 """Fields of the log that are never the same."""

@@ -274,6 +274,7 @@ def hostile_texts(count: int) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_no_rule_runs_or_hangs_on_what_a_response_or_an_answer_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,6 +142,7 @@ def test_neither_does_the_trace_of_an_error_that_nobody_expected(config: Path, b
     assert "[value of HF_TOKEN]" in (config.parent / "run" / "history.jsonl").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fork_server")
 def test_an_answer_that_repeats_the_key_is_told_to_nobody(tmp_path: Path) -> None:
     with serving(says(SECRETS["REWARD_SERVER_KEY"], 400)) as server:

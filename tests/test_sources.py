@@ -586,6 +586,7 @@ print(os.path.exists("canary"))
 """
 
 
+@pytest.mark.slow
 def test_data_of_the_hub_is_rows_and_nothing_else_is_read(tmp_path: Path) -> None:
     """Scripts, pickles and archives of pickles, in the place of a data set of the hub's."""
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}

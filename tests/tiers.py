@@ -11,11 +11,14 @@ import time
 import zlib
 from collections.abc import Generator
 from datetime import date
+from pathlib import Path
 
 import pytest
 
 SECONDS_ALLOWED = 4.0
-"""What a test of the fast tier may take on the clock, fixtures of its own included."""
+"""What a test of the fast tier may take, fixtures of its own included: on the clock, less what it waited for a core."""
+SCHEDULING = Path("/proc/thread-self/schedstat")
+"""Where Linux says how long a thread has computed and how long it has waited for a core, in nanoseconds."""
 DAYS = 4
 """The number of days within which every slow test has been due."""
 TOO_SLOW = (
@@ -36,6 +39,12 @@ def is_due(name: str, day: date) -> bool:
     return zlib.crc32(name.encode()) % DAYS == day.toordinal() % DAYS
 
 
+def own_seconds() -> float:
+    """A clock that stands still while this thread waits for a core."""
+    waited = int(SCHEDULING.read_text().split()[1]) / 1e9 if SCHEDULING.exists() else 0.0
+    return time.monotonic() - waited
+
+
 class Tiers:
     """The hooks that keep to the tier that the options select."""
 
@@ -46,7 +55,7 @@ class Tiers:
         self._due: date | None = config.getoption("due")
         self._shared_depth = 0
         self._shared_seconds = 0.0
-        self._test_seconds = 0.0
+        self._began = 0.0
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -66,26 +75,25 @@ class Tiers:
         """Add up what fixtures take that tests share, nested ones once."""
         if fixturedef.scope == "function":
             return (yield)
-        began = time.monotonic()
+        began = own_seconds()
         self._shared_depth += 1
         try:
             return (yield)
         finally:
             self._shared_depth -= 1
             if not self._shared_depth:
-                self._shared_seconds += time.monotonic() - began
+                self._shared_seconds += own_seconds() - began
+
+    def pytest_runtest_logstart(self) -> None:
+        """Begin to count."""
+        self._began, self._shared_seconds = own_seconds(), 0.0
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(
-        self, call: pytest.CallInfo[None]
-    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Fail a test of the fast tier that took too long."""
         report = yield
-        if report.when == "setup":
-            self._test_seconds = 0.0
-        self._test_seconds += call.duration - self._shared_seconds
-        self._shared_seconds = 0.0
-        if self._fast and report.when == "call" and report.passed and self._test_seconds > self._allowed:
+        seconds = own_seconds() - self._began - self._shared_seconds
+        if self._fast and report.when == "call" and report.passed and seconds > self._allowed:
             report.outcome = "failed"
-            report.longrepr = TOO_SLOW.format(seconds=self._test_seconds, allowed=self._allowed, days=DAYS)
+            report.longrepr = TOO_SLOW.format(seconds=seconds, allowed=self._allowed, days=DAYS)
         return report

@@ -21,6 +21,7 @@ def ends(root: Path, how: str, first: int = 0) -> set[int]:
     return {blow.code for blow in found}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_end(root: Path) -> None:
     assert ends(root, "signal=KILL") == {-9}
 

@@ -119,6 +119,27 @@ class ChatTemplate:
         ids = {**special_ids(self.tokenizer), "stop": self.stop_id}
         return hashlib.sha256(json.dumps([self._template, ids], sort_keys=True).encode()).hexdigest()
 
+    @property
+    def padding_id(self) -> int:
+        """The padding token; where that ends the assistant's turn too, or there is none, another control token.
+
+        Classifiers and reward models of `transformers` read the last token that is not padding, which must not skip
+        the end of a response.
+
+        Raises:
+            ArtifactError: The only control token is the one that ends a turn.
+        """
+        own = self.tokenizer.pad_token_id
+        candidates = [own, *sorted(self.control)] if isinstance(own, int) else sorted(self.control)
+        for token in candidates:
+            if token != self.stop_id:
+                return token
+        raise ArtifactError(
+            "the tokenizer has no token to pad with but the one that ends a turn",
+            where=str(self.tokenizer.name_or_path),
+            hint="add a padding token to the tokenizer",
+        )
+
     def encode(self, messages: Sequence[Message], *, prompt: bool = False) -> Encoded:
         """The tokens of a whole conversation, or of a prompt, of which nothing is trained on."""
         structure = self._structure(tuple(message.role for message in messages), prompt=prompt)

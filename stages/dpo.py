@@ -66,7 +66,7 @@ def run(context: Context) -> Result:
     with roles.use(REFERENCE):
         replay_probes(policy, roles.base)
     examples = rows.examples(context, "data", pair_tree, roles.base)
-    layout, warnings = choose_layout(roles.base, examples.train)
+    layout, warnings = choose_layout(roles.base, examples.train, context.say)
     reference = _kept(context, roles, layout, lambda: _taken(context, examples.passes))
     begun = reference or computed_reference(roles, settings)
     if begun:

@@ -54,7 +54,7 @@ def run(context: Context) -> Result:
             where=", ".join(source.name for source in context.data.values()),
             hint=f"give more text or lower stages.{context.name}.max_length",
         )
-    layout, warnings = choose_layout(language_model, blocks.pass_(0)[:2])
+    layout, warnings = choose_layout(language_model, blocks.pass_(0)[:2], context.say)
     objective = negative_mean(language_model, settings.tokens_per_batch, layout)
     followed = loop.follow(context, blocks, objective, language_model.model.named_parameters())
     language_model.model.eval()

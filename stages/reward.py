@@ -61,7 +61,7 @@ def run(context: Context) -> Result:
     with roles.use(REFERENCE):
         replay_probes(policy, roles.base)
     examples = rows.examples(context, "data", preference_tree, roles.base)
-    layout, warnings = choose_layout(roles.base, examples.train)
+    layout, warnings = choose_layout(roles.base, examples.train, context.say)
     with roles.use(REWARD):
         objective = _objective(roles, settings, layout, context.seed)
         followed = loop.follow(context, examples.passes, objective, roles.parameters(REWARD))

@@ -47,7 +47,7 @@ def run(context: Context) -> Result:
     if settings.gradient_checkpointing:
         checkpoint_layers(roles.base)
     examples = rows.examples(context, "data", conversation_tree, roles.base)
-    layout, warnings = choose_layout(roles.base, examples.train)
+    layout, warnings = choose_layout(roles.base, examples.train, context.say)
     with roles.use(POLICY if settings.lora else REFERENCE):
         followed = _train(context, roles, examples, layout)
         metrics = loss_metrics(roles.base, examples.held_out, settings.tokens_per_batch, layout)

@@ -481,7 +481,6 @@ IN_TRAINING = (
             ("a part that is not sampled", "difference <= apart and reaches", "difference <= apart"),
             ("an end", "bool(ended.any()) or", "True or"),
             ("a spread", "not clipped and max(deviation, float(seen.rewards.std())) > ALIKE,", "True,"),
-            ("padding that stops", "padding != template.stop_id,", "True,"),
             ("memory", "not free or needed < free,", "True,"),
             ("a failed check", "if check.fails:", "if False:"),
         )

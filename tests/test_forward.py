@@ -18,9 +18,11 @@ from data.batch import Layout, TreeBatch, batches, packed
 from data.tree import Branch, Tree
 from stages.core import attention
 from stages.core.forward import hidden_states, summed_token_logprobs, token_logprobs
-from stages.core.layout import LAYOUTS, TOLERANCE
+from stages.core.layout import LAYOUTS
 
 Values = dict[tuple[int, int], Tensor]
+ROUNDING = 0.15
+"""Nats a token that bfloat16 moves in models of two layers, at most."""
 each_packed = pytest.mark.parametrize("kind", architectures.PACKED)
 
 
@@ -139,7 +141,7 @@ def test_products_and_fused_attention_agree(kind: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(attention, "PRODUCTS_WIDTH", 0)
     fused = in_batches(model, trees, 100_000, "packed")
     assert not all(torch.equal(products[key], fused[key]) for key in fused)
-    assert largest_gap(products, fused) < TOLERANCE[torch.bfloat16]
+    assert largest_gap(products, fused) < ROUNDING
     for name, gradient in gradients(model, fused).items():
         assert (of_products[name] - gradient).norm() < 0.05 * max(gradient.norm(), 10.0), name
 
@@ -205,7 +207,7 @@ def test_attention_dropout_acts_on_packed_rows_in_training_only(dtype: torch.dty
     exact = token_logprobs(model, batch)
     assert torch.equal(token_logprobs(model, batch), exact)
     model.train()
-    assert (token_logprobs(model, batch) - exact).abs().max() > TOLERANCE[torch.bfloat16]
+    assert (token_logprobs(model, batch) - exact).abs().max() > ROUNDING
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -26,6 +26,7 @@ from pipeline.manifest import Adaptation, Manifest
 from stages.core import loop, lora
 from stages.core.checkpointing import checkpoint_layers
 from stages.core.device import Compute
+from stages.core.float32 import in_float32
 from stages.core.layout import choose_layout
 from stages.core.models import load_model, record
 from stages.core.roles import ADAPTER_FILE, POLICY, REFERENCE, Roles, open_base, open_role
@@ -207,11 +208,24 @@ def test_an_adapter_is_handed_on_with_its_quantized_base(
 
 
 @each_quantization
+def test_in_float32_a_quantized_base_computes_exactly_what_its_weights_stand_for(
+    stored: Artifact, quantization: str
+) -> None:
+    roles = opened(stored, quantization)
+    logits(roles, REFERENCE)  # 8-bit layers put their weights in order when they are first used
+    meant = logits(dequantized(roles, stored), REFERENCE)
+    with in_float32(roles.base.model):
+        found = logits(roles, REFERENCE)
+    assert (found - meant).norm() < 1e-5 * meant.norm()
+
+
+@each_quantization
 def test_trees_are_not_mistrusted_for_the_rounding_of_a_quantized_base(stored: Artifact, quantization: str) -> None:
     roles = opened(stored, quantization)
-    layout, warnings = choose_layout(roles.base, models.forest(6))
+    said: list[str] = []
+    layout, warnings = choose_layout(roles.base, models.forest(6), said.append)
     assert layout != "plain"
-    assert warnings == []
+    assert warnings == said == []
 
 
 @each_quantization

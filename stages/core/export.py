@@ -17,7 +17,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from data.tokenizer import load_tokenizer
@@ -33,6 +32,8 @@ from stages.core.roles import REFERENCE, REWARD, Roles, base_of
 from stages.core.scoring import replay_probes, reward_scores
 
 ADAPTED = "exported"
+LEAST = 0.01
+"""The largest value is taken to be at least this: scores of a head that has hardly been trained are rounding."""
 SAME_FLOAT32, SAME_HALF = 1e-4, 0.03
 """Largest accepted difference, as a share of the largest value, of weights stored in float32 and in lower precisions:
 there, merged weights are rounded once more than the base and its adapter are."""
@@ -76,12 +77,12 @@ def write(artifact: Artifact, directory: Path) -> Parity:
     else:
         parity = _write_language_model(roles, role, merged, trees, directory)
     tolerance = SAME_FLOAT32 if parity.dtype == "float32" else SAME_HALF
-    if not parity.difference <= tolerance * parity.largest:
+    if not parity.difference <= tolerance * max(parity.largest, LEAST):
         raise ArtifactError(
             f"the exported model differs from the stage's by up to {parity.difference:.3g}, at values of up to "
             f"{parity.largest:.3g} ({tolerance:.0e} of that is accepted)",
             where=artifact.directory,
-            hint=_remedy(artifact, merged),
+            hint="use the stage's own files: its base and the adapter beside it",
         )
     return parity
 
@@ -128,15 +129,21 @@ def _write_language_model(
 
 
 def _write_reward(roles: Roles, merged: LanguageModel, trees: Sequence[Tree], directory: Path) -> Parity:
-    """The classifier that `transformers` makes of the architecture reads a score without a bias off the last token."""
+    """The classifier that `transformers` makes of the architecture reads a score without a bias off the last token.
+
+    Where responses end with the tokenizer's padding token, as with many published models, the classifier pads with
+    another control token: it reads the last token that is not padding.
+    """
     head = roles.heads[REWARD]
-    classifier = _classifier(merged, head)
+    classifier, padding = _classifier(merged, head), merged.template.padding_id
     guards.require_finite_weights(classifier.named_parameters())
+    classifier.config.pad_token_id = padding
     classifier.save_pretrained(directory)
+    merged.tokenizer.pad_token = merged.tokenizer.convert_ids_to_tokens(padding)
     merged.tokenizer.save_pretrained(directory)
     written = _read(AutoModelForSequenceClassification, directory)
     with torch.no_grad():
-        found = _classified(written, trees, merged.tokenizer)
+        found = _classified(written, trees, padding)
     expected = torch.tensor(reward_scores(roles, REWARD, trees))
     offset = float(head.linear.bias.mean() - head.mean)
     return replace(_parity([found + offset], [expected], merged), offset=offset)
@@ -160,11 +167,10 @@ def _classifier(merged: LanguageModel, head: ScalarHead) -> PreTrainedModel:
     return classifier.eval()
 
 
-def _classified(classifier: Any, trees: Sequence[Tree], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def _classified(classifier: Any, trees: Sequence[Tree], padding: int) -> Tensor:
     """Scores of all probes in one batch, padded on the right as `transformers` pads them for a classifier."""
     rows = [_tokens(tree)[0] for tree in trees]
-    pad: Any = tokenizer.pad_token_id or 0
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     found: Tensor = classifier(input_ids=padded, attention_mask=mask).logits[:, 0].float()
     return found
@@ -195,9 +201,3 @@ def _parity(found: Sequence[Tensor], expected: Sequence[Tensor], merged: Languag
         values=sum(each.numel() for each in expected),
         dtype=str(merged.model.dtype).removeprefix("torch."),
     )
-
-
-def _remedy(artifact: Artifact, merged: LanguageModel) -> str:
-    if artifact.kind == "reward" and merged.tokenizer.pad_token_id == merged.template.stop_id:
-        return "responses end with the padding token, which transformers' classifiers skip: use the stage as it is"
-    return "use the stage's own files: its base and the adapter beside it"

@@ -64,11 +64,12 @@ def _quantized_layers(model: nn.Module) -> list[Any]:
     return [
         layer
         for layer, base in zip(found, bases, strict=True)
-        if _is_quantized(base) and torch.is_autocast_enabled(base.weight.device.type)
+        if is_quantized(base) and torch.is_autocast_enabled(base.weight.device.type)
     ]
 
 
-def _is_quantized(base: nn.Module) -> bool:
+def is_quantized(base: nn.Module) -> bool:
+    """Whether a layer is one of bitsandbytes' own; peft calls its adapters on them by the same names."""
     return any(kind.__name__ in QUANTIZED and kind.__module__.startswith("bitsandbytes") for kind in type(base).__mro__)
 
 

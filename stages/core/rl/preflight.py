@@ -17,7 +17,7 @@ from stages.core.rl import memory
 from stages.core.rl.experience import SAME, Experience
 from stages.core.rl.selection import Look
 from stages.core.rl.updates import Losses
-from stages.core.roles import REWARD, Roles
+from stages.core.roles import Roles
 
 EQUAL = 1e-4
 """Largest deviation of a ratio from 1, or of a divergence from 0, that is put down to rounding."""
@@ -80,7 +80,6 @@ def checks(roles: Roles, experiences: Sequence[Experience], settings: Rounds, se
     yield _gap(roles, experiences)
     yield _ending(experiences, settings)
     yield _spread_within(experiences, settings, seen) if settings.compares_responses else _spread(experiences, seen)
-    yield _template(roles)
     yield _memory(roles, experiences, settings)
 
 
@@ -177,18 +176,6 @@ def _mostly_clipped(experiences: Sequence[Experience]) -> str:
     """In words; empty where most rewards are not."""
     clipped = torch.cat([each.clipped for each in experiences])
     return ", most of them clipped" if len(clipped) and clipped.float().mean().item() > 0.5 else ""
-
-
-def _template(roles: Roles) -> Check:
-    template = roles.base.template
-    readers = "chat template, the reward model's too," if roles.has(REWARD) else "chat template"
-    padding = roles.base.tokenizer.pad_token_id
-    return Check(
-        readers,
-        f"{template.digest[:12]}, stop token {template.stop_id}, padding {padding}",
-        padding != template.stop_id,
-        "padding must not be the stop token, or the policy never learns to stop; give the tokenizer a padding token",
-    )
 
 
 def _memory(roles: Roles, experiences: Sequence[Experience], settings: Rounds) -> Check:

@@ -143,7 +143,7 @@ class Training:
         self._context, self._settings, self._roles, self._prompts = context, settings, roles, prompts
         examples = echoes(prompts.first, branches=2)
         with roles.use(REFERENCE):
-            layout, warnings = choose_layout(roles.base, examples)
+            layout, warnings = choose_layout(roles.base, examples, context.say)
         self.warnings = [*roles.warnings, *warnings]
         trunk = Trunk.of(roles.base, examples, layout)
         top = settings.lora.top_layers

@@ -14,7 +14,6 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from data.template import ChatTemplate
-from pipeline.errors import ArtifactError
 
 FIRST = 0x20000
 """Character of token 0: from here on no character is white space, a combining mark, or half of another."""
@@ -42,20 +41,6 @@ def text_tokenizer(template: ChatTemplate) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=as_text([template.stop_id]),
-        pad_token=as_text([_pad_id(template)]),
+        pad_token=as_text([template.padding_id]),
         padding_side="left",
-    )
-
-
-def _pad_id(template: ChatTemplate) -> int:
-    """A control token that ends no turn: reward models of `transformers` read the last token that is not padding."""
-    own = template.tokenizer.pad_token_id
-    candidates = [own, *sorted(template.control)] if isinstance(own, int) else sorted(template.control)
-    for token in candidates:
-        if token != template.stop_id:
-            return token
-    raise ArtifactError(
-        "the tokenizer has no token to pad with but the one that ends a turn",
-        where=str(template.tokenizer.name_or_path),
-        hint="add a padding token to the tokenizer",
     )

@@ -4,6 +4,7 @@
     CACHE/tokens/.work-ID/        being written
     CACHE/tokens/.damaged/KEY-ID/ found damaged, and kept
     CACHE/tokens/.lock            held while entries appear or are set aside, never while one is made
+    CACHE/models/                 the same for models that are converted from other files (`data/gguf.py`)
 
 CACHE is `$BATON_CACHE`, or `baton` in `$XDG_CACHE_HOME` or `~/.cache`. An entry is written and synced elsewhere, its
 index last, and renamed; so it is there whole or not at all, and of two processes that make the same one, the second
@@ -32,6 +33,8 @@ from pipeline.errors import ArtifactError, StorageError
 from pipeline.terminal import printable
 
 INDEX = "index.json"
+TOKENS, MODELS = "tokens", "models"
+"""Directories of the cache: tokens of data, and models that were converted from other files."""
 LIBRARIES = ("datasets", "datasketch", "jinja2", "numpy", "pyarrow", "tokenizers", "transformers")
 """Libraries that rows and tokens may depend on."""
 Make = Callable[[Path], Mapping[str, Any]]
@@ -99,26 +102,32 @@ def key(*, data: str, tokenizer: str, template: str, options: Mapping[str, Any])
     return fingerprint.digest(parts)
 
 
-def cached(key: str, make: Make, say: Callable[[str], None]) -> Entry:
+def place(key: str, shelf: str = TOKENS) -> Path:
+    """Where the entry of a key is, or will be."""
+    return root() / shelf / key
+
+
+def cached(key: str, make: Make, say: Callable[[str], None], shelf: str = TOKENS) -> Entry:
     """The entry of a key, made if it is not there or is damaged.
 
     Args:
-        key: As given by `key`.
+        key: A digest of all that the entry is made of, for tokens as given by `key`.
         make: Called with an empty directory when the entry has to be made.
         say: Prints one line for the user.
+        shelf: The kind of entry: `TOKENS` or `MODELS`.
 
     Raises:
         StorageError: The cache directory cannot be written.
     """
-    place = root() / "tokens" / key
-    with _refusals(place):
-        found = _intact(place, say)
+    entry = place(key, shelf)
+    with _refusals(entry):
+        found = _intact(entry, say)
         if found is not None:
             return found
-        _create(place.parent)
-        with _work(place.parent) as work:
+        _create(entry.parent)
+        with _work(entry.parent) as work:
             _seal(work, key, make(work))
-            return _publish(work, place, say)
+            return _publish(work, entry, say)
 
 
 def _create(tokens: Path) -> None:
@@ -282,4 +291,4 @@ def _version(library: str) -> str:
         return "absent"
 
 
-__all__ = ["Entry", "cached", "key", "root"]
+__all__ = ["MODELS", "TOKENS", "Entry", "cached", "key", "place", "root"]

@@ -1,7 +1,7 @@
 """From a reference in the configuration to an input whose every byte was checked.
 
 A reference is a stage of the run, the path of a stage directory, the path of a plain `transformers` model
-directory, or `hub:owner/name@revision`.
+directory or of a GGUF file, or `hub:owner/name@revision`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from pipeline.store import RunDirectory
 from pipeline.terminal import printable
 
 Verify = Callable[[Path], Manifest]
+GGUF = ".gguf"
+"""The ending of GGUF files."""
 
 
 class NotDownloaded(ArtifactError):
@@ -41,7 +43,7 @@ def resolve(
         reference: As in the configuration.
         run: The run directory that stage names are looked up in.
         stages: Names of the run's stages.
-        download: Fetch a hub model that is not in the local cache.
+        download: Fetch a hub model, or convert a GGUF file, that is not in the local cache.
         verify: Re-hashes a stage directory; one that remembers saves work when many inputs share a base.
 
     Raises:
@@ -86,8 +88,10 @@ def _elsewhere(reference: str, download: bool, verify: Verify) -> Artifact:
     directory = Path(reference)
     if (directory / manifests.FILE_NAME).is_file():
         return _stage(directory, reference, download, verify)
+    if reference.endswith(GGUF) and directory.is_file():
+        return _gguf(directory, reference, download)
     if not directory.is_dir():
-        raise ArtifactError("no such stage, directory or hub reference", where=printable(reference))
+        raise ArtifactError("no such stage, directory, GGUF file or hub reference", where=printable(reference))
     return Artifact(directory, "model", _foreign_digest(directory), source=reference)
 
 
@@ -147,6 +151,20 @@ def _require_model(base: Path, directory: Path) -> None:
     if (base / manifests.FILE_NAME).is_file() and (kind := manifests.load(base).kind) != "model":
         what = f"its base `{printable(str(base))}` is a {printable(kind)}, not a model"
         raise ArtifactError(what, where=directory, hint="run the stage again on a model")
+
+
+def _gguf(file: Path, reference: str, download: bool) -> Artifact:
+    """A GGUF file, known by its own digest; it is converted to a model directory when a stage is to read it."""
+    from data import gguf
+
+    digest = fingerprint.file_sha256(file)
+    directory = gguf.place(digest)
+    if download:
+        directory = gguf.converted(file, digest)
+        model_files.foreign(directory)
+    elif not directory.is_dir():
+        gguf.require_model(file)
+    return Artifact(directory, "model", digest, source=reference)
 
 
 def _foreign_digest(directory: Path) -> str:

@@ -227,7 +227,7 @@ def test_what_only_looks_like_a_command_is_refused(chat: Chat) -> None:
     ("arguments", "code", "said"),
     [
         ((), 2, ""),
-        (("nowhere",), 5, "nowhere: no such stage, directory or hub reference"),
+        (("nowhere",), 5, "nowhere: no such stage, directory, GGUF file or hub reference"),
         ((stage("tokenizer"),), 5, "`stages/tokenizer` is a tokenizer, `chat` needs a model or adapter"),
         ((stage("reward"),), 5, "`stages/reward` is a reward, `chat` needs a model or adapter"),
         ((stage("sft"), stage("sft")), 2, "a stage is named twice"),

@@ -129,6 +129,7 @@ def test_nothing_runs_code_that_it_read(path: Path) -> None:
 
 
 READS_MODELS = {
+    "data.gguf",
     "data.tokenizer",
     "pipeline.origins",
     "stages.core.export",

@@ -118,7 +118,7 @@ def test_shards_must_lie_in_the_directory(tmp_path: Path, run: RunDirectory, sha
 def test_what_is_neither_stage_nor_model_is_refused(tmp_path: Path, run: RunDirectory) -> None:
     with pytest.raises(ArtifactError, match="neither a stage"):
         resolve(str(tmp_path), run, [])
-    with pytest.raises(ArtifactError, match="no such stage, directory or hub reference"):
+    with pytest.raises(ArtifactError, match="no such stage, directory, GGUF file or hub reference"):
         resolve("nowhere", run, [])
 
 

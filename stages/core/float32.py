@@ -14,14 +14,12 @@ from types import MethodType
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from pipeline.errors import ConfigError
-from stages.core import lora
-from stages.core.models import decoder_layers
+from stages.core.models import decoder_layers, is_quantized
 
 
 @contextmanager
@@ -44,8 +42,8 @@ def _units(model: PreTrainedModel) -> Iterator[tuple[nn.Module, bool]]:
     """Modules whose weights are widened together, and whether those of all modules below belong to them."""
     try:
         layers = decoder_layers(model)
-    except ConfigError:  # a LoRA layer reads its base's weights without calling the base
-        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    except ConfigError:  # an adapted layer reads its base's weights without calling the base
+        layers = [module for module in model.modules() if hasattr(module, "base_layer")]
     below = {id(module) for layer in layers for module in layer.modules()}
     yield from ((layer, True) for layer in layers)
     yield from ((module, False) for module in model.modules() if id(module) not in below)
@@ -65,7 +63,7 @@ class _Widened:
                 self._narrow.append((parameter, parameter.data))
                 parameter.data = parameter.data.float()
         for module in self._module.modules() if self._recurse else ():
-            if lora.is_quantized(module) and "forward" not in vars(module):
+            if is_quantized(module) and "forward" not in vars(module):
                 self._quantized.append(module)
                 forward = _in_four_bits if hasattr(module.weight, "quant_state") else _in_eight_bits
                 module.forward = MethodType(forward, module)

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-QUANTIZED = ("Linear4bit", "Linear8bitLt")
-"""The layers of bitsandbytes."""
+from stages.core.models import is_quantized
 
 
 def speed_up(model: nn.Module) -> None:
@@ -66,11 +65,6 @@ def _quantized_layers(model: nn.Module) -> list[Any]:
         for layer, base in zip(found, bases, strict=True)
         if is_quantized(base) and torch.is_autocast_enabled(base.weight.device.type)
     ]
-
-
-def is_quantized(base: nn.Module) -> bool:
-    """Whether a layer is one of bitsandbytes' own; peft calls its adapters on them by the same names."""
-    return any(kind.__name__ in QUANTIZED and kind.__module__.startswith("bitsandbytes") for kind in type(base).__mro__)
 
 
 def _held_quantized_forward(layer: Any) -> Callable[[Tensor], Tensor]:

@@ -27,6 +27,8 @@ from stages.core.likelihood import logits_of
 
 HEAD_TOLERANCE = 0.05
 """Logits that the head alone explains differ by rounding at most, also in bfloat16."""
+QUANTIZED_LAYERS = ("Linear4bit", "Linear8bitLt")
+"""The layers of bitsandbytes."""
 QUANTIZED = ("cuda", "cpu")
 """Devices on which bitsandbytes computes with quantized weights and passes gradients on."""
 
@@ -172,6 +174,12 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
         where="architecture",
         hint="leave out gradient_checkpointing and lora.top_layers, or use an architecture such as Llama or Qwen",
     )
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether a layer is one of bitsandbytes' own; peft calls its adapters on them by the same names."""
+    kinds = type(layer).__mro__
+    return any(each.__name__ in QUANTIZED_LAYERS and each.__module__.startswith("bitsandbytes") for each in kinds)
 
 
 def _quantized(quantization: str, compute: Compute) -> dict[str, Any]:

@@ -1,0 +1,188 @@
+"""A GGUF file as a base: what it holds is what is trained on, and what cannot serve is refused at `plan`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import ggufs
+import pytest
+import tiny
+import torch
+from gguf import GGMLQuantizationType
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data.gguf import converted
+from pipeline import cli
+from pipeline import manifest as manifests
+from pipeline.fingerprint import file_sha256
+
+pytestmark = [pytest.mark.chain, pytest.mark.usefixtures("report_of_one_line")]
+
+RUN = """\
+output: {root}/run
+device: cpu
+dtype: float32
+data:
+  chats: {{source: {root}/chats.jsonl, held_out: 0.2}}
+stages:
+  sft: {{kind: sft, policy: {root}/model.gguf, data: chats, steps: 2, examples_per_step: 4, lora: {{rank: 2}},
+    max_length: 64}}
+  dpo: {{kind: dpo, policy: {root}/model.gguf, data: pairs, steps: 1, examples_per_step: 4, lora: {{rank: 2}}}}
+  evaluate: {{kind: evaluate, models: ["{root}/model.gguf", dpo], prompts: chats, rows: 2, max_new_tokens: 4}}
+"""
+TEXTS = ["Say 12345  67 times: don't, <|im_end|> please.", "Ünïcödé 字\n\n\tand tabs"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory with biases that are not zero; nobody writes to it."""
+    directory = tiny.save_model(tmp_path_factory.mktemp("gguf") / "model", "qwen2", ["Say seven. Yes. Never! 12"] * 20)
+    made = AutoModelForCausalLM.from_pretrained(directory)
+    for name, parameter in made.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    made.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def config(model: Path, tmp_path: Path) -> Path:
+    """The configuration of a run on a GGUF file, with its data."""
+    ggufs.write(model, tmp_path / "model.gguf")
+    rows = [{"prompt": f"Say {n}?", "chosen": f"Yes {n}.", "rejected": "Never!"} for n in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chats = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    path = tmp_path / "run.yaml"
+    text = RUN.format(root=tmp_path)
+    path.write_text(text.replace("stages:\n", f"  pairs: {{source: {tmp_path}/pairs.jsonl, held_out: 0.2}}\nstages:\n"))
+    return path
+
+
+def baton(*arguments: str | Path) -> int:
+    return cli.execute(cli.app, list(map(str, arguments)))
+
+
+@torch.no_grad()
+def logits(directory: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return model(torch.arange(5, 45)[None]).logits
+
+
+def test_a_file_in_float32_is_the_model_it_was_made_of(model: Path, tmp_path: Path) -> None:
+    file = ggufs.write(model, tmp_path / "model.gguf")
+    directory = converted(file, file_sha256(file))
+    assert (logits(directory) - logits(model)).abs().max() < 1e-5
+    ours, theirs = AutoTokenizer.from_pretrained(directory), AutoTokenizer.from_pretrained(model)
+    assert ours.chat_template == theirs.chat_template
+    assert (ours.eos_token_id, ours.pad_token_id) == (theirs.eos_token_id, theirs.pad_token_id)
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text)
+
+
+def test_blocks_of_eight_bits_become_what_they_stand_for(model: Path, tmp_path: Path) -> None:
+    file = ggufs.write(model, tmp_path / "model.gguf", quantized=True)
+    found = load_file_as_float(converted(file, file_sha256(file)))
+    for name, tensor in load_file(model / "model.safetensors").items():
+        meant = torch.from_numpy(tensor)
+        if tensor.ndim == 2:
+            kind = GGMLQuantizationType.Q8_0
+            meant = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(tensor, kind), kind))
+        assert torch.equal(found[name], meant.bfloat16().float()), name
+
+
+def load_file_as_float(directory: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file as load
+
+    return {name: tensor.float() for name, tensor in load(directory / "model.safetensors").items()}
+
+
+def test_stages_are_trained_on_it_and_know_it_by_its_digest(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, run = config.parent / "model.gguf", config.parent / "run"
+    assert baton("plan", config) == 0
+    assert baton("run", config) == 0
+    for name in ("sft", "dpo"):
+        given = manifests.load(run / "stages" / name).inputs["policy"]
+        assert (given.source, given.digest) == (str(file), file_sha256(file))
+    adaptation = manifests.load(run / "stages" / "dpo").adaptation
+    assert adaptation is not None
+    assert (adaptation.base, adaptation.base_source) == (file_sha256(file), str(file))
+    assert baton("export", run / "stages" / "dpo", "--to", config.parent / "out") == 0
+    capsys.readouterr()
+    assert baton("plan", config) == 0
+    assert "nothing to do: every stage is up to date" in capsys.readouterr().out
+
+
+def test_another_file_trains_again_and_a_lost_cache_converts_again(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = config.parent / "model.gguf"
+    assert baton("run", config, "--only", "sft") == 0
+    monkeypatch.setenv("BATON_CACHE", str(tmp_path / "another"))
+    assert baton("run", config, "--only", "sft", "--force", "sft") == 0
+    assert converted(file, file_sha256(file)).is_relative_to(tmp_path / "another")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    capsys.readouterr()
+    assert baton("plan", config, "--only", "sft") == 0
+    assert "input policy: " in capsys.readouterr().out
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def beginning(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:40])
+
+
+def noise(file: Path) -> None:
+    file.write_bytes(bytes(range(256)) * 64)
+
+
+def nothing(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("harm", [cut, beginning, noise, nothing])
+def test_a_damaged_file_is_refused_when_the_run_is_planned(
+    config: Path, harm: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = config.parent / "model.gguf"
+    harm(file)
+    assert baton("plan", config) == 5
+    said = capsys.readouterr().err
+    assert f"{file}: no readable GGUF file: " in said
+    assert "fix: download or convert the file again" in said
+
+
+def test_an_architecture_that_is_not_known_is_refused_when_the_run_is_planned(
+    model: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ggufs.write(model, config.parent / "model.gguf", architecture="mystery")
+    assert baton("plan", config) == 5
+    said = capsys.readouterr().err
+    assert f"{file}: the architecture `mystery` cannot be read from GGUF" in said
+    assert "qwen2" in said
+
+
+def test_a_file_without_a_tokenizer_is_refused_when_the_run_is_planned(
+    model: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ggufs.write(model, config.parent / "model.gguf", tokens=False)
+    assert baton("plan", config) == 5
+    said = capsys.readouterr().err
+    assert f"{file}: the file holds no tokenizer" in said
+    assert "fix: use a file that was converted together with its tokenizer" in said
+
+
+def test_a_directory_may_be_called_like_a_file(model: Path, config: Path) -> None:
+    (config.parent / "model.gguf").unlink()
+    shutil.copytree(model, config.parent / "model.gguf")
+    assert baton("plan", config) == 0

@@ -78,7 +78,9 @@ def _key(digest: str) -> str:
 def _convert(path: Path, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     header = _header(path)
     file_type = header.get_field("general.file_type")
     stored = torch.float32 if file_type is not None and file_type.contents() == FLOAT32_FILE else torch.bfloat16

@@ -1,8 +1,9 @@
 """Python programs in processes of their own, without each waiting for torch.
 
 One process a worker imports the libraries once and forks for every program (`multiprocessing`'s fork server). A
-program gets arguments, environment, directory and streams of its own and leaves as any does, with an exit code or by a
-signal. Whatever asks what a program imports, or how it is started, needs `subprocess` instead.
+program gets arguments, environment, directory and streams of its own and leaves with an exit code or by a signal.
+What a library reads from the environment when it is imported, the seed of hashes and numpy's generator are the
+server's. Whatever depends on these, asks what a program imports or how it is started, needs `subprocess` instead.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,12 +72,12 @@ class Process:
     @property
     def out(self) -> str:
         """What was written to standard output until now."""
-        return self._streams[1].read_text("utf-8")
+        return self._streams[1].read_text("utf-8", errors="replace")
 
     @property
     def err(self) -> str:
         """What was written to standard error until now."""
-        return self._streams[2].read_text("utf-8")
+        return self._streams[2].read_text("utf-8", errors="replace")
 
     @property
     def runs(self) -> bool:
@@ -135,7 +137,8 @@ def _run(program: str, arguments: list[str], cwd: str, environment: dict[str, st
     sys.path[:0] = ["", *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     try:
         exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
-    finally:
+    finally:  # in the order of an interpreter that ends
+        threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
 
 

@@ -288,6 +288,27 @@ IN_MODELS = (
         f"{HANDOVER}test_kept_log_probabilities_of_another_reference_are_refused",
     ),
     Mutation(
+        "a layout that computes something else",
+        "stages/core/layout.py",
+        "if gap > TOLERANCE:",
+        "if False:",
+        "test_layout.py",
+    ),
+    Mutation(
+        "a layout that is wrong in low precision alone",
+        "stages/core/layout.py",
+        "if distance > max(DISTANCE * self.distance, LEAST_DISTANCE):",
+        "if False:",
+        "test_layout.py",
+    ),
+    Mutation(
+        "a GGUF file without a tokenizer",
+        "data/gguf.py",
+        "if TOKENS not in header.fields:",
+        "if False:",
+        "test_gguf.py::test_a_file_without_a_tokenizer_is_refused_when_the_run_is_planned",
+    ),
+    Mutation(
         "a merge that went wrong",
         "stages/sft.py",
         "probes.require_same(trained, mean_logprobs(saved, probes.choose(examples)), tolerance, context.directory)",

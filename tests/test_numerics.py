@@ -34,8 +34,8 @@ STAGES = {
     "sft": f"sft, policy: {MADE}/base, data: demonstrations, lora: {{{{rank: 4}}}}, {LEARNS}",
     "reward": f"reward, policy: {MADE}/sft, data: preferences, lora: {{{{rank: 4}}}}, {LEARNS}",
     "dpo": f"dpo, policy: {MADE}/sft, data: preferences, lora: {{{{rank: 4}}}}, {LEARNS}",
-    "ppo": f"ppo, policy: {MADE}/sft, reward: {MADE}/reward, data: prompts, max_new_tokens: 8, minibatches: 2, "
-    f"evaluate_rows: 4, lora: {{{{rank: 4}}}}, {LEARNS}",
+    "ppo": f"ppo, policy: {MADE}/sft, reward: {MADE}/reward, data: prompts, max_new_tokens: 4, minibatches: 2, "
+    f"evaluate_rows: 2, lora: {{{{rank: 4}}}}, {LEARNS}",
     "online_dpo": f"online_dpo, policy: {MADE}/sft, reward: {MADE}/reward, data: prompts, max_new_tokens: 8, "
     f"evaluate_rows: 4, lora: {{{{rank: 4}}}}, {LEARNS}",
 }

@@ -229,3 +229,13 @@ def test_the_weights_held_are_the_bases_once_and_small_adapters() -> None:
     base = sum(each.numel() * 4 for each in models.model().parameters())
     adapters = sum(each.numel() * 4 for role in ("policy", "reward", "value") for _, each in roles.parameters(role))
     assert memory.held(roles) == base + adapters
+
+
+def test_the_cache_that_is_expected_is_at_most_what_sampling_holds() -> None:
+    roles, chosen = rl.four_roles(), rl.settings(samples_per_prompt=8, tokens_per_batch=16)
+    few, many = (memory.expected(roles, rl.sampled(roles, chosen), each) for each in (chosen, chosen))
+    assert few == many
+    config = roles.base.model.config
+    of_a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    trained = sum(each.numel() for role in ("policy", "value") for _, each in roles.parameters(role))
+    assert few - trained * memory.OF_ADAM <= max(8 * 16 * of_a_token, 10**6)

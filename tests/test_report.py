@@ -99,7 +99,7 @@ def test_hostile_text_is_shown_and_does_nothing(run: Path) -> None:
     shown = reports.Elements(page).text
     for text in texts:
         visible = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-        assert shown.count(visible) >= 8, text
+        assert shown.count(visible) >= 16, text
 
 
 def test_hostile_names_of_figures_are_drawn_and_do_nothing(run: Path) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import forks
 import pytest
 import tiny
-from conftest import Baton
+from conftest import REPOSITORY, Baton
 from forks import Process
 from reward_servers import lengths, says, serving
 
@@ -47,6 +49,16 @@ def baton(root: Path, *arguments: str | Path) -> tuple[int, bytes]:
     """The exit code and all that is printed."""
     with started(root, *arguments) as process:
         return printed_by(process)
+
+
+def in_an_interpreter(root: Path, *arguments: str | Path) -> tuple[int, bytes]:
+    """The same in a new interpreter, whose libraries find the secrets when they are imported."""
+    environment = {**os.environ, **SECRETS, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", forks.COMMAND, *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300, check=False
+    )
+    return done.returncode, done.stdout
 
 
 def printed_by(process: Process) -> tuple[int, bytes]:
@@ -90,7 +102,7 @@ def test_no_byte_of_a_run_holds_a_secret(tmp_path: Path) -> None:
         text = with_server(config, server.url)
         size = "steps: 1, examples_per_step: 4, examples_per_batch: 4, max_length: 256, lora: {rank: 2}"
         config.write_text(text + f"  t_dpo: {{kind: trl, trainer: DPO, policy: sft, data: preferences, {size}}}\n")
-        code, printed = baton(tmp_path, "run", config)
+        code, printed = in_an_interpreter(tmp_path, "run", config)
         sent = {each["authorization"] for each in server.headers}
     assert code == 0, printed.decode()
     assert sent == {f"Bearer {SECRETS['REWARD_SERVER_KEY']}"}

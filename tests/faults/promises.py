@@ -34,8 +34,8 @@ PROMISES: dict[str, tuple[str, ...]] = {
         "test_handover.py::test_a_reward_model_on_another_base_than_the_policys_is_refused",
         "test_handover.py::test_kept_log_probabilities_of_another_reference_are_refused",
     ),
-    "NaN and infinity in loss or gradient at every step of pretraining, SFT, reward model, DPO, PPO and online DPO: "
-    "stopped before it, the rows named, and gone on from the last good step": (
+    "NaN in the loss and infinity in the gradient at every step of pretraining, SFT, reward model, DPO, PPO and online "
+    "DPO: stopped before it, the rows named, and gone on from the last good step": (
         "test_numerics.py::test_at_every_step_the_stage_stops_before_it_and_goes_on_from_the_last_good_one",
         "test_numerics.py::test_weights_that_a_step_makes_infinite_stop_the_stage_and_are_in_no_checkpoint",
     ),

@@ -14,15 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline import cli, fingerprint, handover, seal
+from pipeline import cli, fingerprint, handover, inputs, seal
 from pipeline import manifest as manifests
+from pipeline.errors import ArtifactError
 from pipeline.fingerprint import file_sha256
 from pipeline.manifest import FILE_NAME, Manifest, OutputRecord
+from pipeline.store import RunDirectory
+from stages.core import handover as receiving
+from stages.core.lineup import Lineup
 
 pytestmark = [pytest.mark.chain, pytest.mark.usefixtures("report_of_one_line")]
 
@@ -151,6 +156,7 @@ RECEIVERS = {
     "dpo": Receiver("dpo", ("--only", "ppo", "--force", "ppo", "stages.ppo.policy=dpo")),
     "tokenizer": Receiver("tokenizer", ("--only", "base", "--force", "base")),
 }
+IN_TOKENIZER = "the tokenizer stage's other tokenizer"
 RESEALED: dict[str, tuple[str, Plant, str]] = {
     "a tensor dropped": ("sft", DROPPED, f"sft: model.safetensors: {UP}: recorded F32 [64, 32], found absent"),
     "a tensor of another shape": ("sft", OTHER_SHAPE, f"{UP}: recorded F32 [64, 32], found F32 [63, 32]"),
@@ -230,7 +236,7 @@ RESEALED: dict[str, tuple[str, Plant, str]] = {
         with_words_exchanged,
         "dpo: the tokenizer is not the stage's own: recorded ",
     ),
-    "the tokenizer stage's other tokenizer": (
+    IN_TOKENIZER: (
         "tokenizer",
         with_words_exchanged,
         "tokenizer: the tokenizer is not the stage's own: recorded ",
@@ -380,15 +386,42 @@ def refused(config: Path, run: Path, capsys: pytest.CaptureFixture[str], *argume
     return said
 
 
-@pytest.mark.parametrize("fault", RESEALED)
-def test_a_fault_with_hashes_made_anew_is_refused(
-    config: Path, run: Path, capsys: pytest.CaptureFixture[str], fault: str
-) -> None:
+def opened(run: Path, reference: str) -> None:
+    """What every stage does with a model that it is handed: find it, open it, and compute its probes again."""
+    artifact = inputs.resolve(reference, RunDirectory(run), RECEIVERS, download=True)
+    if artifact.kind == "tokenizer":
+        receiving.open_tokenizer(artifact)
+    elif artifact.kind == "reward":
+        Lineup({}, models.CPU).judge(artifact)
+    else:
+        Lineup({"model": artifact}, models.CPU)
+
+
+def resealed(run: Path, fault: str) -> tuple[str, str]:
+    """Plant a fault and make all hashes anew; returns the stage and what is to be said."""
     name, plant, message = RESEALED[fault]
     plant(run / "stages" / name)
     reseal(run / "stages" / name)
     if name == "sft":
         rebase(run)
+    return name, message
+
+
+@pytest.mark.parametrize("fault", RESEALED)
+def test_a_fault_with_hashes_made_anew_is_refused(run: Path, fault: str) -> None:
+    name, message = resealed(run, fault)
+    with pytest.raises(ArtifactError) as caught:
+        opened(run, name)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fault", ["a tensor dropped", "probes gone", "a head missing", "an adapter's other strength", IN_TOKENIZER]
+)
+def test_a_run_ends_where_it_is_handed_such_a_fault(
+    config: Path, run: Path, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    name, message = resealed(run, fault)
     assert message in refused(config, run, capsys, *RECEIVERS[name].arguments)
 
 
@@ -443,9 +476,13 @@ def test_a_fault_in_a_model_that_no_stage_made_is_refused(
     if place == "hub":
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
         reference = cached(directory, tmp_path / "hub")
-    said = refused(config, run, capsys, "--only", "dpo", f"stages.dpo.policy={reference}")
-    assert message in said
-    assert (COMMIT if place == "hub" else str(directory)) in said
+    with pytest.raises(ArtifactError) as caught:
+        opened(run, reference)
+    assert message in str(caught.value)
+    assert (COMMIT if place == "hub" else str(directory)) in str(caught.value)
+    if fault in ("a tensor dropped", "another end", "no template"):
+        said = refused(config, run, capsys, "--only", "dpo", f"stages.dpo.policy={reference}")
+        assert message in said
 
 
 def test_a_model_that_no_stage_made_is_taken_as_it_is(config: Path, run: Path, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def finish(root: Path) -> None:
     assert cli.execute(cli.app, ["run", str(root / "config.yaml")]) == 0
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run(shared: Shared) -> Path:
     """The finished run; nobody writes to it."""
     return shared("padding", finish) / "run"

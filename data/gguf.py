@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,21 +79,20 @@ def _key(digest: str) -> str:
 def _convert(path: Path, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     header = _header(path)
     file_type = header.get_field("general.file_type")
     stored = torch.float32 if file_type is not None and file_type.contents() == FLOAT32_FILE else torch.bfloat16
     where = {"local_files_only": True, "trust_remote_code": False, "gguf_file": path.name}
-    with _readable(path):
+    with _readable(path), redirect_stderr(StringIO()):  # transformers draws progress bars there
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, dtype=stored, quantization_config=GgufConfig(dequantize=True), **where
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, **where)
     if (splitting := header.get_field(SPLITTING)) is not None and splitting.contents() in DIGITS_APART:
         _split_digits(tokenizer)
-    model.save_pretrained(directory)
+    with redirect_stderr(StringIO()):
+        model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 

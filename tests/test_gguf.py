@@ -105,7 +105,9 @@ def load_file_as_float(directory: Path) -> dict[str, torch.Tensor]:
 def test_stages_are_trained_on_it_and_know_it_by_its_digest(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, run = config.parent / "model.gguf", config.parent / "run"
     assert baton("plan", config) == 0
+    capsys.readouterr()
     assert baton("run", config) == 0
+    assert capsys.readouterr().err == ""
     for name in ("sft", "dpo"):
         given = manifests.load(run / "stages" / name).inputs["policy"]
         assert (given.source, given.digest) == (str(file), file_sha256(file))

@@ -78,7 +78,7 @@ def root() -> Path:
     try:
         return Path("~/.cache").expanduser() / "baton"
     except RuntimeError as error:
-        raise StorageError("no home directory for the token cache", hint="set BATON_CACHE to a directory") from error
+        raise StorageError("no home directory for the cache", hint="set BATON_CACHE to a directory") from error
 
 
 def key(*, data: str, tokenizer: str, template: str, options: Mapping[str, Any]) -> str:
@@ -119,15 +119,15 @@ def cached(key: str, make: Make, say: Callable[[str], None], shelf: str = TOKENS
     Raises:
         StorageError: The cache directory cannot be written.
     """
-    entry = place(key, shelf)
-    with _refusals(entry):
-        found = _intact(entry, say)
-        if found is not None:
-            return found
-        _create(entry.parent)
-        with _work(entry.parent) as work:
+    directory = place(key, shelf)
+    with _refusals(directory):
+        entry = _intact(directory, say)
+        if entry is not None:
+            return entry
+        _create(directory.parent)
+        with _work(directory.parent) as work:
             _seal(work, key, make(work))
-            return _publish(work, entry, say)
+            return _publish(work, directory, say)
 
 
 def _create(tokens: Path) -> None:
@@ -169,7 +169,7 @@ def _opened_or_set_aside(place: Path, say: Callable[[str], None]) -> Entry | Non
         aside.parent.mkdir(exist_ok=True)
         place.rename(aside)
         what = printable(damage.what)
-        say(f"token cache {place.name[:12]} is damaged ({what}): it is made again; the damaged one is now {aside}")
+        say(f"cache entry {place.name[:12]} is damaged ({what}): it is made again; the damaged one is now {aside}")
         return None
 
 
@@ -278,7 +278,7 @@ def _refusals(place: Path) -> Iterator[None]:
 
 def _refusal(error: OSError, place: Path) -> StorageError:
     return StorageError(
-        f"the token cache cannot be written: {error.strerror}",
+        f"the cache cannot be written: {error.strerror}",
         where=error.filename or place,
         hint="set BATON_CACHE to a directory with free space that you may write to",
     )

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from data import cache
 from pipeline import fingerprint
 from pipeline.errors import ArtifactError
-from pipeline.terminal import printable
+from pipeline.terminal import console, printable
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -43,15 +44,6 @@ def place(digest: str) -> Path:
     return cache.place(_key(digest), cache.MODELS) / MODEL
 
 
-def require_model(path: Path) -> None:
-    """Look at the header of a file that has not been converted, which takes some seconds.
-
-    Raises:
-        ArtifactError: It is damaged, of an architecture that is not known, or without a tokenizer.
-    """
-    _header(path)
-
-
 def converted(path: Path, digest: str) -> Path:
     """The model directory of a file, made if it is not there.
 
@@ -68,7 +60,7 @@ def converted(path: Path, digest: str) -> Path:
         _convert(path, directory / MODEL)
         return {"file": path.name, "sha256": digest}
 
-    return cache.cached(_key(digest), make, lambda line: None, cache.MODELS).directory / MODEL
+    return cache.cached(_key(digest), make, console(stderr=True).print, cache.MODELS).directory / MODEL
 
 
 def _key(digest: str) -> str:
@@ -80,15 +72,17 @@ def _convert(path: Path, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    header = _header(path)
+    header = header_of(path)
     file_type = header.get_field("general.file_type")
     stored = torch.float32 if file_type is not None and file_type.contents() == FLOAT32_FILE else torch.bfloat16
-    where = {"local_files_only": True, "trust_remote_code": False, "gguf_file": path.name}
-    with _readable(path), redirect_stderr(StringIO()):  # transformers draws progress bars there
+    options = {"local_files_only": True, "trust_remote_code": False, "gguf_file": path.name}
+    # transformers also reads what lies beside a GGUF file: tokenizers, adapters, code. The digest does not cover that.
+    with TemporaryDirectory() as folder, _readable(path), redirect_stderr(StringIO()):  # it draws progress bars
+        Path(folder, path.name).symlink_to(path.resolve())
         model = AutoModelForCausalLM.from_pretrained(
-            path.parent, dtype=stored, quantization_config=GgufConfig(dequantize=True), **where
+            folder, dtype=stored, quantization_config=GgufConfig(dequantize=True), **options
         )
-        tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, **where)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, **options)
     if (splitting := header.get_field(SPLITTING)) is not None and splitting.contents() in DIGITS_APART:
         _split_digits(tokenizer)
     with redirect_stderr(StringIO()):
@@ -106,7 +100,12 @@ def _split_digits(tokenizer: Any) -> None:
     )
 
 
-def _header(path: Path) -> GGUFReader:
+def header_of(path: Path) -> GGUFReader:
+    """The header of a file, which takes some seconds to read; nothing is converted.
+
+    Raises:
+        ArtifactError: The file is damaged, of an architecture that is not known, or without a tokenizer.
+    """
     from gguf import GGUFReader
 
     with _readable(path):

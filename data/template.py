@@ -129,8 +129,8 @@ class ChatTemplate:
         Raises:
             ArtifactError: The only control token is the one that ends a turn.
         """
-        own = self.tokenizer.pad_token_id
-        candidates = [own, *sorted(self.control)] if isinstance(own, int) else sorted(self.control)
+        padding = self.tokenizer.pad_token_id
+        candidates = [padding, *sorted(self.control)] if isinstance(padding, int) else sorted(self.control)
         for token in candidates:
             if token != self.stop_id:
                 return token

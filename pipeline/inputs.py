@@ -163,7 +163,7 @@ def _gguf(file: Path, reference: str, download: bool) -> Artifact:
         directory = gguf.converted(file, digest)
         model_files.foreign(directory)
     elif not directory.is_dir():
-        gguf.require_model(file)
+        gguf.header_of(file)
     return Artifact(directory, "model", digest, source=reference)
 
 

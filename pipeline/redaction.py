@@ -87,9 +87,9 @@ def texts(value: Any, location: tuple[str | int, ...] = ()) -> Iterator[tuple[tu
 
 def _secrets() -> Iterator[tuple[str, str]]:
     """Names and values of the variables that hold secrets, long values first; a file's path is none."""
-    found = [(name, os.environ[name].strip()) for name in os.environ if _holds_a_secret(name)]
-    kept = [(name, value) for name, value in found if len(value) >= SHORTEST and not _is_path(value)]
-    yield from sorted(kept, key=lambda each: -len(each[1]))
+    variables = [(name, os.environ[name].strip()) for name in os.environ if _holds_a_secret(name)]
+    secrets = [(name, value) for name, value in variables if len(value) >= SHORTEST and not _is_path(value)]
+    yield from sorted(secrets, key=lambda secret: -len(secret[1]))
 
 
 @functools.cache

@@ -136,6 +136,7 @@ def _run(program: str, arguments: list[str], cwd: str, environment: dict[str, st
     sys.argv = ["-c", *arguments]
     sys.path[:0] = ["", *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     try:
+        # The text of a test's own program, as `python -c` would take it; nothing that was read from a file.
         exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
     finally:  # in the order of an interpreter that ends
         threading._shutdown()  # type: ignore[attr-defined]

@@ -297,7 +297,7 @@ IN_MODELS = (
     Mutation(
         "a layout that is wrong in low precision alone",
         "stages/core/layout.py",
-        "if distance > max(DISTANCE * self.distance, LEAST_DISTANCE):",
+        "if distance > rounding:",
         "if False:",
         "test_layout.py",
     ),

@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from data import gguf as gguf_model
 from data.gguf import converted
 from pipeline import cli
 from pipeline import manifest as manifests
@@ -83,6 +84,24 @@ def test_a_file_in_float32_is_the_model_it_was_made_of(model: Path, tmp_path: Pa
     assert (ours.eos_token_id, ours.pad_token_id) == (theirs.eos_token_id, theirs.pad_token_id)
     for text in TEXTS:
         assert ours.encode(text) == theirs.encode(text)
+
+
+def test_nothing_that_lies_beside_the_file_is_read(model: Path, tmp_path: Path) -> None:
+    alone = ggufs.write(model, tmp_path / "model.gguf")
+    (tmp_path / "full").mkdir()
+    file = Path(shutil.copy(alone, tmp_path / "full"))
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "config.json",
+        "adapter_config.json",
+    ):
+        (tmp_path / "full" / name).write_text('{"auto_map": {"AutoConfig": "evil.Evil"}, "chat_template": "evil"}')
+    gguf_model._convert(file, tmp_path / "converted")
+    assert (logits(tmp_path / "converted") - logits(model)).abs().max() < 1e-5
+    template = AutoTokenizer.from_pretrained(tmp_path / "converted").chat_template
+    assert template == AutoTokenizer.from_pretrained(model).chat_template
 
 
 def test_blocks_of_eight_bits_become_what_they_stand_for(model: Path, tmp_path: Path) -> None:

@@ -143,10 +143,10 @@ def _write_reward(roles: Roles, merged: LanguageModel, trees: Sequence[Tree], di
     merged.tokenizer.save_pretrained(directory)
     written = _read(AutoModelForSequenceClassification, directory)
     with torch.no_grad():
-        found = _classified(written, trees, padding)
+        scores = _classified(written, trees, padding)
     expected = torch.tensor(reward_scores(roles, REWARD, trees))
     offset = float(head.linear.bias.mean() - head.mean)
-    return replace(_parity([found + offset], [expected], merged), offset=offset)
+    return replace(_parity([scores + offset], [expected], merged), offset=offset)
 
 
 def _classifier(merged: LanguageModel, head: ScalarHead) -> PreTrainedModel:

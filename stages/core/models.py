@@ -179,7 +179,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 def is_quantized(layer: nn.Module) -> bool:
     """Whether a layer is one of bitsandbytes' own; peft calls its adapters on them by the same names."""
     kinds = type(layer).__mro__
-    return any(each.__name__ in QUANTIZED_LAYERS and each.__module__.startswith("bitsandbytes") for each in kinds)
+    return any(kind.__name__ in QUANTIZED_LAYERS and kind.__module__.startswith("bitsandbytes") for kind in kinds)
 
 
 def _quantized(quantization: str, compute: Compute) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def _without_layout(reading: Reading) -> Reading:
 
 
 def _world(source: DataSource) -> Iterator[Reading]:
-    from data import world, world_suites
+    from data import instruction_prompts, world, world_suites
 
     part = sources.world_part(source)
     if part in world_suites.PARTS:
@@ -248,7 +248,11 @@ def _world(source: DataSource) -> Iterator[Reading]:
         found = (Located(f"{source.name}:{number}", each) for number, each in enumerate(records, start=1))
         yield from _parsed(enumerate(found, start=1), source)
         return
-    rows = source.rows or world.DEFAULT_ROWS[part]
-    for number, row in enumerate(world.generate(part, rows, source.seed), start=1):
+    generated: Iterator[Row]
+    if part == instruction_prompts.PART:
+        generated = instruction_prompts.generate(source.rows or instruction_prompts.DEFAULT_ROWS, source.seed)
+    else:
+        generated = world.generate(part, source.rows or world.DEFAULT_ROWS[part], source.seed)
+    for number, row in enumerate(generated, start=1):
         origin = row.origin or f"{source.name}:row {number}"
         yield Reading(origin, number, WORLD, row=replace(row, origin=origin))

@@ -109,8 +109,8 @@ class DataSource(Settings):
     source: Either[str, Annotated[list[str], Field(min_length=1)]]
     """Files or globs of files (`.jsonl`, `.json`, `.csv`, `.tsv`, `.txt`, `.parquet`; all but the last also as `.gz` or
     `.zst`; a `.txt` file is one document), a directory written by `datasets`, `hub:owner/name@revision[:config]`, or
-    `world:PART` (PART is one of `corpus`, `demonstrations`, `preferences`, `prompts`, `sums`, or a suite of
-    `docs/evaluation.md`)."""
+    `world:PART` (PART is one of `corpus`, `demonstrations`, `preferences`, `prompts`, `sums`, `instructions`, or a
+    suite of `docs/evaluation.md`)."""
     format: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?$")] = "auto"
     """How a row is laid out: `auto` decides by columns and content; a format's or a kind's name; or `module:function`,
     an adapter that is installed as an entry point of `baton.formats` or named by `--adapter`. A stage reads richer rows

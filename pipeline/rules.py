@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pipeline.servers import Server
 from pipeline.settings import Number, Positive, Settings
 
-Gold = Literal["none", "world", "exact", "numeric"]
+Gold = Literal["none", "world", "exact", "numeric", "instructions"]
 """A rule that knows which responses are correct, or none."""
 
 
@@ -48,6 +48,14 @@ class NumericRule(WeightedRule):
     """1 when the last number of the response equals the last one of the prompt's `answer`; else 0."""
 
     rule: Literal["numeric"] = "numeric"
+    """Name of the rule."""
+
+
+class InstructionsRule(WeightedRule):
+    """The share of the prompt's verifiable instructions that the response follows (IFEval, arXiv 2311.07911). Needs
+    prompts with the columns `instruction_id_list` and `kwargs`; a response is correct when it follows all of them."""
+
+    rule: Literal["instructions"] = "instructions"
     """Name of the rule."""
 
 
@@ -116,7 +124,15 @@ class ServerRule(Server, WeightedRule):
 
 
 Rule = Annotated[
-    WorldRule | ExactRule | NumericRule | PatternRule | FormatRule | LengthRule | RepetitionRule | ServerRule,
+    WorldRule
+    | ExactRule
+    | NumericRule
+    | InstructionsRule
+    | PatternRule
+    | FormatRule
+    | LengthRule
+    | RepetitionRule
+    | ServerRule,
     Field(discriminator="rule"),
 ]
 """Any rule."""

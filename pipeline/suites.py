@@ -46,11 +46,6 @@ class Suite(DataSource):
         return True
 
     @property
-    def part_yes_or_no(self) -> bool:
-        """Whether every number under a single condition, such as one of several temperatures, is."""
-        return self.yes_or_no
-
-    @property
     def share(self) -> bool:
         """Whether figures are shares, from 0 to 1."""
         return True
@@ -131,7 +126,7 @@ class GenerationSuite(SampledSuite):
 
     @property
     def part_yes_or_no(self) -> bool:
-        """At each temperature, the same."""
+        """Whether every number at one of the temperatures is 0 or 1."""
         return self.gold != "none" and self.samples == 1
 
     @property
@@ -152,6 +147,15 @@ class GenerationSuite(SampledSuite):
         if len(set(self.temperatures)) < len(self.temperatures):
             raise ValueError("a temperature is named twice: name each once")
         return self
+
+
+class InstructionSuite(SampledSuite):
+    """Whether the likeliest response follows all verifiable instructions of its prompt (IFEval, Zhou et al. 2023,
+    arXiv 2311.07911): of prompts and of single instructions, strictly and loosely, and of each family of instructions.
+    Rows have `instruction_id_list` and `kwargs` beside the prompt, as in the published file."""
+
+    method: Literal["instructions"]
+    """Name of the method."""
 
 
 class InvarianceSuite(SampledSuite):
@@ -189,6 +193,7 @@ METHODS: dict[str, type[Suite]] = {
     "choice": ChoiceSuite,
     "preference": PreferenceSuite,
     "generation": GenerationSuite,
+    "instructions": InstructionSuite,
     "invariance": InvarianceSuite,
     "diversity": DiversitySuite,
 }
@@ -196,7 +201,13 @@ METHODS: dict[str, type[Suite]] = {
 
 
 AnySuite = Annotated[
-    LikelihoodSuite | ChoiceSuite | PreferenceSuite | GenerationSuite | InvarianceSuite | DiversitySuite,
+    LikelihoodSuite
+    | ChoiceSuite
+    | PreferenceSuite
+    | GenerationSuite
+    | InstructionSuite
+    | InvarianceSuite
+    | DiversitySuite,
     Field(discriminator="method"),
 ]
 

@@ -1,6 +1,6 @@
 """Programmatic rewards: judges that need no model.
 
-Three rules know what is correct, because the prompt's facts say so; the others measure the response alone. Every rule
+Four rules know what is correct, because the prompt's facts say so; the others measure the response alone. Every rule
 is a pure function whose reward is in [0, 1].
 """
 
@@ -19,6 +19,7 @@ from data.normal_form import normal_form
 from data.schema import Prompt
 from data.world import gold_reward
 from pipeline.errors import DataError
+from reward.instructions import followed
 
 SAID = "Yes."
 """A response for which every rule looks at all that it needs; for an empty one it might not."""
@@ -84,8 +85,25 @@ def numeric(facts: Mapping[str, Any], response: str) -> Verdict:
     return _right(last_number(response) == answer)
 
 
-JUDGES: dict[str, Judge] = {"world": world, "exact": exact, "numeric": numeric}
+def instructions(facts: Mapping[str, Any], response: str) -> Verdict:
+    """The share of the prompt's instructions that the response follows; correct when it follows all of them.
+
+    Raises:
+        ValueError: The instructions are malformed.
+    """
+    verdicts = followed(facts, response)
+    return Verdict(sum(verdicts) / len(verdicts), float(all(verdicts)))
+
+
+JUDGES: dict[str, Judge] = {"world": world, "exact": exact, "numeric": numeric, "instructions": instructions}
 """The rules that know what is correct, by the names that the configuration uses."""
+NEEDED = {
+    "world": "of the embedded world",
+    "exact": "with a column `answer`, or rows of question and answer",
+    "numeric": "with a column `answer`, or rows of question and answer",
+    "instructions": "with the columns `instruction_id_list` and `kwargs`, as in IFEval",
+}
+"""The prompts that each of them needs."""
 
 
 def verdict(name: str, facts: Mapping[str, Any], response: str, origin: str) -> Verdict:
@@ -106,8 +124,7 @@ def verdict(name: str, facts: Mapping[str, Any], response: str, origin: str) -> 
         what = f"the prompt has no `{error.args[0]}`, which the rule `{name}` needs"
     except ValueError as error:
         what = f"{error}, which the rule `{name}` needs"
-    needed = "of the embedded world" if name == "world" else "with a column `answer`, or rows of question and answer"
-    raise DataError(what, where=origin, hint=f"give prompts {needed}, or take another rule (docs/rewards.md)")
+    raise DataError(what, where=origin, hint=f"give prompts {NEEDED[name]}, or take another rule (docs/rewards.md)")
 
 
 def require_facts(names: Collection[str], prompt: Prompt) -> None:

@@ -98,8 +98,11 @@ def _prompt(record: Record, origin: str) -> Prompt:
 
 
 def _is_fact(value: object) -> bool:
+    """Texts, numbers and truth values, and lists and mappings of them; within those, also null."""
     if isinstance(value, list | tuple):
-        return all(isinstance(each, str | int | float) for each in value)
+        return all(item is None or _is_fact(item) for item in value)
+    if isinstance(value, dict):
+        return all(item is None or _is_fact(item) for item in value.values())
     return isinstance(value, str | int | float)
 
 

@@ -50,19 +50,23 @@ def world_part(source: DataSource) -> str:
     Raises:
         DataError: there is no such part.
     """
-    from data import world, world_suites
+    from data import instruction_prompts, world, world_suites
 
     part = source.name.removeprefix("world:")
-    if part not in (*world.PARTS, *world_suites.PARTS):
-        known = ", ".join((*world.PARTS, *world_suites.PARTS))
-        raise DataError(f"no part {shown(part)} of the embedded world", where=source.name, hint=f"one of {known}")
+    parts = (*world.PARTS, instruction_prompts.PART, *world_suites.PARTS)
+    if part not in parts:
+        hint = f"one of {', '.join(parts)}"
+        raise DataError(f"no part {shown(part)} of the embedded world", where=source.name, hint=hint)
     return part
 
 
 def _of_world(source: DataSource) -> str:
-    from data import world, world_suites
+    from data import instruction_prompts, world, world_suites
 
     part = world_part(source)
+    if part == instruction_prompts.PART:
+        rows = source.rows or instruction_prompts.DEFAULT_ROWS
+        return _of(_code(instruction_prompts), part, rows, source.seed)
     if part in world_suites.PARTS:
         return _of(_code(world), _code(world_suites), part, source.rows, source.seed)
     return _of(_code(world), part, source.rows or world.DEFAULT_ROWS[part], source.seed)

@@ -19,12 +19,13 @@ from pipeline.suites import (
     ChoiceSuite,
     DiversitySuite,
     GenerationSuite,
+    InstructionSuite,
     InvarianceSuite,
     LikelihoodSuite,
     SampledSuite,
     Suite,
 )
-from reward import diversity
+from reward import diversity, instructions
 from reward.mixture import RuleMixture
 from reward.rules import verdict
 from stages.core.answers import PLAIN, Responses, respond
@@ -38,12 +39,27 @@ Numbers = dict[int, float]
 
 
 @dataclass(frozen=True)
+class Part:
+    """Other numbers of the observations, such as those under one of several conditions.
+
+    Attributes:
+        numbers: Of the observations that have one.
+        yes_or_no: Whether they are 0 or 1.
+        weights: What the numbers count in their mean, where they do not count alike.
+    """
+
+    numbers: Numbers
+    yes_or_no: bool
+    weights: Numbers = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Scores:
     """What one model got on one suite.
 
     Attributes:
         numbers: Of all observations.
-        parts: The same under single conditions, by what they are called: `at 0.5` is a temperature.
+        parts: By what they are called: `at 0.5` is a temperature.
         weights: What the numbers count in their mean, where they do not count alike.
         further: Other figures of the whole suite, by the ending of their names.
         responses: By observation; empty where nothing is answered.
@@ -52,7 +68,7 @@ class Scores:
     """
 
     numbers: Numbers
-    parts: Mapping[str, Numbers] = field(default_factory=dict)
+    parts: Mapping[str, Part] = field(default_factory=dict)
     weights: Numbers = field(default_factory=dict)
     further: Mapping[str, Metric] = field(default_factory=dict)
     responses: Sequence[Sequence[str]] = ()
@@ -95,6 +111,8 @@ def scorer(suite: Suite, items: Sequence[Item], settings: EvaluateSettings, seed
             return partial(_choice, suite, items, settings)
         case GenerationSuite():
             return partial(_generation, suite, items, settings, seed, _judge(suite.gold, suite.rules))
+        case InstructionSuite():
+            return partial(_instructions, suite, items, settings, seed)
         case InvarianceSuite():
             return partial(_invariance, suite, items, settings, seed, _judge(suite.gold, []))
         case DiversitySuite():
@@ -197,8 +215,42 @@ def _generation(
             own += texts[place * suite.samples : (place + 1) * suite.samples]
     means = np.mean(list(by_temperature.values()), axis=0).tolist()
     several = by_temperature if len(by_temperature) > 1 else {}
-    parts = {name: dict(enumerate(each)) for name, each in several.items()}
+    parts = {name: Part(dict(enumerate(each)), suite.part_yes_or_no) for name, each in several.items()}
     return Scores(dict(enumerate(means)), parts, responses=responses, tokens=tokens, cut=cut)
+
+
+def _instructions(
+    suite: InstructionSuite, items: Sequence[Item], settings: EvaluateSettings, seed: int, contestant: Contestant
+) -> Scores:
+    sampled = _responses(suite, items, settings, seed, contestant)
+    facts: Any = [item.row.facts for item in items]  # type: ignore[union-attr]
+    strict = [instructions.followed(own, text) for own, text in zip(facts, sampled.texts, strict=True)]
+    loose = [instructions.followed(own, text, loose=True) for own, text in zip(facts, sampled.texts, strict=True)]
+    parts = {
+        "loose": _of_prompts(loose),
+        "by-instruction": _of_instructions(strict),
+        "by-instruction-loose": _of_instructions(loose),
+    }
+    families = [[kind.partition(":")[0] for kind, _ in instructions.instructions(own)] for own in facts]
+    for family in sorted({family for names in families for family in names}):
+        verdicts = [
+            [verdict for name, verdict in zip(names, row, strict=True) if name == family]
+            for names, row in zip(families, strict, strict=True)
+        ]
+        parts[family] = _of_instructions(verdicts)
+    texts = [[text] for text in sampled.texts]
+    return Scores(_of_prompts(strict).numbers, parts, responses=texts, tokens=sampled.tokens, cut=sampled.cut)
+
+
+def _of_prompts(verdicts: Sequence[Sequence[bool]]) -> Part:
+    """Whether all instructions of a prompt are followed."""
+    return Part({place: float(all(row)) for place, row in enumerate(verdicts)}, yes_or_no=True)
+
+
+def _of_instructions(verdicts: Sequence[Sequence[bool]]) -> Part:
+    """The share of a prompt's instructions that are followed, weighted by their number."""
+    counts = {place: float(len(row)) for place, row in enumerate(verdicts) if row}
+    return Part({place: sum(verdicts[place]) / counts[place] for place in counts}, yes_or_no=False, weights=counts)
 
 
 def _invariance(

@@ -36,8 +36,8 @@ from stages.core.comparison import Pair
 from stages.core.lineup import Contestant
 from stages.core.roles import Roles
 from stages.core.suite_scores import (
-    Numbers,
     Observation,
+    Part,
     Scorer,
     Scores,
     longer_wins,
@@ -75,32 +75,32 @@ class _Ledger:
         self.scores[model] = found
         self.pairs[model] = {}
         other = self.scores.get(parent) if parent else None
-        before = {name: numbers for name, numbers, _ in self._slices(other)} if other else {}
+        before = {name: part.numbers for name, part in self._slices(other)} if other else {}
         metrics = {f"{self.figure}{ending}": metric for ending, metric in found.further.items()}
-        for name, numbers, yes_or_no in self._slices(found):
-            if not numbers:
+        for name, part in self._slices(found):
+            if not part.numbers:
                 continue
-            metrics[name] = _mean(numbers, found.weights, yes_or_no=yes_or_no)
-            common = sorted(numbers.keys() & before.get(name, {}).keys())
+            metrics[name] = _mean(part)
+            common = sorted(part.numbers.keys() & before.get(name, {}).keys())
             if not common:
                 continue
-            pair = [numbers[place] for place in common], [before[name][place] for place in common]
-            weights = [found.weights[place] for place in common if found.weights]
-            metrics[f"{name}{GAIN}"] = _gain(*pair, weights, yes_or_no=yes_or_no)
-            if yes_or_no:
+            pair = [part.numbers[place] for place in common], [before[name][place] for place in common]
+            weights = [part.weights[place] for place in common if part.weights]
+            metrics[f"{name}{GAIN}"] = _gain(*pair, weights, yes_or_no=part.yes_or_no)
+            if part.yes_or_no:
                 self.pairs[model][name] = pair
         return metrics
 
-    def _slices(self, found: Scores) -> Iterator[tuple[str, Numbers, bool]]:
-        """Each figure with its numbers, and whether they are of yes and no."""
-        yield self.figure, found.numbers, self.suite.yes_or_no
-        for category in sorted({each.category for each in self.observed} - {""}):
-            chosen = {
-                place: number for place, number in found.numbers.items() if self.observed[place].category == category
+    def _slices(self, scores: Scores) -> Iterator[tuple[str, Part]]:
+        """Each figure with its numbers."""
+        yield self.figure, Part(scores.numbers, self.suite.yes_or_no, scores.weights)
+        for category in sorted({observation.category for observation in self.observed} - {""}):
+            numbers = {
+                place: number for place, number in scores.numbers.items() if self.observed[place].category == category
             }
-            yield f"{self.figure}.{category}", chosen, self.suite.yes_or_no
-        for condition, numbers in found.parts.items():
-            yield f"{self.figure}.{condition}", numbers, self.suite.part_yes_or_no
+            yield f"{self.figure}.{category}", Part(numbers, self.suite.yes_or_no, scores.weights)
+        for name, part in scores.parts.items():
+            yield f"{self.figure}.{name}", part
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """An observation each, with every model's number and response."""
@@ -123,11 +123,12 @@ class _Ledger:
             yield line
 
     def _parts(self, place: int) -> dict[str, dict[str, float]]:
-        """One observation's numbers under single conditions, by model."""
+        """One observation's other numbers, by model."""
         parts: dict[str, dict[str, float]] = {}
         for model, found in self.scores.items():
-            for condition, numbers in found.parts.items():
-                parts.setdefault(condition, {})[model] = numbers[place]
+            for name, part in found.parts.items():
+                if place in part.numbers:
+                    parts.setdefault(name, {})[model] = part.numbers[place]
         return parts
 
     def record(self) -> dict[str, Any]:
@@ -246,11 +247,11 @@ class Suites:
         return {ledger.name: ledger.record() for ledger in self._ledgers}
 
 
-def _mean(numbers: Numbers, weights: Numbers, *, yes_or_no: bool) -> Metric:
-    values = list(numbers.values())
-    if weights:
-        return _weighted(values, [weights[place] for place in numbers])
-    if yes_or_no:
+def _mean(part: Part) -> Metric:
+    values = list(part.numbers.values())
+    if part.weights:
+        return _weighted(values, [part.weights[place] for place in part.numbers])
+    if part.yes_or_no:
         return proportion_interval(sum(value == 1.0 for value in values), len(values))
     return mean_interval(values)
 

@@ -5,8 +5,9 @@ arXiv 2311.07911) introduced and `reward/instructions.py` checks. As there, half
 a third have two. Tasks, topics and wordings are not those of IFEval: no prompt shares eight words in a row with the 541
 published ones, so their verdicts say what a model learned, not what it remembers.
 
-Numbers are small, so that responses of 100 to 200 tokens can follow the instructions. Instructions that contradict each
-other, such as two on the case of letters, are not combined: each kind lays claim to aspects of the response.
+Tasks ask for little text and numbers are small, so that responses of 50 to 150 tokens can follow the instructions.
+Instructions that contradict each other, such as two on the case of letters, are not combined: each kind lays claim to
+aspects of the response.
 """
 
 from __future__ import annotations
@@ -37,26 +38,26 @@ class Kind:
 
 
 TASKS = (
-    "Tell a short story about {}.",
-    "Explain {} to somebody who has never heard of it.",
-    "Give three tips about {}.",
-    "Describe {} for a travel magazine.",
-    "Draft a short letter to a neighbour about {}.",
+    "Say in a sentence or two what is good about {}.",
     "Make up a slogan for a shop that sells everything for {}.",
+    "Text a friend about {}.",
+    "Name one reason to care about {}.",
+    "Give a tip about {}.",
+    "Invent a joke about {}.",
+    "Caption a photo of {}.",
+    "How would a child describe {}?",
+    "Leave a short note for a colleague about {}.",
+    "Ask the mayor something about {}.",
+    "Sum up the history of {} for somebody in a hurry.",
     "Compose a few verses about {}.",
     "What should a beginner know about {}?",
-    "Why do people care about {}?",
-    "Summarise the history of {}.",
-    "Prepare a note for colleagues about {}.",
-    "Invent a joke about {}.",
-    "Argue in favour of {}.",
-    "Argue against {}.",
-    "How would a child describe {}?",
-    "Plan a small event around {}.",
-    "Review a book about {}.",
-    "Make an announcement about {} for a local radio station.",
-    "List what is needed for {}.",
     "Answer a customer who asks about {}.",
+    "Announce something about {} on the local radio.",
+    "Describe {} for a travel magazine.",
+    "Argue in favour of {}.",
+    "Complain about {}.",
+    "Plan a small event around {}.",
+    "Tell a short story about {}.",
 )
 TOPICS = (
     "growing tomatoes", "night trains", "a lost umbrella", "baking bread", "repairing bicycles", "keeping bees",

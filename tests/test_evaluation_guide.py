@@ -97,7 +97,9 @@ def test_the_guide_has_an_example_of_every_method() -> None:
 
 def test_the_guide_lists_all_suites_of_the_world() -> None:
     listed = re.findall(r"^\| `([\w-]+)` \|", GUIDE.partition("## Baton's own")[2], re.MULTILINE)
-    assert sorted([*listed, "gsm8k"]) == sorted(path.stem for path in (loader.recipes() / "suites").glob("*.yaml"))
+    assert sorted([*listed, "gsm8k", "ifeval"]) == sorted(
+        path.stem for path in (loader.recipes() / "suites").glob("*.yaml")
+    )
 
 
 def test_every_model_has_figures_of_every_suite_and_a_child_its_gain(finished: Path) -> None:
@@ -139,10 +141,16 @@ def test_figures_are_those_of_the_lines_of_the_suite_s_file(finished: Path) -> N
 def test_whole_suites_of_yes_and_no_are_tested_together_and_their_categories_by_themselves(finished: Path) -> None:
     content = json.loads((finished / "run" / "stages" / "evaluate" / "evaluation.json").read_text())
     tests = content["models"]["dpo"]["comparison"]["tests"]
-    whole = ["win_rate.reward", "suite.capitals", "suite.names"]  # the prompts name no answer: there is no accuracy
-    parts = ["suite.capitals.America", "suite.capitals.Europe"]
-    assert list(tests) == [*whole, *parts]
-    for name in [*whole[1:], *parts]:
+    whole = [
+        "win_rate.reward",
+        "suite.capitals",
+        "suite.names",
+        "suite.rules",
+    ]  # the prompts name no answer: there is no accuracy
+    categories = ["suite.capitals.America", "suite.capitals.Europe"]
+    parts = sorted([*categories, "suite.rules.loose"])
+    assert sorted(tests) == sorted([*whole, *parts])
+    for name in [*whole[1:], *categories]:
         suite, category = (*name.split(".")[1:], "")[:2]
         rows = [row for row in lines(finished, suite) if category in ("", row.get("category"))]
         gained = sum(row["scores"]["dpo"] > row["scores"]["sft"] for row in rows)

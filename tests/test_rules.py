@@ -217,10 +217,13 @@ def test_repetition_is_the_share_of_runs_that_are_new() -> None:
 def test_every_rule_stays_between_0_and_1_whatever_the_response() -> None:
     chance = random.Random(2)
     given = {"pattern": {"expression": "a"}, "format": {"layout": "json"}, "length": {"words": 3}}
+    kinds = ["language:response_language", "change_case:capital_word_frequency", "detectable_format:json_format"]
+    arguments = [{"language": "de"}, {"capital_frequency": 2, "capital_relation": "less than"}, {}]
+    instructions = {"instruction_id_list": kinds, "kwargs": arguments}
     for name in RULES.keys() - {"server", "world"}:
         for _ in range(50):
             response = "".join(chance.choices('a1, .-<>{}[]"\n\u00e9\u0301\ud800', k=chance.randrange(30)))
-            assert 0.0 <= score(response, {"rule": name, **given.get(name, {})}, answer="1") <= 1.0
+            assert 0.0 <= score(response, {"rule": name, **given.get(name, {})}, answer="1", **instructions) <= 1.0
 
 
 PIECES = [

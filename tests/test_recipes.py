@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ggufs
 import pytest
 import tiny
 from conftest import REPOSITORY
@@ -50,12 +51,32 @@ def baton(*arguments: str | Path) -> int:
 
 def overrides(recipe: str, pairs: Path) -> list[str]:
     """Where to write and what to read, for a recipe whose defaults are not on this machine."""
-    sources = loader.load(REPOSITORY / "configs" / f"{recipe}.yaml").data
+    other_model = smollm2_overrides(pairs) if recipe == "smollm2-135m" else []
+    sources = loader.load(REPOSITORY / "configs" / f"{recipe}.yaml", other_model).data
     files = {name: source.source for name, source in sources.items() if not source.source.startswith("world:")}
     text = pairs.with_name("text.txt")
     text.write_text("Say seven, please. " * 100)
     given = {name: text if file.endswith(".txt") else pairs for name, file in files.items()}
-    return [f"output={pairs.parent}/run", *(f"data.{name}.source={path}" for name, path in given.items())]
+    return [
+        f"output={pairs.parent}/run",
+        *(f"data.{name}.source={path}" for name, path in given.items()),
+        *other_model,
+    ]
+
+
+def smollm2_overrides(pairs: Path) -> list[str]:
+    """A tiny model as a GGUF file, and pairs in the layout of the file that the recipe names."""
+    gguf = pairs.with_name("tiny.gguf")
+    if not gguf.exists():
+        model = tiny.save_model(pairs.with_name("for-gguf"), "qwen2", ["Say seven, please. Yes. Never!"] * 20)
+        ggufs.write(model, gguf)
+    rows = [
+        {"instruction": f"Say {number}, please.", "input": "", "output": "Yes.", "chosen": "Yes.", "rejected": "Never!"}
+        for number in range(60)
+    ]
+    instructions = pairs.with_name("instructions.json")
+    instructions.write_text(json.dumps(rows))
+    return [f"data.pairs.source={instructions}", f"stages.sft.policy={gguf}"]
 
 
 def fill(hub: Path, repository: str, model_type: str) -> Path:
@@ -88,14 +109,14 @@ def test_a_recipe_is_handed_out_and_planned(
     capsys.readouterr()
     assert baton("run", mine, *overrides(recipe, pairs), "--dry-run") == 0
     planned = capsys.readouterr().out
-    stages = loader.load(mine).stages
+    stages = loader.load(mine, overrides(recipe, pairs)).stages
     assert f"{len(stages)} of {len(stages)} would run" in planned
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("shakespeare", "arithmetic")])
-def test_every_recipe_with_the_whole_chain_evaluates_what_it_trains(recipe: str) -> None:
-    stages = loader.load(REPOSITORY / "configs" / f"{recipe}.yaml").stages
+def test_every_recipe_with_the_whole_chain_evaluates_what_it_trains(recipe: str, pairs: Path) -> None:
+    stages = loader.load(REPOSITORY / "configs" / f"{recipe}.yaml", overrides(recipe, pairs)).stages
     compared = stages["evaluate"].roles().values()
     assert {"sft", "dpo", "ppo", "reward"} <= set(compared)
 
@@ -209,3 +230,18 @@ stages: {{sft: {{kind: sft, policy: {base}, data: chats, steps: 1, lora: {{rank:
     assert baton("verify", tmp_path / "run") == 5
     said = "".join(capsys.readouterr())
     assert f"input policy: {base}: content digest" in said
+
+
+@pytest.mark.slow
+@pytest.mark.chain
+def test_the_recipe_of_a_gguf_file_runs_whole_on_a_tiny_one(pairs: Path, hub: Path) -> None:
+    config = REPOSITORY / "configs" / "smollm2-135m.yaml"
+    small = [f"stages.{name}.{setting}" for name in TRAINED for setting in ("steps=2", "examples_per_step=4")]
+    short = ["stages.ppo.evaluate_every=1", *(f"stages.{name}.max_new_tokens=8" for name in ("ppo", "evaluate"))]
+    where = ["device=cpu", "dtype=float32", "data.pairs.held_out=0.3", *overrides("smollm2-135m", pairs)]
+    assert baton("run", config, *where, *small, *short) == 0
+    stages = pairs.parent / "run" / "stages"
+    (base,) = manifests.load(stages / "sft").inputs.values()
+    assert base.source.endswith("tiny.gguf")
+    figures = manifests.load(stages / "evaluate").metrics
+    assert {"dpo.win_rate.reward", "ppo.win_rate.reward"} <= figures.keys()

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from pipeline import gate, servers
 from pipeline.config import DataSource, EvaluateSettings, RunSettings, StageSettings, trained
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.figures import (
     CALIBRATION_ERROR,
     GAIN,
@@ -50,8 +50,9 @@ def check(settings: RunSettings, name: str, data: Mapping[str, DataSource], *, o
 
     Raises:
         ConfigError: A server's token is not in the environment, or a suite's responses leave no room for a prompt.
-        DataError: A source is missing, rows do not fit the stage or the suite that will read them, prompts do not hold
-            what a rule needs, or a prompt or text of a test set or suite is trained on.
+        DataError: A source is missing, rows do not fit the stage or the suite that will read them, none of them is on
+            the side that the stage reads, prompts do not hold what a rule needs, or a prompt or text of a test set or
+            suite is trained on.
     """
     from data import intake, read
 
@@ -62,6 +63,8 @@ def check(settings: RunSettings, name: str, data: Mapping[str, DataSource], *, o
             _check_suite(source, stage, f"stages.{name}.{role}")
         else:
             read.check(source, stage.kinds(role))
+            if source.scheme != "hub":
+                _require_rows(stage, source, f"stages.{name}.{role}")
             if stage.kinds(role) == _PROMPT and source.scheme != "hub":
                 _require_facts(stage, source)
     if others_run and isinstance(stage, EvaluateSettings):
@@ -85,6 +88,52 @@ def check_requirements(stage: StageSettings, data: Mapping[str, DataSource], whe
     if isinstance(stage, EvaluateSettings):
         suites = {f"{SUITE}{role.partition('.')[2]}" for role, source in data.items() if isinstance(source, Suite)}
         _require_figures(stage, suites, f"{where}.require")
+
+
+def check_device(settings: RunSettings, names: Collection[str]) -> None:
+    """See that this machine has the device that is asked for and what stages need on it.
+
+    Torch is asked, which takes seconds to import, only where settings depend on the machine.
+
+    Args:
+        settings: The run.
+        names: The stages that are to run.
+
+    Raises:
+        ConfigError: The device is not there, or an optimizer or a quantization does not work on it.
+    """
+    optimizers = {name: each for name in names if (each := getattr(settings.stages[name], "optimizer", None))}
+    special = {name: each for name, each in optimizers.items() if each.name in ("adamw8bit", "paged_adamw8bit")}
+    quantized = {name: getattr(settings.stages[name], "quantization", "none") for name in names}
+    quantized = {name: quantization for name, quantization in quantized.items() if quantization != "none"}
+    if settings.device in ("auto", "cpu") and not special and not quantized:
+        return
+    from stages.core import device, models, optim
+
+    available = device.available(settings.device)
+    for name in names:
+        try:
+            if name in special:
+                optim.require_support(special[name], available)
+            if name in quantized:
+                models.require_quantization(quantized[name], available)
+        except ConfigError as error:
+            raise ConfigError(error.what, where=f"stages.{name}.{error.where}", hint=error.hint) from error
+
+
+def _require_rows(stage: StageSettings, source: DataSource, where: str) -> None:
+    """See that some row is held out, for an evaluation, or is not, for a training; reads up to the first that is."""
+    from data import read
+    from data.findings import Findings
+    from data.split import is_held_out
+
+    evaluated = isinstance(stage, EvaluateSettings)
+    readings = (reading for reading in read.scan(source, Findings()) if reading.row)
+    if any(is_held_out(reading.row, source.held_out) is evaluated for reading in readings if reading.row):
+        return
+    if evaluated:
+        raise DataError(f"no held-out rows for {where}", where=source.name, hint="raise its held_out or give more rows")
+    raise DataError(f"all rows are held out, none is left for {where}", where=source.name, hint="lower its held_out")
 
 
 def _require_tokens(settings: BaseModel, where: str) -> None:

@@ -73,6 +73,7 @@ def check(document: Document) -> None:
             _check_source(document, ("data", name, "prepare", "decontaminate", index), str(other), sources)
     for name, stage in stages.items():
         _check_required(document, name, stage)
+        _check_names(document, name, stage)
     _check_cycle(document, {name: uses & graph.keys() for name, uses in graph.items()})
 
 
@@ -94,6 +95,27 @@ def _check_required(document: Document, name: str, stage: Mapping[str, Any]) -> 
             location = ("stages", name, "require", model)
             what = f"{_dotted(location)}: no model `{printable(str(model))}` is evaluated"
             document.note(location, what + suggest(str(model), known))
+
+
+def _check_names(document: Document, name: str, stage: Mapping[str, Any]) -> None:
+    """Figures of an evaluation are called by its models and its reward stage, so two must not have the same name."""
+    models, reward = stage.get("models"), stage.get("reward")
+    if stage.get("kind") != "evaluate" or not isinstance(models, list):
+        return
+    named: dict[str, str] = {}
+    locations: list[tuple[Location, Any]] = [
+        *((("stages", name, "models", index), reference) for index, reference in enumerate(models)),
+        (("stages", name, "reward"), reward),
+    ]
+    for location, reference in locations:
+        if not isinstance(reference, str):
+            continue
+        model = model_name(reference)
+        if model in named:
+            first, again = printable(named[model]), printable(reference)
+            what = f"`{first}` and `{again}` would both be called `{printable(model)}`"
+            document.note(location, f"{_dotted(location)}: {what}: copy one of them to a directory of another name")
+        named.setdefault(model, reference)
 
 
 def _check_role(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import torch
 
 from data.schema import Message, Prompt
 from data.split import is_held_out
 from pipeline import cli
+from stages.core import models
 
 RUN = """\
 output: {root}/run
@@ -296,3 +300,75 @@ def test_a_task_that_is_called_like_a_comparison_is_refused_with_its_line(
         found = said(capsys)
         assert "asked.jsonl:" in found
         assert "task: 'sums_gain' ends as the names of comparisons with a parent do" in found
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ("stages.evaluate.models=[sft, {root}/sft]", "stages.evaluate.models.1: `sft` and `{root}/sft` would both be"),
+        (
+            "stages.evaluate.reward={root}/ppo",
+            "stages.evaluate.reward: `ppo` and `{root}/ppo` would both be called `ppo`",
+        ),
+    ],
+)
+def test_two_models_of_one_name_are_refused_with_their_place(
+    root: Path, capsys: pytest.CaptureFixture[str], change: str, what: str
+) -> None:
+    (root / "sft").mkdir()
+    (root / "ppo").mkdir()
+    assert plan(root, change.format(root=root)) == 2
+    message = said(capsys)
+    assert what.format(root=root) in message
+    assert message.startswith("error: command line: ")
+    assert "copy one of them to a directory of another name" in message
+
+
+@pytest.mark.parametrize(
+    ("share", "rows", "what"),
+    [
+        (0.0, 50, "chats.jsonl: no held-out rows for stages.evaluate.prompts"),
+        (0.01, 3, "chats.jsonl: no held-out rows for stages.evaluate.prompts"),
+        (0.99, 1, "chats.jsonl: all rows are held out, none is left for stages.sft.data"),
+    ],
+)
+def test_rows_that_are_all_on_the_other_side_are_refused(
+    root: Path, capsys: pytest.CaptureFixture[str], share: float, rows: int, what: str
+) -> None:
+    held_out = f"held_out={share}"
+    assert plan(root, f"data.chats.{held_out}", f"data.texts.{held_out}", f"data.chats.rows={rows}") == 3
+    message = said(capsys)
+    assert what in message
+    assert "its held_out" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "what"),
+    [
+        (["device=cuda"], 2, "device: device `cuda` is not available fix: use device=auto or device=cpu"),
+        (["stages.sft.optimizer.name=paged_adamw8bit"], 2, "stages.sft.optimizer.name: paged_adamw8bit needs a CUDA"),
+        (["stages.sft.quantization=4bit"], 2, "stages.sft.quantization: quantization=4bit needs bitsandbytes"),
+        (["stages.sft.quantization=4bit", "device=mps"], 2, "4bit does not work on device=mps"),
+    ],
+)
+def test_a_device_that_does_not_do_what_is_asked_is_refused_before_anything_is_trained(
+    root: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: list[str],
+    code: int,
+    what: str,
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    assert plan(root, *changes) == code
+    assert what in said(capsys)
+
+
+def test_a_plan_that_asks_for_nothing_special_does_not_import_torch(root: Path) -> None:
+    program = (
+        "import sys; from pipeline import loader, plan; from pathlib import Path; "
+        f"plan.plan(loader.load(Path({str(root / 'run.yaml')!r}))); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

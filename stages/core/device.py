@@ -48,8 +48,8 @@ class Compute:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def choose(device: str, dtype: str) -> Compute:
-    """Resolve `auto`, keep away from what computes wrong numbers there, and keep kernels from filling the memory.
+def available(device: str) -> torch.device:
+    """Resolve `auto`.
 
     Raises:
         ConfigError: The device asked for is not there.
@@ -57,6 +57,16 @@ def choose(device: str, dtype: str) -> Compute:
     chosen = torch.device(_best_device() if device == "auto" else device)
     if not _is_available(chosen):
         raise ConfigError(f"device `{device}` is not available", where="device", hint="use device=auto or device=cpu")
+    return chosen
+
+
+def choose(device: str, dtype: str) -> Compute:
+    """Resolve `auto`, keep away from what computes wrong numbers there, and keep kernels from filling the memory.
+
+    Raises:
+        ConfigError: The device asked for is not there.
+    """
+    chosen = available(device)
     _limit_kernels()
     if chosen.type == "cuda":
         avoid_broken_attention()

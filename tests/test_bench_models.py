@@ -1,4 +1,4 @@
-"""Comparisons on pretrained models: a GGUF file or a model directory is used as it is, and both sides see its tokens."""
+"""Comparisons on pretrained models: a GGUF file or a directory is used as it is, and both sides see its tokens."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = []
     for number in range(60):
         spoken = [{"role": role, "content": f"How much is {number}?"} for role in TURNS[: 1 + 2 * (number % 2)]]
-        answers = {"chosen": f"It is {number}.", "rejected": f"No! {'\n' if number % 5 == 0 else ''}"}
+        answers = {"chosen": f"It is {number}.", "rejected": "No!" if number % 5 else "No! \n"}
         rows.append(
             {"prompt": spoken, **{key: [{"role": "assistant", "content": text}] for key, text in answers.items()}}
         )
@@ -130,7 +130,7 @@ def test_the_peer_s_pairs_end_at_the_stop_token(model: Path, pairs: Path, tmp_pa
 
     assert row == {"prompt_ids": [7], "chosen_ids": [8, stop_id], "rejected_ids": [stop_id, 5, stop_id]}
     with pytest.raises(ValueError, match="not in list"):
-        until_stop([1, 2], stop_id)
+        until_stop([stop_id + 1], stop_id)
 
 
 def test_a_gguf_file_becomes_the_base_that_it_holds(model: Path, pairs: Path, tmp_path: Path) -> None:
@@ -168,7 +168,9 @@ def test_a_model_directory_is_used_where_it_lies(model: Path, pairs: Path, tmp_p
 
 
 def test_what_no_model_can_be_made_of_is_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="no model `.*`: give one of llama-0.5b, .* a GGUF file, or a model directory"):
+    with pytest.raises(
+        SystemExit, match=r"no model `.*`: give one of llama-0.5b, .* a GGUF file, or a model directory"
+    ):
         shape.find(str(tmp_path / "nothing.gguf"))
     with pytest.raises(SystemExit, match="pretraining starts from random weights"):
         shape.find_untrained(str(model))

@@ -152,8 +152,9 @@ class Comparison:
 
     @property
     def _variants(self) -> list[str]:
-        """A base in bfloat16 is no way to train in float32."""
-        return [each for each in self._work.variants if self._chosen.dtype == "bfloat16" or "bfloat16" not in each]
+        """A base in bfloat16 is no way to train in float32, where there is no autocast either."""
+        words = () if self._chosen.dtype == "bfloat16" else ("bfloat16", "plain")
+        return [each for each in self._work.variants if not any(word in each for word in words)]
 
     def _learned(self, side: str) -> dict[str, Any]:
         """Train for the curves, and judge what came of it."""

@@ -13,7 +13,8 @@ bfd-WEIGHTS           sft: rows are packed beforehand, each kept whole; a step t
 wrapped-WEIGHTS       sft: as `bfd`, but rows are cut where a packed row ends, and attend to the rows before them
 eager, compiled       pretrain: with `torch_compile` or without
 
-WEIGHTS is the precision that the frozen base is held in, `float32` or `bfloat16`.
+WEIGHTS is the precision that the frozen base is held in, `float32` or `bfloat16`; matrix products are in the job's
+precision by autocast. `-plain` behind it is without autocast: they are in the precision of the weights.
 """
 
 from __future__ import annotations
@@ -250,7 +251,7 @@ def _arguments(kind: type[TrainingArguments], job: Job, **options: Any) -> Any:
         adam_beta2=0.95,
         max_grad_norm=1.0,
         seed=job.seed,
-        bf16=job.dtype == "bfloat16",
+        bf16=job.dtype == "bfloat16" and not job.variant.endswith("-plain"),
         use_cpu=job.device == "cpu",
         train_sampling_strategy="sequential",
         gradient_checkpointing=False,
@@ -279,7 +280,7 @@ def _way(job: Job) -> str:
 
 
 def _weights(job: Job) -> torch.dtype:
-    return getattr(torch, job.variant.partition("-")[2])
+    return getattr(torch, job.variant.split("-")[1])
 
 
 def _unpacked(made: Dataset) -> list[tuple[list[int], list[int]]]:

@@ -100,7 +100,7 @@ Run = Callable[[Measurement, float], Outcome]
 """Runs a measurement for so many seconds at most."""
 
 
-def plan(device: str, model: str, large: str, *, old_trl: bool) -> list[Measurement]:
+def plan(device: str, model: str, large: str, *, old_trl: bool, pace: float = 1.0) -> list[Measurement]:
     """The measurements in the order of their importance.
 
     Args:
@@ -108,12 +108,13 @@ def plan(device: str, model: str, large: str, *, old_trl: bool) -> list[Measurem
         model: Of the comparisons.
         large: Of PPO alone.
         old_trl: Whether the release of TRL is there whose PPO is compared.
+        pace: A factor of all budgets.
     """
     sizes, budgets, ways = SIZES[device], BUDGETS[device], PEER_WAYS[device]
 
     def measurement(name: str, bench: str, size: str, model: str, *extra: str) -> Measurement:
         arguments = (*sizes["all"].split(), *sizes[size].split(), "--model", model, *extra)
-        return Measurement(name, bench, arguments, budgets[size])
+        return Measurement(name, bench, arguments, pace * budgets[size])
 
     compared = measurement("ppo", "ppo", "ppo", model, "--variant", ways["ppo"])
     if not old_trl:
@@ -244,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with cache(options.cache) as kept:
         common = ["--cache", str(kept.resolve()), "--data", str(options.data.resolve())]
         common += ["--threads", str(options.threads)]
-        measurements = plan(options.device, model, large, old_trl=_has_old_trl(kept))
+        measurements = plan(options.device, model, large, old_trl=_has_old_trl(kept), pace=options.pace)
         if options.measure:
             measurements = [each for each in measurements if each.name.removesuffix("-alone") in options.measure]
         left = options.minutes * 60 - (time.monotonic() - began)
@@ -297,6 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--model", help="of the comparisons (default: llama-0.5b; on the processor llama-12m)")
     option("--large", help="of PPO alone (default: llama-8b; on the processor llama-12m)")
     option("--measure", nargs="+", choices=names, metavar="NAME", help=f"only these: {', '.join(names)}")
+    option("--pace", type=float, default=1.0, help="a factor of all time budgets, more on a slow or busy machine")
     option("--threads", type=count, default=len(os.sched_getaffinity(0)), help="(default: all cores)")
     option("--data", type=Path, default=PAIRS, help="preference pairs in any layout (default: hh-rlhf in BATON_DATA)")
     option("--cache", type=Path, help=f"where bases are kept and TRL {ppo.TRL} lies (default: nowhere)")
@@ -305,4 +307,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as on Ctrl-C, what was started is ended
     main()

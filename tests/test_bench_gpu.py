@@ -163,6 +163,8 @@ def test_without_the_old_release_ppo_is_measured_alone(monkeypatch: pytest.Monke
     assert not gpu._has_old_trl(tmp_path)
     alone = next(each for each in gpu.plan("cuda", "a", "b", old_trl=False) if each.name == "ppo-alone")
     assert alone.arguments[-2:] == gpu.ALONE
+    slow = gpu.plan("cuda", "a", "b", old_trl=False, pace=3.0)
+    assert next(each.budget for each in slow if each.name == "ppo-alone") == 3 * alone.budget
     assert alone.note == "without the peer: TRL 1.12.0 is not in the cache and could not be fetched"
 
 

@@ -37,16 +37,18 @@ SIZES: dict[str, dict[str, str]] = {
     "cuda": {
         "all": "--device cuda --dtype bfloat16 --repeats 1",
         "trainer": "--steps 10 --warmup 3 --batch 16 --learning-steps 0",
-        "ppo": "--epochs 1 --steps 3 --warmup 1 --responses 64 --micro-batch 16 --reward-steps 4",
-        "large": "--epochs 1 --steps 2 --warmup 1 --responses 32 --micro-batch 8 --reward-steps 4",
+        "ppo": "--epochs 1 --steps 3 --warmup 1 --responses 64 --micro-batch 16",
+        "large": "--epochs 1 --steps 2 --warmup 1 --responses 32 --micro-batch 8",
     },
     "cpu": {
         "all": "--device cpu --dtype float32 --repeats 1",
         "trainer": "--steps 1 --warmup 1 --batch 2 --length 256 --learning-steps 0",
-        "ppo": "--epochs 1 --steps 1 --warmup 1 --responses 4 --micro-batch 4 --new-tokens 8 --reward-steps 2",
-        "large": "--epochs 1 --steps 1 --warmup 1 --responses 4 --micro-batch 4 --new-tokens 8 --reward-steps 2",
+        "ppo": "--epochs 1 --steps 1 --warmup 1 --responses 4 --micro-batch 4 --new-tokens 8",
+        "large": "--epochs 1 --steps 1 --warmup 1 --responses 4 --micro-batch 4 --new-tokens 8",
     },
 }
+REWARD_MODEL = ("--reward-steps", "4", "--reward-rows", "16")
+"""Weights are random: more steps would not make a better one."""
 BUDGETS: dict[str, dict[str, float]] = {
     "cuda": {"trainer": 55, "ppo": 85, "large": 110},
     "cpu": {"trainer": 40, "ppo": 50, "large": 40},
@@ -114,6 +116,7 @@ def plan(device: str, model: str, large: str, *, old_trl: bool, pace: float = 1.
 
     def measurement(name: str, bench: str, size: str, model: str, *extra: str) -> Measurement:
         arguments = (*sizes["all"].split(), *sizes[size].split(), "--model", model, *extra)
+        arguments += REWARD_MODEL if bench == "ppo" else ()
         return Measurement(name, bench, arguments, pace * budgets[size])
 
     compared = measurement("ppo", "ppo", "ppo", model, "--variant", ways["ppo"])

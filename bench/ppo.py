@@ -164,6 +164,7 @@ class Comparison:
             dtype=chosen.dtype,
             quantization=chosen.quantization,
             reward_steps=chosen.reward_steps,
+            reward_rows=chosen.reward_rows,
             settings=settings,
             variant=variant,
         )
@@ -298,6 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--new-tokens", type=count, default=64, help="of every response (default: %(default)s)")
     option("--micro-batch", type=count, default=8, help="rows that go through the model at once in training")
     option("--reward-steps", type=count, default=40, help="of the reward model's training (default: %(default)s)")
+    option("--reward-rows", type=count, default=128, help="held-out pairs that judge it (default: %(default)s)")
     option("--learning-rate", type=float, default=1e-5, help="of the policy, constant (default: %(default)s)")
     option("--threads", type=count, default=len(os.sched_getaffinity(0)), help="(default: all cores)")
     option("--data", type=Path, default=PAIRS, help="preference pairs in any layout (default: hh-rlhf in BATON_DATA)")

@@ -1,4 +1,4 @@
-"""The model that both sides of a comparison start from: of any shape, with a tokenizer and chat template of its own."""
+"""The model that both sides of a comparison start from: a pretrained one, or one of any shape that is made here."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bench.shape import GGUF
+from data.gguf import converted
 from data.tokenizer import load_tokenizer
 from pipeline.config import DataSource, Optimizer, PretrainSettings, StageSettings, TokenizerSettings
 from pipeline.contract import Artifact, Context
+from pipeline.fingerprint import file_sha256
 from stages import pretrain, tokenizer
 
 PRETRAINING: dict[str, Any] = {"examples_per_step": 16, "max_length": 256, "tokens_per_batch": 1024}
@@ -21,13 +24,16 @@ LEARNING_RATE = 2e-3
 
 
 def make(shape: Path, data: Path, directory: Path, device: str, *, pretrained: bool) -> None:
-    """Write a base: a tokenizer trained on the data, and weights.
+    """Write a base: a GGUF file converted to a model directory, or a tokenizer trained on the data, and weights.
 
     The weights are random, and then trained for the shape's `pretraining_steps` on the rows that are not held out.
     """
-    content = yaml.safe_load(shape.read_text(encoding="utf-8"))
     work = directory.with_name(directory.name + "-work")
     shutil.rmtree(work, ignore_errors=True)
+    if shape.suffix == GGUF:
+        shutil.copytree(converted(shape, file_sha256(shape)), work).rename(directory)
+        return
+    content = yaml.safe_load(shape.read_text(encoding="utf-8"))
     source = DataSource(source=str(data))
     settings = TokenizerSettings(data="rows", vocab_size=content["tokens"])
     tokenizer.run(context(settings, source, {}, work / "tokenizer"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import shutil
 import sys
 import tempfile
@@ -31,6 +30,9 @@ SIDES = ("ours", "peer")
 DATA = Path(os.environ.get("BATON_DATA", processes.REPOSITORY.parent / "shared" / "data"))
 PAIRS = DATA / "hh-rlhf" / "harmless-base-test.jsonl.gz"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+DTYPES = ("auto", "bfloat16", "float32")
+PRECISION_HELP = "of both sides' matrix products (default: bfloat16 where the device is faster in it)"
+MODEL_HELP = "a name in bench/models, a file of the same layout, a GGUF file, or a model directory"
 OF_OTHER_STEPS = ("bfd", "wrapped")
 """Ways of the peer whose steps hold other rows than ours: no way to lay curves over each other."""
 MIXES_ROWS = "wrapped"
@@ -62,9 +64,10 @@ def main(work: Work, description: str | None, arguments: Sequence[str] | None = 
         raise SystemExit(f"no {chosen.data}: set BATON_DATA to the folder with hh-rlhf, or give --data")
     if "reference" in nested(chosen.set):
         raise SystemExit("--set reference: the peer computes the reference in every step, and so must Baton's stage")
+    chosen.dtype = precision(chosen)
     with cache(chosen.cache) as kept, tempfile.TemporaryDirectory(dir=kept) as directory:
         record = Comparison(work, chosen, kept, Path(directory)).record()
-    record["command"] = shlex.join(["python", "-m", f"bench.{work.kind}", *given])
+    record["command"] = processes.command(work.kind, given)
     text = page.write(work, record)
     name = _name(work, chosen)
     if record["learning"]:
@@ -114,9 +117,9 @@ class Comparison:
     @cached_property
     def _material(self) -> dict[str, Any]:
         """What the runs are given; made when it is first asked for."""
-        chosen, found = self._chosen, shape.find(self._chosen.model)
-        pretrained = self._work.kind != "pretrain"
-        base = self._kept / shape.base_name(found, chosen.data, pretrained=pretrained)
+        chosen, pretrained = self._chosen, self._work.kind != "pretrain"
+        found = (shape.find if pretrained else shape.find_untrained)(chosen.model)
+        base = shape.place(self._kept, found, chosen.data, pretrained=pretrained)
         longest = self._stored(self._job(max(chosen.steps, chosen.learning_steps - chosen.warmup)))
         return self._process("bench.material", longest, found, base, str(chosen.held_out))
 
@@ -149,8 +152,9 @@ class Comparison:
 
     @property
     def _variants(self) -> list[str]:
-        """A base in bfloat16 is no way to train in float32."""
-        return [each for each in self._work.variants if self._chosen.dtype == "bfloat16" or "bfloat16" not in each]
+        """A base in bfloat16 is no way to train in float32, where there is no autocast either."""
+        words = () if self._chosen.dtype == "bfloat16" else ("bfloat16", "plain")
+        return [each for each in self._work.variants if not any(word in each for word in words)]
 
     def _learned(self, side: str) -> dict[str, Any]:
         """Train for the curves, and judge what came of it."""
@@ -217,6 +221,14 @@ def nested(given: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def precision(chosen: argparse.Namespace) -> str:
+    """The precision that was chosen; `auto` is that of Baton's stages, bfloat16 where the device is faster in it."""
+    if chosen.dtype != "auto":
+        return str(chosen.dtype)
+    said: dict[str, str] = processes.run("bench.precision", chosen.device, **processes.quiet(chosen.threads)).said
+    return said["dtype"]
+
+
 @contextmanager
 def cache(kept: Path | None) -> Iterator[Path]:
     """Where bases are kept, or a place for this time only."""
@@ -232,7 +244,7 @@ def _name(work: Work, chosen: argparse.Namespace) -> str:
     """Of the results' files."""
     device = f"-{chosen.device}" if chosen.device != "cpu" else ""
     dtype = f"-{chosen.dtype}" if chosen.dtype != "bfloat16" else ""
-    model = f"-{Path(chosen.model).stem}" if chosen.model != work.model else ""
+    model = f"-{shape.label(chosen.model)}" if chosen.model != work.model else ""
     return work.kind + device + dtype + model
 
 
@@ -249,8 +261,8 @@ def _parser(work: Work, description: str | None) -> argparse.ArgumentParser:
     )
     option = parser.add_argument
     option("--device", choices=("cpu", "cuda"), default="cpu")
-    option("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of both sides' matrix products")
-    option("--model", default=work.model, help="a name in bench/models, or a file of the same layout")
+    option("--dtype", choices=DTYPES, default="auto", help=PRECISION_HELP)
+    option("--model", default=work.model, help=MODEL_HELP)
     option("--repeats", type=count, default=5, help="of both sides in turn (default: %(default)s)")
     option("--steps", type=count, default=10, help="timed steps (default: %(default)s)")
     option("--warmup", type=count, default=2, help="steps before them (default: %(default)s)")

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench import processes
+
 
 @dataclass(frozen=True)
 class Passes:
@@ -53,3 +55,18 @@ def rates(passes: Passes, counts: Mapping[str, Any], ends: Sequence[float], warm
 def ratios(ours: Sequence[Mapping[str, Any]], peer: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     """A figure of ours over the peer's, of neighbouring runs."""
     return [one[name] / other[name] for one, other in zip(ours, peer, strict=True)]
+
+
+def memory(ours: Sequence[Mapping[str, Any]], peer: Sequence[Mapping[str, Any]]) -> str:
+    """The ratios of peak memory as text: of the device's, or of the process's in all and above its imports."""
+    if "device_mib" in ours[0]:
+        return f"{processes.spread(ratios(ours, peer, 'device_mib'), 2)} times the device's peak memory"
+    above = [_above_imports(one) / _above_imports(other) for one, other in zip(ours, peer, strict=True)]
+    return (
+        f"{processes.spread(ratios(ours, peer, 'resident_mib'), 2)} times the peak memory "
+        f"({processes.spread(above, 2)} above imports)"
+    )
+
+
+def _above_imports(run: Mapping[str, Any]) -> float:
+    return float(run["resident_mib"] - run["imports_mib"])

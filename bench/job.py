@@ -32,6 +32,8 @@ class Job:
     """Of the base that Baton's side of the PPO comparison adapts: `none`, `4bit` or `8bit`."""
     reward_steps: int = 40
     """Of the training of the reward model that the PPO comparison needs."""
+    reward_rows: int = 128
+    """Held-out pairs on which that reward model is judged."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Further settings of Baton's stage."""
     variant: str = ""

@@ -4,7 +4,8 @@
 
 base/            a link to BASE, which is made if it is not there
 rows.jsonl       preference pairs in conversational layout, for Baton's stage; some of their prompts are held out; for
-                 pretraining there are none, since the stage reads the data itself, as text
+                 pretraining there are none, since the stage reads the data itself, as text. A row is left out where
+                 `apply_chat_template` makes other tokens of it, as happens where contents merge with control text
 drawn.jsonl      the training rows in the order in which the stage takes them, with the tokens that it makes of them
 held-out.jsonl   the held-out rows likewise
 material.json    counts
@@ -25,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bench import base, processes
 from bench.job import Job
 from bench.ours import stage_context
-from bench.rows import read
+from bench.rows import read, until_stop
 from data.findings import Findings
 from data.mixture import stream
 from data.read import scan
@@ -99,7 +100,7 @@ def _write_rows(job: Job, held_out: int) -> dict[str, int]:
             if taken[side] == wanted[side]:
                 continue
             tree = pair_tree(template, row, 0, job.max_length)
-            if isinstance(tree, str) or tree.cut or not takes_turns(row):
+            if isinstance(tree, str) or tree.cut or not takes_turns(row) or not _is_rendered(template, row, tree):
                 left_out += 1
                 continue
             taken[side] += 1
@@ -118,6 +119,21 @@ def takes_turns(row: Preference) -> bool:
     """Some dialogues of hh-rlhf have two turns of the assistant in a row, which conversational layout has not."""
     roles = [message.role for message in row.prompt]
     return roles == (["user", "assistant"] * len(roles))[: len(roles)] and roles[-1:] == ["user"]
+
+
+def _is_rendered(template: ChatTemplate, row: Preference, tree: Tree) -> bool:
+    """Whether `apply_chat_template`, which the peers call, makes the tree's tokens of the same row."""
+    record = _record(row)
+    prompt = applied(template.tokenizer, record["prompt"], prompt=True)
+    whole = [applied(template.tokenizer, record["prompt"] + record[key]) for key in ("chosen", "rejected")]
+    expected = [[*tree.prompt, *branch.tokens] for branch in tree.branches]
+    return prompt == list(tree.prompt) and [until_stop(each, template.stop_id) for each in whole] == expected
+
+
+def applied(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool = False) -> list[int]:
+    """The tokens that transformers makes of a conversation, or of a prompt with the assistant's header."""
+    tokens: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
+    return tokens
 
 
 def _record(row: Preference) -> dict[str, Any]:

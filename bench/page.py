@@ -7,7 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from bench import processes
-from bench.figures import ratios
+from bench.figures import memory, ratios
 
 if TYPE_CHECKING:
     from bench.comparison import Work
@@ -27,7 +27,7 @@ def write(work: Work, record: Mapping[str, Any]) -> str:
     alone = "peer" not in record["runs"]
     parts = [
         f"# {work.kind}: Baton{' alone' if alone else f' beside {work.peer}'}",
-        "" if alone or "ours" not in record["runs"] else _summary(record),
+        "" if alone or "ours" not in record["runs"] else summary(record),
         _table(work, record),
         _tried(record),
         _learning(record),
@@ -41,12 +41,11 @@ def write(work: Work, record: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _summary(record: Mapping[str, Any]) -> str:
+def summary(record: Mapping[str, Any]) -> str:
     runs = record["runs"]
-    memory = "device_mib" if "device_mib" in runs["ours"][0] else "resident_mib"
-    faster, smaller = (ratios(runs["ours"], runs["peer"], name) for name in ("tokens_per_second", memory))
+    faster = ratios(runs["ours"], runs["peer"], "tokens_per_second")
     return (
-        f"**{processes.spread(faster, 2)} times the speed, {processes.spread(smaller, 2)} times the peak memory**: "
+        f"**{processes.spread(faster, 2)} times the speed, {memory(runs['ours'], runs['peer'])}**: "
         f"median [least, most] of the ratios of {len(faster)} pairs of runs, each a process of its own, taking turns."
     )
 
@@ -127,7 +126,8 @@ def _equal(work: Work, record: Mapping[str, Any]) -> str:
     options, material = record["options"], record["material"]
     drawn = (int(options["warmup"]) + int(options["steps"])) * int(options["batch"])
     whole = (
-        f"No row is cut; {material['left_out']} longer than {options['length']} tokens or with odd turns were left out."
+        f"No row is cut; {material['left_out']} longer than {options['length']} tokens, with odd turns, or of which "
+        "`apply_chat_template` makes other tokens were left out."
         if "left_out" in material
         else f"Every block has {options['length']} tokens."
     )

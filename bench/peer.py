@@ -1,7 +1,10 @@
 """The peer's side of a comparison: TRL's trainers, and for pretraining the Trainer of transformers.
 
 `python -m bench.peer JOB` trains on `drawn.jsonl` in its order, given as conversations, and refuses to run when the
-trainer has made other tokens of them than Baton. A job's `variant` says which of the trainer's
+trainer has made other tokens of them than Baton. What a chat template writes after the last stop token is dropped, and
+rows are padded with a token that ends no turn, as by Baton: TRL's reward trainer would otherwise read the token before
+the end. Where a chat template does not mark the assistant's turns, which TRL's SFT trainer needs, that trainer is given
+the tokens of `apply_chat_template` and the turns' places in them. A job's `variant` says which of the trainer's
 ways to compute is taken:
 
 padding-WEIGHTS       rows are padded to the longest of the step
@@ -10,7 +13,8 @@ bfd-WEIGHTS           sft: rows are packed beforehand, each kept whole; a step t
 wrapped-WEIGHTS       sft: as `bfd`, but rows are cut where a packed row ends, and attend to the rows before them
 eager, compiled       pretrain: with `torch_compile` or without
 
-WEIGHTS is the precision that the frozen base is held in, `float32` or `bfloat16`.
+WEIGHTS is the precision that the frozen base is held in, `float32` or `bfloat16`; matrix products are in the job's
+precision by autocast. `-plain` behind it is without autocast: they are in the precision of the weights.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -34,11 +39,14 @@ from transformers import (
     default_data_collator,
 )
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl.chat_template_utils import has_generation_markers
 
 from bench import processes
 from bench.job import Job
-from bench.rows import IGNORED, Row, by_step, labels, paths, plain_counts, read
+from bench.material import applied
+from bench.rows import IGNORED, Row, by_step, labels, paths, plain_counts, read, until_stop
 from bench.watch import Watch
+from data.template import ChatTemplate
 from data.tokenizer import load_tokenizer
 from stages.core.device import avoid_broken_attention
 
@@ -68,6 +76,7 @@ def train(job: Job, watch: Watch) -> dict[str, Any]:
     """Train; returns the losses and what each step trains on."""
     rows = read(job.directory / "drawn.jsonl")[: job.steps * job.examples_per_step]
     trainer = MAKE[job.kind](job, rows)
+    trainer.train_dataset = _without_closing(job, trainer.train_dataset)
     counts = CHECK[job.kind](job, rows, trainer.train_dataset)
     steps = Steps(watch)
     trainer.remove_callback(PrinterCallback)
@@ -87,17 +96,24 @@ def make_sft(job: Job, rows: Rows) -> Trainer:
         "padding": {"max_length": job.max_length},
         "padding_free": {"max_length": None, "padding_free": True},
     }.get(way, {"max_length": max(longest, round(mean * job.examples_per_step)), "packing": True})
-    arguments = _arguments(SFTConfig, job, assistant_only_loss=True, **options)
+    tokenizer = padded_tokenizer(job)
+    marked = has_generation_markers(tokenizer.get_chat_template())
+    conversations = [row["prompt"] + row["chosen"] for row in rows]
+    if marked:
+        dataset = [{"messages": each} for each in conversations]
+    else:
+        stop_id = ChatTemplate(tokenizer).stop_id
+        dataset = [labelled(tokenizer, stop_id, each) for each in conversations]
+    arguments = _arguments(SFTConfig, job, assistant_only_loss=marked, **options)
     if way in PACKED:
         arguments.packing_strategy = way
         arguments.per_device_train_batch_size = 1
         arguments.max_steps, arguments.num_train_epochs = -1, 1
-    dataset = Dataset.from_list([{"messages": row["prompt"] + row["chosen"]} for row in rows])
     return SFTTrainer(
         model=_causal(job, _weights(job)),
         args=arguments,
-        train_dataset=dataset,
-        processing_class=load_tokenizer(job.base),
+        train_dataset=Dataset.from_list(dataset),
+        processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
     )
 
@@ -110,7 +126,7 @@ def make_reward(job: Job, rows: Rows) -> Trainer:
         model=model,
         args=_arguments(RewardConfig, job, max_length=job.max_length),
         train_dataset=_pairs(rows),
-        processing_class=load_tokenizer(job.base),
+        processing_class=padded_tokenizer(job),
         peft_config=LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], **LORA),
     )
 
@@ -121,7 +137,7 @@ def make_dpo(job: Job, rows: Rows) -> Trainer:
         model=_causal(job, _weights(job)),
         args=_arguments(DPOConfig, job, max_length=job.max_length, beta=0.1, precompute_ref_log_probs=False),
         train_dataset=_pairs(rows),
-        processing_class=load_tokenizer(job.base),
+        processing_class=padded_tokenizer(job),
         peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
     )
 
@@ -193,6 +209,34 @@ def main() -> None:
     watch.report(**found)
 
 
+def padded_tokenizer(job: Job) -> PreTrainedTokenizerBase:
+    """The base's tokenizer; it pads with what Baton pads with, never with the token that ends a turn."""
+    tokenizer = load_tokenizer(job.base)
+    tokenizer.pad_token_id = ChatTemplate(tokenizer).padding_id
+    return tokenizer
+
+
+def labelled(tokenizer: PreTrainedTokenizerBase, stop_id: int, messages: list[dict[str, str]]) -> dict[str, list[int]]:
+    """`input_ids` of a conversation, and `labels` where an assistant's turn is: from the header to the stop token."""
+    tokens = until_stop(applied(tokenizer, messages), stop_id)
+    labels = [IGNORED] * len(tokens)
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            start = len(applied(tokenizer, messages[:number], prompt=True))
+            stop = len(until_stop(applied(tokenizer, messages[: number + 1]), stop_id))
+            labels[start:stop] = tokens[start:stop]
+    return {"input_ids": tokens, "labels": labels}
+
+
+def _without_closing(job: Job, made: Dataset) -> Dataset:
+    """The trainer's rows of pairs, each response up to its stop token."""
+    if job.kind not in ("dpo", "reward"):
+        return made
+    stop_id = ChatTemplate(load_tokenizer(job.base)).stop_id
+    columns = ("chosen_ids", "rejected_ids")
+    return made.map(lambda row: {name: until_stop(row[name], stop_id) for name in columns})
+
+
 def _arguments(kind: type[TrainingArguments], job: Job, **options: Any) -> Any:
     """The trainer's arguments: what Baton's stage is given, no evaluation, nothing stored in between."""
     arguments = kind(
@@ -207,7 +251,7 @@ def _arguments(kind: type[TrainingArguments], job: Job, **options: Any) -> Any:
         adam_beta2=0.95,
         max_grad_norm=1.0,
         seed=job.seed,
-        bf16=job.dtype == "bfloat16",
+        bf16=job.dtype == "bfloat16" and not job.variant.endswith("-plain"),
         use_cpu=job.device == "cpu",
         train_sampling_strategy="sequential",
         gradient_checkpointing=False,
@@ -236,7 +280,7 @@ def _way(job: Job) -> str:
 
 
 def _weights(job: Job) -> torch.dtype:
-    return getattr(torch, job.variant.partition("-")[2])
+    return getattr(torch, job.variant.split("-")[1])
 
 
 def _unpacked(made: Dataset) -> list[tuple[list[int], list[int]]]:

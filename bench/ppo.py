@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from bench import ppo_page, processes, shape
-from bench.comparison import PACKAGES, PAIRS, SIDES, cache, count, nested
+from bench.comparison import (
+    DTYPES,
+    MODEL_HELP,
+    PACKAGES,
+    PAIRS,
+    PRECISION_HELP,
+    SIDES,
+    cache,
+    count,
+    nested,
+    precision,
+)
 from bench.job import Job
 
 TRL = "1.12.0"
@@ -60,9 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _require_free(chosen.set)
     if chosen.quantization != "none" and chosen.only != "ours":
         raise SystemExit(f"--quantization {chosen.quantization}: the peers cannot take such a base, add --only ours")
+    chosen.dtype = precision(chosen)
     with cache(chosen.cache) as kept, tempfile.TemporaryDirectory(dir=kept) as directory:
         record = Comparison(chosen, kept, Path(directory)).record()
-    record["command"] = shlex.join(["python", "-m", "bench.ppo", *given])
+    record["command"] = processes.command("ppo", given)
     text = ppo_page.write(record)
     sys.stdout.write(text + "\n")
     processes.save(_name(chosen), record, text, chosen.output)
@@ -113,7 +124,7 @@ class Comparison:
     def _material(self) -> dict[str, Any]:
         """What the runs are given; made when it is first asked for."""
         found = shape.find(self._chosen.model)
-        base = self._kept / shape.base_name(found, self._chosen.data, pretrained=True)
+        base = shape.place(self._kept, found, self._chosen.data, pretrained=True)
         longest = self._stored(self._job(1, self._chosen.steps))
         said: dict[str, Any] = processes.fresh(
             self._directory, self._chosen.threads, "bench.ppo_material", longest, found, base, *self._sides
@@ -153,6 +164,7 @@ class Comparison:
             dtype=chosen.dtype,
             quantization=chosen.quantization,
             reward_steps=chosen.reward_steps,
+            reward_rows=chosen.reward_rows,
             settings=settings,
             variant=variant,
         )
@@ -214,7 +226,18 @@ def install(directory: Path) -> Path:
     if not target.is_dir():
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             made = Path(scratch) / "packages"
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(made)]
+            pip = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--no-deps",
+                "--retries",
+                "1",
+                "--target",
+                str(made),
+            ]
             try:
                 subprocess.run([*pip, f"trl=={TRL}"], check=True, stdout=sys.stderr)
             except subprocess.CalledProcessError as error:
@@ -248,7 +271,7 @@ def _name(chosen: argparse.Namespace) -> str:
     """Of the results' files."""
     device = f"-{chosen.device}" if chosen.device != "cpu" else ""
     dtype = f"-{chosen.dtype}" if chosen.dtype != "bfloat16" else ""
-    model = f"-{Path(chosen.model).stem}" if chosen.model != "llama-14m" else ""
+    model = f"-{shape.label(chosen.model)}" if chosen.model != "llama-14m" else ""
     quantization = f"-{chosen.quantization}" if chosen.quantization != "none" else ""
     settings = "".join(f"-{each.replace('=', '-')}" for each in chosen.set)
     return chosen.method + device + dtype + model + quantization + settings
@@ -261,9 +284,9 @@ def _parser() -> argparse.ArgumentParser:
     option = parser.add_argument
     ways = ", ".join(way for method in VARIANTS.values() for way in method)
     option("--device", choices=("cpu", "cuda"), default="cpu")
-    option("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of both sides' matrix products")
+    option("--dtype", choices=DTYPES, default="auto", help=PRECISION_HELP)
     option("--quantization", choices=("none", "4bit", "8bit"), default="none", help="of Baton's base, run alone")
-    option("--model", default="llama-14m", help="a name in bench/models, or a file of the same layout")
+    option("--model", default="llama-14m", help=MODEL_HELP)
     option("--method", choices=VARIANTS, default="ppo", help="ppo, or rloo beside the installed TRL's RLOOTrainer")
     option("--epochs", type=count, nargs="+", default=[1, 4], help="passes over a rollout (default: 1 4)")
     option("--repeats", type=count, default=5, help="of both sides in turn (default: %(default)s)")
@@ -276,6 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--new-tokens", type=count, default=64, help="of every response (default: %(default)s)")
     option("--micro-batch", type=count, default=8, help="rows that go through the model at once in training")
     option("--reward-steps", type=count, default=40, help="of the reward model's training (default: %(default)s)")
+    option("--reward-rows", type=count, default=128, help="held-out pairs that judge it (default: %(default)s)")
     option("--learning-rate", type=float, default=1e-5, help="of the policy, constant (default: %(default)s)")
     option("--threads", type=count, default=len(os.sched_getaffinity(0)), help="(default: all cores)")
     option("--data", type=Path, default=PAIRS, help="preference pairs in any layout (default: hh-rlhf in BATON_DATA)")

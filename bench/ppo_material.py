@@ -45,7 +45,6 @@ from stages.core.roles import REWARD, open_base
 
 TRAINING: dict[str, Any] = {"examples_per_step": 8, "learning_rate": 3e-4}
 SFT_STEPS = 4
-HELD_OUT_ROWS = 128
 
 
 def make(job: Job, shape: Path, stored: Path, *, for_peer: bool) -> dict[str, Any]:
@@ -133,7 +132,7 @@ def _train(job: Job, shape: Path, stored: Path, policy: Artifact) -> Result:
     places = {"material": str(job.directory / f"{job.kind}-material"), "result": str(result)}
     training = dataclasses.replace(job, **places, **TRAINING)
     material.link_base(training, shape, stored)
-    material.make(training, HELD_OUT_ROWS)
+    material.make(training, job.reward_rows)
     found: Result = import_module(f"stages.{job.kind}").run(stage_context(training, job.kind, policy))
     assert found.adaptation is not None
     said = {"adaptation": found.adaptation.model_dump(mode="json"), "tokenizer": found.tokenizer}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from bench import processes
-from bench.figures import ratios
+from bench.figures import memory, ratios
 
 Run = Mapping[str, Any]
 NAMES = {"ours": "Baton", "ppo": "TRL {trl} PPOTrainer", "rloo": "TRL {trl} RLOOTrainer"}
@@ -61,7 +60,7 @@ def write(record: Mapping[str, Any]) -> str:
     alone = next(iter(names.values())) if len(record["sides"]) == 1 else ""
     parts = [
         f"# {method}: {names[record['sides'][0]] + ' alone' if alone else ' beside '.join(names.values())}",
-        "" if alone else _summary(record),
+        "" if alone else summary(record),
         *(_section(int(epochs), runs, names, record) for epochs, runs in record["runs"].items()),
         _tried(record),
         "\n".join(["Equal on both sides:", "", *(f"* {line.format(**_equal(record))}" for line in EQUAL)]),
@@ -75,15 +74,13 @@ def write(record: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _summary(record: Mapping[str, Any]) -> str:
+def summary(record: Mapping[str, Any]) -> str:
     said = []
     for epochs, runs in record["runs"].items():
-        memory = "device_mib" if "device_mib" in runs["ours"][0] else "resident_mib"
         faster = [1 / each for each in ratios(runs["ours"], runs["peer"], "seconds")]
-        smaller = ratios(runs["ours"], runs["peer"], memory)
         said.append(
-            f"{processes.spread(faster, 2)} times the speed and {processes.spread(smaller, 2)} times the peak memory "
-            f"with {_passes(int(epochs))}"
+            f"{processes.spread(faster, 2)} times the speed, {memory(runs['ours'], runs['peer'])} with "
+            f"{_passes(int(epochs))}"
         )
     pairs = len(next(iter(record["runs"].values()))["ours"])
     return (
@@ -184,7 +181,7 @@ def _equal(record: Mapping[str, Any]) -> dict[str, Any]:
     counts = {name: record["counts"][name] for name in ("prompts", "responses")}
     given = {**options, **material, **counts, "accuracy": judged}
     bits = "" if options["quantization"] == "none" else f" in {options['quantization']}, as Baton's SFT stage adapts it"
-    shaped = {"model": Path(options["model"]).stem, "parameters": material["parameters"] / 1e6, "bits": bits}
+    shaped = {"model": options["model"], "parameters": material["parameters"] / 1e6, "bits": bits}
     return given | shaped | {"micro": options["micro_batch"]}
 
 

@@ -31,6 +31,7 @@ from bench import processes
 from bench.job import Job
 from bench.ppo_given import Drawn, classifier, micro_batch, settings
 from bench.watch import Phases, Watch, live_parameters
+from data.template import ChatTemplate
 from data.tokenizer import load_tokenizer
 from pipeline.config import PpoSettings
 from reward.shaping import explained_variance
@@ -94,6 +95,7 @@ def train(job: Job, watch: Watch) -> dict[str, Any]:
     chosen = settings(job)
     what, _, weights = job.variant.partition("-")
     dtype, tokenizer = getattr(torch, weights), load_tokenizer(job.base)
+    tokenizer.pad_token_id = ChatTemplate(tokenizer).padding_id  # one that ends a turn would be masked within prompts
     tokenizer.padding_side = "left"
     follower = Follower(job, watch)
     trainer = PPOTrainer(

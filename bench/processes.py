@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from bench import shape
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -113,7 +116,16 @@ def options(chosen: argparse.Namespace) -> dict[str, str]:
     """What the command line chose, as text; of a path its name alone, and nothing of where bases are kept and results
     are put, since that means nothing elsewhere."""
     found = {key: value for key, value in vars(chosen).items() if key not in ("cache", "output")}
+    if "model" in found:
+        found["model"] = shape.label(found["model"])
     return {key: value.name if isinstance(value, Path) else str(value) for key, value in found.items()}
+
+
+def command(name: str, given: Sequence[str]) -> str:
+    """The command line of a benchmark, without the folders of this machine."""
+    return shlex.join(
+        ["python", "-m", f"bench.{name}", *(Path(each).name if each[:1] == "/" else each for each in given)]
+    )
 
 
 def spread(values: Sequence[float], decimals: int = 1) -> str:

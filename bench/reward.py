@@ -9,7 +9,7 @@ from bench.figures import Passes
 WORK = Work(
     kind="reward",
     peer="TRL RewardTrainer",
-    variants=("padding-bfloat16", "padding-float32"),
+    variants=("padding-bfloat16", "padding-float32", "padding-bfloat16-plain", "padding-float32-plain"),
     passes=Passes(body=4, head=0),
     learning_rate=1e-4,
     differences=(

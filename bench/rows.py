@@ -21,6 +21,11 @@ def paths(row: Row) -> list[list[int]]:
     return [row["prompt_tokens"] + response["tokens"] for response in row["responses"]]
 
 
+def until_stop(tokens: Sequence[int], stop_id: int) -> list[int]:
+    """The tokens without those that a chat template writes after the last stop token, on which nothing depends."""
+    return list(tokens[: len(tokens) - tokens[::-1].index(stop_id)])
+
+
 def labels(row: Row) -> list[list[int]]:
     """For each path, the token where it is trained on and -100 elsewhere."""
     before = [IGNORED] * len(row["prompt_tokens"])

@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _link_base(chosen: argparse.Namespace, jobs: list[Job]) -> None:
     """One base for all sizes, whose tokenizer is trained on the fewest pairs."""
     found, words = shape.find(chosen.model), jobs[0].directory / "rows.jsonl"
-    stored = chosen.bases / shape.base_name(found, words, pretrained=False)
+    stored = shape.place(chosen.bases, found, words, pretrained=False)
     if not stored.is_dir():
         environment = processes.quiet(chosen.threads)
         processes.run("bench.scale", "base", found, words, stored, chosen.device, **environment)

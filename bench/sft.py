@@ -12,7 +12,14 @@ from bench.figures import Passes
 WORK = Work(
     kind="sft",
     peer="TRL SFTTrainer",
-    variants=("padding-bfloat16", "padding-float32", "padding_free-bfloat16", "bfd-bfloat16", "wrapped-bfloat16"),
+    variants=(
+        "padding-bfloat16",
+        "padding-float32",
+        "padding_free-bfloat16",
+        "bfd-bfloat16",
+        "bfd-bfloat16-plain",
+        "wrapped-bfloat16",
+    ),
     passes=Passes(body=4, head=4),
     learning_rate=1e-4,
     unit="examples",

@@ -502,7 +502,7 @@ IN_TRAINING = (
             ("a part that is not sampled", "difference <= apart and reaches", "difference <= apart"),
             ("an end", "bool(ended.any()) or", "True or"),
             ("a spread", "not clipped and max(deviation, float(seen.rewards.std())) > ALIKE,", "True,"),
-            ("memory", "not free or needed < free,", "True,"),
+            ("memory", "left is None or needed < left,", "True,"),
             ("a failed check", "if check.fails:", "if False:"),
         )
     ),

@@ -46,8 +46,9 @@ QUANTIZED = {"4bit": 0.53, "8bit": 1.01}
 """Bytes of a number in a quantized layer, scales included."""
 MOMENTS = {"adamw": 8, "muon": 8, "adamw8bit": 2, "paged_adamw8bit": 2}
 """Bytes that an optimizer remembers of a trained number; Muon remembers half of that of matrices."""
-PRODUCTS_WIDTH = 320
-"""Tokens of the trees whose attention weights are kept, on a processor in bfloat16; from 512 on none are kept."""
+PRODUCTS_WIDTH = 512
+"""Longest tree whose attention is products of matrices, on a processor in bfloat16: they beat its fused attention,
+backward above all. The weights are kept for the backward pass."""
 WIDENED = 16
 """Bytes that a layer of trained weights keeps for each hidden number in float32 beside the lower precision."""
 CHUNK_COPIES = 4
@@ -185,8 +186,10 @@ def _weights(task: Task) -> int:
     if task.trains_weights:
         copies = 4 + (task.bytes if task.bytes < 4 else 0)  # autocast keeps what it converted until the step is over
         return task.bases[0].shape.parameters * copies
+    merged = isinstance(task.settings, SftSettings) and task.settings.quantization == "none" and task.device == "cpu"
     shared = {(base.identity, _quantization(task, base)): base for base in task.bases}
-    return sum(_of_base(task, base) for base in shared.values())
+    held = sum(_of_base(task, base) for base in shared.values())
+    return 2 * held if merged else held  # an adapter is merged into the stored weights, which are read again
 
 
 def _of_base(task: Task, base: Base) -> int:
@@ -252,15 +255,12 @@ def _branches(task: Task) -> int:
 
 def _activations(task: Task, tokens: int) -> int:
     """What the backward pass reads, gradients in flight included, or else what the first pass over prompts takes at
-    once, or the merging of a model, whichever is most."""
+    once, whichever is more."""
     shape, settings = task.shape, task.settings
     passing = max(_cached(task, tokens), tokens if isinstance(settings, EvaluateSettings) else 0)
     without = passing * (4 * shape.hidden + 3 * shape.intermediate) * task.bytes
     if not isinstance(settings, Batching):
         return without
-    merging = 0
-    if isinstance(settings, SftSettings) and settings.lora and settings.quantization == "none":
-        merging = _of_base(task, task.bases[0])
     tokens, layers = _at_once(task, tokens), shape.layers
     if not task.trains_weights and task.adapter:
         layers = shape.adapted_layers(task.adapter)
@@ -268,7 +268,7 @@ def _activations(task: Task, tokens: int) -> int:
     kept = layers * (
         shape.hidden * (4 if task.trains_weights else task.bytes) if settings.gradient_checkpointing else whole
     )
-    return max(round(tokens * (kept + whole)), without, merging)
+    return max(round(tokens * (kept + whole)), without)
 
 
 def _of_layer(task: Task) -> float:

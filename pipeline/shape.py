@@ -25,6 +25,8 @@ Tensors = Mapping[str, tuple[int, ...]]
 GATED = ("llama", "mistral", "qwen2", "qwen3")
 PLANNED = (*GATED, "gpt2")
 """Model types whose tensors are known before they are trained."""
+DEFAULTS = {"qwen3": {"head_dim": 128}}
+"""Sizes that follow from no others, where an architecture leaves them out."""
 _LAYER = re.compile(r"\.\d+\.(?:.*\.)?(?P<name>[^.]+)\.weight$")
 _ALIASES = {
     "hidden": ("hidden_size", "n_embd"),
@@ -130,8 +132,8 @@ def planned(architecture: Mapping[str, Any], vocabulary: int) -> Shape:
     Raises:
         UnknownShape: The architecture is none of `PLANNED`, or leaves sizes to the library's defaults.
     """
-    config = {**architecture, "vocab_size": vocabulary}
-    kind = config.get("model_type")
+    kind = architecture.get("model_type")
+    config = {**DEFAULTS.get(str(kind), {}), **architecture, "vocab_size": vocabulary}
     if kind not in PLANNED:
         raise UnknownShape(f"the tensors of `{kind}` are not known before it is trained")
     return of_tensors(config, dict(_gpt2(config) if kind == "gpt2" else _gated(config, str(kind))))
@@ -207,7 +209,7 @@ def _gated(config: Mapping[str, Any], kind: str) -> Iterator[tuple[str, tuple[in
         if kind == "llama" and not config.get("num_key_value_heads")
         else _required(config, "num_key_value_heads")
     )
-    size = config.get("head_dim") or (128 if kind == "qwen3" else hidden // heads)
+    size = config.get("head_dim") or hidden // heads
     outer, key = heads * size, keys * size
     attention = {"q_proj": (outer, hidden), "k_proj": (key, hidden), "v_proj": (key, hidden), "o_proj": (hidden, outer)}
     gated = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}

@@ -144,7 +144,7 @@ def outline(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
         for setting, name in SIZES.items()
         if (field := header.get_field(f"{prefix}.{name}")) is not None
     }
-    return config, {each.name: tuple(map(int, each.shape)) for each in header.tensors}
+    return config, {each.name: tuple(map(int, each.shape[::-1])) for each in header.tensors}
 
 
 def _require_known(path: Path, architecture: str) -> None:

@@ -39,8 +39,18 @@ CENTRING_SAMPLES = 128
 
 IMPORTS = 465_000_000
 """Bytes of a process that has imported what a stage needs; those of an accelerator are not counted."""
-OVERHEAD = 200_000_000
-"""Bytes of a process for tokenizer, rows, compiled kernels and what the allocator cannot give back."""
+LIBRARIES = 30_000_000
+"""Bytes that a process takes for what libraries set up when they are first used, rows and a small tokenizer."""
+TOKEN = 2_500
+"""Bytes that a process takes for every token of the vocabulary: the tokenizer's tables."""
+KERNELS = 130_000_000
+"""Bytes of the kernels that are compiled for products in bfloat16 on a processor."""
+SCATTERED = 1.15
+"""Times the activations that a process grows by on a processor: freed memory between other blocks is not reused."""
+IN_FLIGHT = 2
+"""Layers whose states and gradients exist beside what is kept while the backward pass is in one of them."""
+FULL = 4
+"""Bytes of a number in float32, in which everything that is trained is held."""
 BYTES = {"float32": 4, "bfloat16": 2}
 QUANTIZED = {"4bit": 0.53, "8bit": 1.01}
 """Bytes of a number in a quantized layer, scales included."""
@@ -119,16 +129,15 @@ def estimate(task: Task, tokens: int, imports: int = IMPORTS) -> MemoryEstimate:
     """
     adapters, trained = sum(_adapters(task)), _trained(task)
     moments = MOMENTS[task.settings.optimizer.name] if isinstance(task.settings, Batching) else 0
-    on_device = task.device != "cpu"
     return MemoryEstimate(
         tokens_per_batch=tokens,
         weights=_weights(task),
-        adapters=adapters * 4,
-        optimizer=trained * (4 + moments),
+        adapters=adapters * FULL,
+        optimizer=trained * (FULL + moments),
         activations=_activations(task, tokens),
         logits=_logits(task, tokens),
         cache=_cached(task, tokens) * _of_cached_token(task),
-        fixed=0 if on_device else imports + OVERHEAD,
+        fixed=_fixed(task) + imports if task.device == "cpu" else 0,
     )
 
 
@@ -184,7 +193,7 @@ def _longest(task: Task) -> int:
 
 def _weights(task: Task) -> int:
     if task.trains_weights:
-        copies = 4 + (task.bytes if task.bytes < 4 else 0)  # autocast keeps what it converted until the step is over
+        copies = FULL + (task.bytes if task.bytes < FULL else 0)  # autocast keeps what it converted during a step
         return task.bases[0].shape.parameters * copies
     merged = isinstance(task.settings, SftSettings) and task.settings.quantization == "none" and task.device == "cpu"
     shared = {(base.identity, _quantization(task, base)): base for base in task.bases}
@@ -195,6 +204,12 @@ def _weights(task: Task) -> int:
 def _of_base(task: Task, base: Base) -> int:
     shape, quantized = base.shape, QUANTIZED.get(_quantization(task, base), task.bytes)
     return round(shape.quantizable * quantized) + (shape.parameters - shape.quantizable) * task.bytes
+
+
+def _fixed(task: Task) -> int:
+    """What a process takes beside imports and tensors."""
+    kernels = KERNELS if task.precision == "bfloat16" else 0
+    return LIBRARIES + TOKEN * task.shape.vocabulary + kernels
 
 
 def _quantization(task: Task, base: Base) -> str:
@@ -264,11 +279,11 @@ def _activations(task: Task, tokens: int) -> int:
     tokens, layers = _at_once(task, tokens), shape.layers
     if not task.trains_weights and task.adapter:
         layers = shape.adapted_layers(task.adapter)
-    whole = _of_layer(task)
-    kept = layers * (
-        shape.hidden * (4 if task.trains_weights else task.bytes) if settings.gradient_checkpointing else whole
-    )
-    return max(round(tokens * (kept + whole)), without)
+    whole, scattered = _of_layer(task), SCATTERED if task.device == "cpu" else 1.0
+    kept = layers * whole
+    if settings.gradient_checkpointing:
+        kept = layers * shape.hidden * (FULL if task.trains_weights else task.bytes)
+    return max(round(tokens * (kept + IN_FLIGHT * whole) * scattered), without)
 
 
 def _of_layer(task: Task) -> float:
@@ -281,15 +296,15 @@ def _of_layer(task: Task) -> float:
         numbers += task.adapter.rank * shape.adapted_matrices(task.adapter)
     if task.device == "cpu" and task.precision == "bfloat16":
         numbers += shape.heads * min(_longest(task), PRODUCTS_WIDTH)
-    widened = WIDENED * shape.hidden if task.trains_weights and task.bytes < 4 else 0
+    widened = WIDENED * shape.hidden if task.trains_weights and task.bytes < FULL else 0
     return numbers * task.bytes + widened
 
 
 def _logits(task: Task, tokens: int) -> int:
     vocabulary = task.shape.vocabulary
     chunk = CHUNK_LOGITS.get(task.device, CHUNK_LOGITS["cuda"])
-    computed = min(max(chunk, vocabulary), max(_at_once(task, tokens), tokens) * vocabulary) * 4 * CHUNK_COPIES
-    head = 2 * vocabulary * task.shape.hidden * 4 if task.trains_weights and _trained(task) else 0
+    computed = min(max(chunk, vocabulary), max(_at_once(task, tokens), tokens) * vocabulary) * FULL * CHUNK_COPIES
+    head = 2 * vocabulary * task.shape.hidden * FULL if task.trains_weights and _trained(task) else 0
     return max(computed + head, _rows(task, tokens) * vocabulary * SAMPLED_BYTES)
 
 

@@ -189,7 +189,7 @@ def why(
         _print_line(f"{stage} last ran {last['started']}: {last['outcome']}")
         for reason in last["reasons"]:
             _print_line(f"  because: {reason}")
-    print_plan(settings, [decision for decision in decisions if decision.stage == stage])
+    print_plan(settings, decisions, stage)
 
 
 @app.command()
@@ -452,9 +452,10 @@ def allow(references: Sequence[str] | None) -> None:
         adapters.allow(reference)
 
 
-def print_plan(settings: RunSettings, decisions: Sequence[Decision]) -> None:
-    """Print each stage's verdict, reasons and memory."""
+def print_plan(settings: RunSettings, decisions: Sequence[Decision], stage: str | None = None) -> None:
+    """Print each stage's verdict, reasons and memory, or those of one of them."""
     expected = forecast.forecasts(settings, decisions)
+    decisions = [decision for decision in decisions if stage in (None, decision.stage)]
     for decision in decisions:
         verdict = "run" if decision.run else "keep"
         going_on = f", goes on after step {decision.after}" if decision.after is not None else ""

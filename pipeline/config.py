@@ -51,8 +51,9 @@ def _number_or_auto(value: Any) -> Any:
     return value
 
 
-def _readable_size(value: str) -> str:
-    if value != "auto" and not SIZE.fullmatch(value):
+def _size_or_auto(value: Any) -> Any:
+    match = SIZE.fullmatch(value) if isinstance(value, str) else None
+    if value != "auto" and (match is None or float(match["number"]) == 0.0):
         raise ValueError(f"should be `auto` or a size such as `8GB` or `500MB`, not {printable(repr(value))}")
     return value
 
@@ -1046,7 +1047,7 @@ class RunSettings(Settings):
     """Where to compute; `auto` takes an accelerator when there is one."""
     dtype: Precision = "auto"
     """Precision of frozen weights and matrix products; `auto` takes bfloat16 where a self-test finds it faster."""
-    memory: Annotated[str, AfterValidator(_readable_size)] = "auto"
+    memory: Annotated[str, BeforeValidator(_size_or_auto)] = "auto"
     """The most memory that a stage may plan with when it resolves `tokens_per_batch: auto`, as in `8GB`: all of the
     process's on a processor, the device's on CUDA. `auto` plans with what is free. Does not change results."""
     checkpoint_minutes: NonNegative = 10.0

@@ -10,6 +10,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,8 @@ def of_directory(directory: Path) -> Shape:
     Raises:
         UnknownShape: It has no configuration or no weights, or these do not say.
     """
-    try:
+    with _readable():
         return of_tensors(model_files.json_object(directory / "config.json"), handover.tensors(directory))
-    except (ArtifactError, OSError) as error:
-        raise UnknownShape(str(error)) from error
 
 
 def planned(architecture: Mapping[str, Any], vocabulary: int) -> Shape:
@@ -136,7 +135,8 @@ def planned(architecture: Mapping[str, Any], vocabulary: int) -> Shape:
     config = {**DEFAULTS.get(str(kind), {}), **architecture, "vocab_size": vocabulary}
     if kind not in PLANNED:
         raise UnknownShape(f"the tensors of `{kind}` are not known before it is trained")
-    return of_tensors(config, dict(_gpt2(config) if kind == "gpt2" else _gated(config, str(kind))))
+    with _readable():
+        return of_tensors(config, dict(_gpt2(config) if kind == "gpt2" else _gated(config, str(kind))))
 
 
 def from_nothing(architecture: Mapping[str, Any], tokenizer: Artifact) -> Base:
@@ -180,6 +180,17 @@ def of_tensors(config: Mapping[str, Any], tensors: Tensors) -> Shape:
         vocabulary=config.get("vocab_size") or max(shape[0] for shape in tensors.values()),
         matrices={name: (len(ends), sum(ends)) for name, ends in matrices.items()},
     )
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """What cannot be read makes no estimate; loading the model then says what is wrong."""
+    try:
+        yield
+    except (ArtifactError, OSError) as error:
+        raise UnknownShape(str(error)) from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UnknownShape(f"its sizes cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _known(config: Mapping[str, Any], size: str) -> int | None:

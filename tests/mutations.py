@@ -283,7 +283,7 @@ IN_MODELS = (
     Mutation(
         "a policy that does not begin as its reference",
         "stages/dpo.py",
-        "require_beginning(roles, begun, first, settings.tokens_per_batch, layout)",
+        "require_beginning(roles, begun, first, settings.batch_tokens, layout)",
         "pass",
         f"{HANDOVER}test_kept_log_probabilities_of_another_reference_are_refused",
     ),

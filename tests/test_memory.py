@@ -117,6 +117,9 @@ def test_the_tensors_of_an_architecture_are_known_before_it_is_trained(kind: str
     ("architecture", "reason"),
     [
         ({"model_type": "mamba"}, "`mamba` are not known"),
+        ({"model_type": "gpt2", "n_embd": "abc", "n_layer": 2}, "cannot be read: ValueError"),
+        ({"model_type": "gpt2", "n_embd": 8, "n_layer": 2, "n_head": [3]}, "cannot be read: TypeError"),
+        ({"model_type": ["llama"]}, "are not known"),
         ({"model_type": "llama"}, "does not give `hidden_size`"),
         ({"model_type": "gpt2"}, "does not give `hidden_size`"),
         ({"model_type": "qwen2", "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}, "num_key_value"),
@@ -308,6 +311,41 @@ def test_without_a_shape_the_default_is_taken_and_the_reason_told(tmp_path: Path
     assert "memory not estimated: the configuration does not give `hidden_size`" in begun.said[0]
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        '{"hidden_size": "large", "num_hidden_layers": 1}',
+        '{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": -9, "text_config": 3}',
+        "[]",
+        "{",
+    ],
+)
+def test_a_configuration_that_cannot_be_read_makes_no_estimate(config: str, tmp_path: Path) -> None:
+    models.language_model().save(tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UnknownShape):
+        shape.of_directory(tmp_path)
+
+
 def test_a_shape_counts_layers_without_attention_too() -> None:
     found = shape.of_tensors({"hidden_size": 8, "num_hidden_layers": 1}, {"layers.0.mixer.in_proj.weight": (16, 8)})
     assert found == Shape(128, 128, 1, 8, 1, 1, 8, 32, 16, {"in_proj": (1, 24)})
+
+
+@pytest.mark.parametrize("given", ["0GB", "lots", "8", 8, "8GiB", "-1GB", None])
+def test_what_is_no_size_is_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match="should be `auto` or a size such as `8GB`"):
+        RunSettings.model_validate(
+            {
+                "output": "o",
+                "memory": given,
+                "data": {"d": {"source": "x.txt"}},
+                "stages": {"s": {"kind": "tokenizer", "data": "d"}},
+            }
+        )
+
+
+@pytest.mark.parametrize("given", [0, -5, 1.5, True, "many", "8192", None])
+def test_what_is_no_number_of_tokens_is_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match="should be `auto` or a whole number above 0"):
+        DpoSettings(policy="p", data="d", tokens_per_batch=given)

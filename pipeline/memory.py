@@ -2,10 +2,10 @@
 
 The weights are in memory once for all roles, beside an adapter for each role, gradients and moments of what is trained,
 the states that the backward pass reads, a piece of logits, and the keys and values of sampling. All of these count as
-if they were there at once. What a layer keeps is counted as this code keeps it (`stages/core/lora.py`, `norms.py`,
-`attention.py`), in the way of Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1). `docs/memory.md` compares the
-estimates with measured peaks. Left out: routed experts and recurrent states, which count as dense layers of the same
-size, dropout's masks, and what DoRA keeps beyond LoRA.
+if they were there at once, but that training takes over the memory of sampling's cache. What a layer keeps is counted
+as this code keeps it (`stages/core/lora.py`, `norms.py`, `attention.py`), in the way of Korthikanti et al. 2022 (arXiv
+2205.05198, section 4.1). `docs/memory.md` compares the estimates with measured peaks. Left out: routed experts and
+recurrent states, which count as dense layers of the same size, dropout's masks, and what DoRA keeps beyond LoRA.
 """
 
 from __future__ import annotations
@@ -269,13 +269,14 @@ def _branches(task: Task) -> int:
 
 
 def _activations(task: Task, tokens: int) -> int:
-    """What the backward pass reads, gradients in flight included, or else what the first pass over prompts takes at
-    once, whichever is more."""
+    """What the backward pass reads, gradients in flight included, beyond the cache, whose memory it takes over; or else
+    what sampling's first pass over prompts takes at once, whichever is more."""
     shape, settings = task.shape, task.settings
     passing = max(_cached(task, tokens), tokens if isinstance(settings, EvaluateSettings) else 0)
     without = passing * (4 * shape.hidden + 3 * shape.intermediate) * task.bytes
     if not isinstance(settings, Batching):
         return without
+    cache = _cached(task, tokens) * _of_cached_token(task)
     tokens, layers = _at_once(task, tokens), shape.layers
     if not task.trains_weights and task.adapter:
         layers = shape.adapted_layers(task.adapter)
@@ -283,7 +284,8 @@ def _activations(task: Task, tokens: int) -> int:
     kept = layers * whole
     if settings.gradient_checkpointing:
         kept = layers * shape.hidden * (FULL if task.trains_weights else task.bytes)
-    return max(round(tokens * (kept + IN_FLIGHT * whole) * scattered), without)
+    training = round(tokens * (kept + IN_FLIGHT * whole) * scattered)
+    return max(training - cache, without)
 
 
 def _of_layer(task: Task) -> float:

@@ -239,9 +239,8 @@ class Training:
 
     def _fits(self, experiences: list[Experience]) -> Iterator[Check]:
         """Whether a round fits into memory, where the shape of the model is known."""
-        left = memory.free(self._roles.base.compute.device, self._context.memory)
         if self._fitted.task:
-            yield preflight.fits(self._fitted.task, experiences, left)
+            yield preflight.fits(self._fitted.task, experiences, memory.free(self._roles.base.compute.device))
 
     def _answers(self) -> Rollout:
         """Responses to the held-out prompts, or to the first training prompts where none is held out."""

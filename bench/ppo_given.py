@@ -53,7 +53,7 @@ def lora(job: Job) -> dict[str, Any]:
 
 def micro_batch(chosen: PpoSettings, responses: int) -> int:
     """The most responses of full length that fit `tokens_per_batch` and divide a step's."""
-    most = max(1, chosen.tokens_per_batch // chosen.max_length)
+    most = max(1, chosen.batch_tokens // chosen.max_length)
     return max(size for size in range(1, responses + 1) if size <= most and responses % size == 0)
 
 

@@ -31,6 +31,16 @@ LIBRARIES = ("gguf", "tokenizers", "torch", "transformers")
 """Libraries that the converted model depends on."""
 ARCHITECTURE, TOKENS, SPLITTING = "general.architecture", "tokenizer.ggml.tokens", "tokenizer.ggml.pre"
 """Fields of the header."""
+SIZES = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "vocab_size": "vocab_size",
+}
+"""Settings of a configuration -> fields of the header, behind the architecture's name."""
 NO_ARCHITECTURES = {"general", "tokenizer"}
 """What `transformers` keeps beside the architectures in its table."""
 FLOAT32_FILE = 0
@@ -119,6 +129,22 @@ def header_of(path: Path) -> GGUFReader:
             hint="use a file that was converted together with its tokenizer, or a model directory",
         )
     return header
+
+
+def outline(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """The sizes of the model in a file, as a configuration names them, and its tensors' shapes; from the header.
+
+    Raises:
+        ArtifactError: The file is damaged, of an architecture that is not known, or without a tokenizer.
+    """
+    header = header_of(path)
+    prefix = header.fields[ARCHITECTURE].contents()
+    config = {
+        setting: int(field.contents())
+        for setting, name in SIZES.items()
+        if (field := header.get_field(f"{prefix}.{name}")) is not None
+    }
+    return config, {each.name: tuple(map(int, each.shape[::-1])) for each in header.tensors}
 
 
 def _require_known(path: Path, architecture: str) -> None:

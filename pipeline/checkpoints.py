@@ -47,9 +47,13 @@ class CheckpointRecord(SealedRecord):
     key: str
     environment: dict[str, Any]
     outputs: list[OutputRecord]
+    tokens_per_batch: int | None = None
+    """Tokens of the batches that were computed: others round differently."""
 
 
-def publish(directory: Path, maker: Maker, step: int, fill: Callable[[Path], None]) -> Path:
+def publish(
+    directory: Path, maker: Maker, step: int, fill: Callable[[Path], None], tokens_per_batch: int | None = None
+) -> Path:
     """Make the checkpoint of a step; when this returns, it survives a power cut.
 
     Args:
@@ -57,6 +61,7 @@ def publish(directory: Path, maker: Maker, step: int, fill: Callable[[Path], Non
         maker: The running stage.
         step: Steps that were taken.
         fill: Writes files into an empty directory.
+        tokens_per_batch: What the batches were bounded by.
 
     Raises:
         ArtifactError: What is on disk is not what was written.
@@ -68,7 +73,9 @@ def publish(directory: Path, maker: Maker, step: int, fill: Callable[[Path], Non
         fill(work)
         outputs = durable.inventory(work)
         environment = dict(maker.environment)
-        record = CheckpointRecord(step=step, key=maker.key, environment=environment, outputs=outputs)
+        record = CheckpointRecord(
+            step=step, key=maker.key, environment=environment, outputs=outputs, tokens_per_batch=tokens_per_batch
+        )
         durable.seal(work, FILE_NAME, record)
         _require_intact(work, record)
         if target.exists():  # it was there and could not serve
@@ -98,7 +105,14 @@ def newest(directory: Path, maker: Maker) -> tuple[Path | None, list[str]]:
 
 def next_step(directory: Path, maker: Maker) -> int | None:
     """The step after which the maker would go on, as far as the records tell; nothing is hashed."""
-    return next((step_of(path) for path in _newest_first(directory) if _misfit(path, maker) is None), None)
+    return step_of(path) if (path := _next(directory, maker)) else None
+
+
+def tokens_per_batch(directory: Path, maker: Maker) -> int | None:
+    """What bounded the batches before the step after which the maker would go on; nothing is hashed."""
+    path = _next(directory, maker)
+    record = _record(path) if path else None
+    return record.tokens_per_batch if record else None
 
 
 def last_step(directory: Path) -> int | None:
@@ -139,6 +153,11 @@ def garbage(directory: Path, published: str | None) -> Iterator[tuple[Path, str]
                 yield path, why
         elif record.key == published:
             yield path, "its stage is published"
+
+
+def _next(directory: Path, maker: Maker) -> Path | None:
+    """The newest checkpoint whose record fits the maker."""
+    return next((path for path in _newest_first(directory) if _misfit(path, maker) is None), None)
 
 
 def _newest_first(directory: Path) -> list[Path]:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline import garbage, inspection, loader, origins, runner, store, suites, terminal
+from pipeline import forecast, garbage, inspection, loader, memory, origins, runner, store, suites, terminal
 from pipeline import manifest as manifests
 from pipeline import plan as planning
 from pipeline.config import RunSettings
 from pipeline.errors import ArtifactError, BatonError, ConfigError, DataError, Interrupted, OtherVersionError
+from pipeline.forecast import Forecast
 from pipeline.manifest import Metric
 from pipeline.plan import Decision
 from pipeline.store import RunDirectory
@@ -79,7 +80,7 @@ def run(
     allow(adapter)
     settings = loader.load(config, overrides or [])
     if dry_run:
-        print_plan(planning.plan(settings, only=only or [], until=until, force=force or [], strict=strict))
+        print_plan(settings, planning.plan(settings, only=only or [], until=until, force=force or [], strict=strict))
         return
     command = shlex.join(["baton", "run", str(config), *(overrides or []), *adapter_options(adapter)])
     runner.run(settings, only=only or [], until=until, force=force or [], strict=strict, command=command)
@@ -101,9 +102,10 @@ def plan(
     settings = loader.load(config, overrides or [])
     decisions = planning.plan(settings, only=only or [], until=until, force=force or [], strict=strict)
     if as_json:
-        _print_json([_decision(decision) for decision in decisions])
+        expected = forecast.forecasts(settings, decisions)
+        _print_json([_decision(decision, expected.get(decision.stage)) for decision in decisions])
     else:
-        print_plan(decisions)
+        print_plan(settings, decisions)
 
 
 @app.command()
@@ -133,6 +135,9 @@ def show(
         return
     _print_line(f"{manifest.stage}: {manifest.kind} of a {manifest.stage_kind} stage, digest {manifest.digest}")
     _print_line(f"made {manifest.started} in {manifest.cost.seconds:.1f} s by: {manifest.command}")
+    _print_line(f"memory: {memory.peak_in_words(manifest.cost)}")
+    if expected := manifest.cost.expected_memory:
+        _print_line(f"  expected {memory.parts_in_words(expected)}, at {expected.tokens_per_batch:,} tokens a batch")
     for name, metric in manifest.metrics.items():
         _print_line(f"  {name}: {_figure(metric)}")
     for warning in manifest.warnings:
@@ -184,7 +189,7 @@ def why(
         _print_line(f"{stage} last ran {last['started']}: {last['outcome']}")
         for reason in last["reasons"]:
             _print_line(f"  because: {reason}")
-    print_plan([decision for decision in decisions if decision.stage == stage])
+    print_plan(settings, decisions, stage)
 
 
 @app.command()
@@ -447,12 +452,18 @@ def allow(references: Sequence[str] | None) -> None:
         adapters.allow(reference)
 
 
-def print_plan(decisions: Sequence[Decision]) -> None:
-    """Print each stage's verdict and reasons."""
+def print_plan(settings: RunSettings, decisions: Sequence[Decision], stage: str | None = None) -> None:
+    """Print each stage's verdict, reasons and memory, or those of one of them."""
+    expected = forecast.forecasts(settings, decisions)
+    decisions = [decision for decision in decisions if stage in (None, decision.stage)]
     for decision in decisions:
         verdict = "run" if decision.run else "keep"
         going_on = f", goes on after step {decision.after}" if decision.after is not None else ""
-        _print("\n".join([f"{verdict:4}  {decision.stage} ({decision.kind}){going_on}", *_reasons(decision)]))
+        lines = [f"{verdict:4}  {decision.stage} ({decision.kind}){going_on}", *_reasons(decision)]
+        if decision.stage in expected:
+            said = forecast.in_words(settings, decision.stage, expected[decision.stage])
+            lines.append(f"      {printable(said, None)}")
+        _print("\n".join(lines))
     count = sum(decision.run for decision in decisions)
     _print(f"{count} of {len(decisions)} would run" if count else "nothing to do: every stage is up to date")
 
@@ -485,10 +496,11 @@ def _reasons(decision: Decision) -> list[str]:
     return [f"{mark}{reason}" for reason in decision.reasons]
 
 
-def _decision(decision: Decision) -> dict[str, Any]:
+def _decision(decision: Decision, expected: Forecast | None) -> dict[str, Any]:
     reasons = [asdict(reason) for reason in decision.reasons]
     named = {"stage": decision.stage, "kind": decision.kind}
-    return named | {"run": decision.run, "after": decision.after, "reasons": reasons}
+    memory = forecast.record(expected) if expected is not None else None
+    return named | {"run": decision.run, "after": decision.after, "reasons": reasons, "memory": memory}
 
 
 def _ancestor_row(ancestor: dict[str, Any]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ reference: `baton schema` prints them. Paths are relative to the working directo
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StrictBool, StrictInt, Tag, model_validator
@@ -44,8 +45,26 @@ Either = Annotated[Annotated[One, Tag("one")] | Annotated[Several, Tag("several"
 """A text or a collection; decided by what is given, so that mistakes are reported for that alone."""
 
 
+def _number_or_auto(value: Any) -> Any:
+    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value <= 0):
+        raise ValueError(f"should be `auto` or a whole number above 0, not {printable(repr(value))}")
+    return value
+
+
+def _size_or_auto(value: Any) -> Any:
+    match = SIZE.fullmatch(value) if isinstance(value, str) else None
+    if value != "auto" and (match is None or float(match["number"]) == 0.0):
+        raise ValueError(f"should be `auto` or a size such as `8GB` or `500MB`, not {printable(repr(value))}")
+    return value
+
+
+SIZE = re.compile(r"(?P<number>\d{1,6}(\.\d{1,3})?) ?(?P<unit>MB|GB)")
+UNITS = {"MB": 10**6, "GB": 10**9}
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
+TokensPerBatch = Annotated[Positive | Literal["auto"], BeforeValidator(_number_or_auto)]
+LARGEST_BATCH = 8192
+"""Tokens beyond which a larger batch gains no speed on a processor."""
 Alarm = Literal[
     "sampling_gap",
     "entropy_collapse",
@@ -312,14 +331,27 @@ class StageSettings(Settings):
         return {f"{role}.{name}": share for name, share in value.items()} if isinstance(value, dict) else None
 
 
-class Batching(StageSettings):
+class Batched(StageSettings):
+    """What every stage that computes in batches of tokens has."""
+
+    tokens_per_batch: TokensPerBatch = "auto"
+    """Tokens, padding included, that go through the model at once: whole examples, and with a prompt all responses to
+    it. Bounds memory; does not change results. `auto` chooses a power of two when the stage starts, from the memory
+    that is free and the shape of the model (`docs/memory.md`)."""
+    max_length: Positive = 1024
+    """Longest example in tokens."""
+
+    @property
+    def batch_tokens(self) -> int:
+        """`tokens_per_batch` as a number; `auto` that no stage has resolved is the largest value on a processor."""
+        return LARGEST_BATCH if self.tokens_per_batch == "auto" else self.tokens_per_batch
+
+
+class Batching(Batched):
     """What every stage that takes optimizer steps has."""
 
     examples_per_step: Positive = 32
     """Examples of one optimizer step; the loss is normalised over all of them."""
-    tokens_per_batch: Positive = 8192
-    """Tokens, padding included, that go through the model at once: whole examples, and with a prompt all responses to
-    it. Bounds memory; does not change results."""
     max_length: Positive = 1024
     """Longest example in tokens, at most the model's positions. A longer prompt loses its beginning; a row whose
     trained part alone is longer is dropped and counted."""
@@ -808,7 +840,7 @@ class Decoding(Settings):
         return self
 
 
-class EvaluateSettings(StageSettings, Decoding):
+class EvaluateSettings(Batched, Decoding):
     """Compare models with their parents on held-out rows, each figure with a 95% interval."""
 
     ROLES: ClassVar = {"models": ("model", "adapter"), "reward": ("reward",)}
@@ -847,10 +879,6 @@ class EvaluateSettings(StageSettings, Decoding):
     """Held-out rows of each data source to use, at most."""
     max_new_tokens: Positive = 64
     """Longest response."""
-    max_length: Positive = 1024
-    """Longest example in tokens."""
-    tokens_per_batch: Positive = 8192
-    """Tokens, padding included, that go through the model at once."""
     require: dict[str, dict[str, Requirement]] = {}
     """Model -> metric -> what it has to be, as in `dpo: {gold: "> parent", perplexity: "< 1.2 x parent"}`. Where that
     does not hold, the run ends with exit code 4, after all is published and reported (`docs/comparison.md`)."""
@@ -1019,6 +1047,9 @@ class RunSettings(Settings):
     """Where to compute; `auto` takes an accelerator when there is one."""
     dtype: Precision = "auto"
     """Precision of frozen weights and matrix products; `auto` takes bfloat16 where a self-test finds it faster."""
+    memory: Annotated[str, BeforeValidator(_size_or_auto)] = "auto"
+    """The most memory that a stage may plan with when it resolves `tokens_per_batch: auto`, as in `8GB`: all of the
+    process's on a processor, the device's on CUDA. `auto` plans with what is free. Does not change results."""
     checkpoint_minutes: NonNegative = 10.0
     """At least so long between two checkpoints of a stage in training, from which it goes on exactly when it was
     stopped; 0 makes one after every step. A signal makes one after the step in progress."""
@@ -1028,6 +1059,12 @@ class RunSettings(Settings):
     """Data sources by name."""
     stages: Annotated[dict[Name, Stage], Field(min_length=1)]
     """Stages by name, in any order."""
+
+    @property
+    def memory_limit(self) -> int | None:
+        """`memory` in bytes; None where it sets no limit."""
+        match = SIZE.fullmatch(self.memory)
+        return round(float(match["number"]) * UNITS[match["unit"]]) if match else None
 
     @model_validator(mode="after")
     def _data_is_named(self) -> RunSettings:

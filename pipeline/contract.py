@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.config import DataSource, StageSettings
-from pipeline.manifest import Adaptation, DataCard, Manifest, Metric
+from pipeline.manifest import Adaptation, DataCard, Manifest, MemoryEstimate, Metric
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,13 @@ class Checkpoints(Protocol):
             KeyboardInterrupt: A signal came; the checkpoint is there.
         """
 
+    def tokens_per_batch(self) -> int | None:
+        """Tokens of the batches with which the checkpoint to go on from was made; None where there is none, or it does
+        not say."""
+
+    def made_with(self, tokens_per_batch: int) -> None:
+        """Called before the first step: checkpoints will say so."""
+
     def rescue(self, step: int, write: Callable[[Path], None]) -> None:
         """Called where the next step cannot be taken for something that is none of the stage's, as a server that is
         down: leaves a checkpoint of the steps so far, if there is none, before the error ends the stage."""
@@ -86,6 +93,12 @@ class NoCheckpoints:
 
     def after(self, step: int, write: Callable[[Path], None]) -> None:
         """Go on."""
+
+    def tokens_per_batch(self) -> None:
+        """There is none."""
+
+    def made_with(self, tokens_per_batch: int) -> None:
+        """Nobody asks."""
 
     def rescue(self, step: int, write: Callable[[Path], None]) -> None:
         """Nothing is kept."""
@@ -110,6 +123,8 @@ class Context:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    memory: int | None = None
+    """Bytes that the stage may plan with at most, where the user set a limit."""
     sources: Mapping[str, DataSource] = field(default_factory=dict)
     """All data sources of the run by name, which a source's preparation may refer to."""
     trained: tuple[str, ...] = ()
@@ -138,6 +153,8 @@ class Result:
     """Tokens that went through the model in training or sampling."""
     compute: dict[str, str] = field(default_factory=dict)
     """Device and dtype that were chosen."""
+    expected_memory: MemoryEstimate | None = None
+    """What the stage was expected to take, where the shape of its model is known."""
     warnings: list[str] = field(default_factory=list)
 
 

@@ -37,6 +37,17 @@ def describe(directory: Path) -> Description:
     return found | {path.name: _contents(path) for path in sorted(directory.glob("*.safetensors")) if path.is_file()}
 
 
+def tensors(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor -> shape, of all files of weights in a directory.
+
+    Raises:
+        ArtifactError: A file of weights has no list of its tensors.
+    """
+    files = [path for path in sorted(directory.glob("*.safetensors")) if path.is_file()]
+    contents = (text for path in files for text in _contents(path).items())
+    return {name: tuple(json.loads(text.partition(" ")[2])) for name, text in contents}
+
+
 def require(directory: Path, manifest: Manifest) -> None:
     """Raise ArtifactError, with both values, where a stage directory is not what its manifest says of it.
 

@@ -39,7 +39,7 @@ def application(kind: str) -> typer.Typer:
         settings = loader.load(config, overrides or [])
         names = _of_kind(settings, kind, only or [])
         if dry_run:
-            cli.print_plan(plan(settings, only=names, force=force or [], strict=strict))
+            cli.print_plan(settings, plan(settings, only=names, force=force or [], strict=strict))
             return
         command = shlex.join(
             ["python", "-m", f"stages.{kind}", str(config), *(overrides or []), *cli.adapter_options(adapter)]

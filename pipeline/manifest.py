@@ -131,12 +131,41 @@ class Adaptation(Record):
     quantization: str = "none"
 
 
+class MemoryEstimate(Record):
+    """Bytes that a stage was expected to take, by what takes them."""
+
+    tokens_per_batch: int
+    """What it was estimated for: the setting, or what `auto` chose."""
+    weights: int
+    adapters: int
+    optimizer: int
+    """Gradients and moments of what is trained."""
+    activations: int
+    logits: int
+    cache: int
+    """Keys and values of sampling."""
+    fixed: int
+    """The process itself; on an accelerator, whose memory is all that is measured then, nothing."""
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Part -> bytes; they add up to the total."""
+        return {name: size for name, size in self.model_dump().items() if name != "tokens_per_batch"}
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self.parts.values())
+
+
 class Cost(Record):
     """What the stage took."""
 
     seconds: float
     tokens: int
     peak_memory_bytes: int
+    expected_memory: MemoryEstimate | None = None
+    """What was estimated before, where the shape of the model was known."""
 
 
 class Manifest(SealedRecord):

@@ -50,6 +50,7 @@ class StageCheckpoints:
         self._clock = clock
         self._last = clock()
         self._kept: list[Path] = []
+        self._tokens: int | None = None
 
     def resume(self) -> Path | None:
         """The newest checkpoint that is intact and this stage's own; others are named with what is wrong with them."""
@@ -85,6 +86,14 @@ class StageCheckpoints:
             self._progress.say(f"stopped after step {step}, with a checkpoint")
         self._interruption.stop_if_it_came()
 
+    def tokens_per_batch(self) -> int | None:
+        """As far as the records tell; nothing is hashed."""
+        return checkpoints.tokens_per_batch(self._directory, self._maker)
+
+    def made_with(self, tokens_per_batch: int) -> None:
+        """For the records of the checkpoints to come."""
+        self._tokens = tokens_per_batch
+
     def rescue(self, step: int, write: Callable[[Path], None]) -> None:
         """Make a checkpoint, unless that of this step is there; what keeps it from being made hides no other error."""
         if step == 0 or (self._kept and checkpoints.step_of(self._kept[-1]) == step):
@@ -101,7 +110,7 @@ class StageCheckpoints:
             write(work)
             self._progress.copy_to(work / FILE_NAME)
 
-        made = checkpoints.publish(self._directory, self._maker, step, fill)
+        made = checkpoints.publish(self._directory, self._maker, step, fill, self._tokens)
         self._kept = [*self._kept[-(KEPT - 1) :], made]
         checkpoints.keep(self._directory, self._kept)
         self._last = self._clock()

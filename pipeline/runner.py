@@ -21,7 +21,20 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline import checkpoints, durable, fingerprint, gate, handover, inputs, loader, lock, store, terminal, tracking
+from pipeline import (
+    checkpoints,
+    durable,
+    fingerprint,
+    gate,
+    handover,
+    inputs,
+    loader,
+    lock,
+    memory,
+    store,
+    terminal,
+    tracking,
+)
 from pipeline import manifest as manifests
 from pipeline.config import PRODUCES, RunSettings, evaluated, trained
 from pipeline.contract import Artifact, Context, Result
@@ -120,8 +133,8 @@ class _Runner:
         self.console.print(f"{name}: running ({'; '.join(map(str, decision.reasons))})")
         manifest = self._run_stage(decision)
         cost = manifest.cost
-        memory = f"{cost.peak_memory_bytes / 2**20:,.0f} MB"
-        self.console.print(f"{name}: done in {cost.seconds:.1f} s, {cost.tokens:,} tokens, {memory}")
+        what = f"{cost.seconds:.1f} s, {cost.tokens:,} tokens, {memory.peak_in_words(cost)}"
+        self.console.print(f"{name}: done in {what}")
         return Outcome(name, True, manifest)
 
     def _run_stage(self, decision: Decision) -> Manifest:
@@ -163,6 +176,7 @@ class _Runner:
                 seed=self.settings.seed,
                 device=self.settings.device,
                 dtype=self.settings.dtype,
+                memory=self.settings.memory_limit,
                 sources=self.settings.data,
                 trained=trained(self.settings),
                 pretrained=trained(self.settings, text=True),
@@ -171,7 +185,8 @@ class _Runner:
             )
             result: Result = module.run(context)
         _refuse_not_finite(name, result)
-        return result, meter.read(result.tokens, progress.earlier)
+        cost = meter.read(result.tokens, progress.earlier)
+        return result, cost.model_copy(update={"expected_memory": result.expected_memory})
 
     def _tracked(self, decision: Decision) -> tracking.Tracked:
         root, wanted = self.directory.root, decision.wanted

@@ -30,7 +30,7 @@ from pipeline.config import DpoSettings
 from pipeline.contract import Context, Result
 from pipeline.manifest import Metric
 from reward.intervals import mean_interval, share_preferred
-from stages.core import device, loop, optim, probes, rows
+from stages.core import device, loop, memory, optim, probes, rows
 from stages.core.checkpointing import checkpoint_layers
 from stages.core.layout import choose_layout
 from stages.core.losses import PREFERENCE_LOSSES
@@ -56,7 +56,9 @@ def run(context: Context) -> Result:
         NumericalError: A loss or gradient is not finite.
         StorageError: The cache, where the reference is kept, cannot be written.
     """
-    settings, compute = context.settings, device.for_stage(context)
+    compute = device.for_stage(context)
+    fitted = memory.fit(context, compute)
+    context, settings = fitted.context, fitted.context.settings
     optim.require_support(settings.optimizer, compute.device)
     loop.seed_everything(context.seed)
     policy = context.inputs["policy"]
@@ -71,7 +73,7 @@ def run(context: Context) -> Result:
     begun = reference or computed_reference(roles, settings)
     if begun:
         first = list(islice(_taken(context, examples.passes), probes.COUNT))
-        require_beginning(roles, begun, first, settings.tokens_per_batch, layout)
+        require_beginning(roles, begun, first, settings.batch_tokens, layout)
     parts = objective(roles, settings, layout, reference)
     followed = loop.follow(context, examples.passes, parts, roles.parameters(POLICY))
     metrics = _metrics(context, roles, examples.held_out, layout)
@@ -86,6 +88,7 @@ def run(context: Context) -> Result:
         tokenizer=record(roles.base),
         tokens=followed.tokens,
         compute=compute.record,
+        expected_memory=fitted.expected,
         warnings=[*roles.warnings, *warnings, *followed.warnings],
     )
 
@@ -99,7 +102,7 @@ def _kept(context: Context, roles: Roles, layout: Layout, pairs: Callable[[], It
         roles,
         context.inputs["policy"],
         pairs,
-        tokens_per_batch=settings.tokens_per_batch,
+        tokens_per_batch=settings.batch_tokens,
         layout=layout,
         say=context.say,
     )
@@ -119,7 +122,7 @@ def _metrics(context: Context, roles: Roles, examples: Sequence[Tree], layout: L
     loss = PREFERENCE_LOSSES[settings.loss]
     reference = _kept(context, roles, layout, lambda: examples) or computed_reference(roles, settings)
     found: dict[int, float] = {}
-    for batch in on_device(roles.base, examples, settings.tokens_per_batch, layout):
+    for batch in on_device(roles.base, examples, settings.batch_tokens, layout):
         against = reference(batch) if reference else None
         with roles.use(POLICY):
             logprobs = loss.logprobs(pair_logprobs(roles.base, batch), against, read_tokens(batch))

@@ -32,7 +32,7 @@ from pipeline.suites import SampledSuite
 from reward.best_of_n import Frontier, divergence
 from reward.intervals import mean_interval, proportion_interval, ratio_interval, share_preferred
 from reward.rules import require_facts
-from stages.core import device, loop, rows
+from stages.core import device, loop, memory, rows
 from stages.core.answers import PLAIN, Answers, answer, room
 from stages.core.comparison import Comparison, compare, corrected_tests
 from stages.core.documents import Likelihood, perplexity, text_likelihoods
@@ -84,7 +84,9 @@ def run(context: Context) -> Result:
         ConfigError: A model has no room for a prompt before so long a response, or names are not distinct.
         ServerError: A judge's server is out of reach from the beginning, or breaks the protocol.
     """
-    settings, compute = context.settings, device.for_stage(context)
+    compute = device.for_stage(context)
+    fitted = memory.fit(context, compute)
+    context, settings = fitted.context, fitted.context.settings
     loop.seed_everything(context.seed)
     learnt, texts = ([context.sources[name] for name in names] for names in (context.trained, context.pretrained))
     refuse_trained(context.data.values(), learnt, texts)
@@ -118,6 +120,7 @@ def run(context: Context) -> Result:
         data=[*cards, *suites.cards],
         tokens=found.tokens + suites.tokens,
         compute=compute.record,
+        expected_memory=fitted.expected,
         warnings=warnings,
     )
 
@@ -239,7 +242,7 @@ def _metrics(
             metrics["pair_accuracy"] = _implicit_accuracy(contestant, parent, material.pairs, settings)
     if material.texts:
         with contestant.use() as language_model:
-            own_text = text_likelihoods(language_model, material.texts, settings.max_length, settings.tokens_per_batch)
+            own_text = text_likelihoods(language_model, material.texts, settings.max_length, settings.batch_tokens)
         found.likelihoods[contestant.name] = own_text
         metrics |= _of_text(own_text)
         if contestant.parent:
@@ -284,7 +287,7 @@ def _branch_logprobs(
     contestant: Contestant, trees: Sequence[Tree], settings: EvaluateSettings, temperature: float = 1.0
 ) -> dict[int, list[float]]:
     with contestant.use() as language_model:
-        return logprobs(language_model, trees, settings.tokens_per_batch, PLAIN, temperature)
+        return logprobs(language_model, trees, settings.batch_tokens, PLAIN, temperature)
 
 
 def _pair_trees(roles: Roles, pairs: Sequence[Preference], settings: EvaluateSettings) -> list[Tree]:
@@ -297,7 +300,7 @@ def _pair_trees(roles: Roles, pairs: Sequence[Preference], settings: EvaluateSet
 
 def _judge_accuracy(judge: Roles, pairs: Sequence[Preference], settings: EvaluateSettings) -> Metrics:
     trees = _pair_trees(judge, pairs, settings)
-    found = scores(judge, REWARD, trees, settings.tokens_per_batch, PLAIN)
+    found = scores(judge, REWARD, trees, settings.batch_tokens, PLAIN)
     margins = [first - max(others) for first, *others in (found[tree.number] for tree in trees)]
     return {"pair_accuracy": share_preferred(margins)}
 

@@ -11,8 +11,6 @@ pairs of earlier rounds.
 
 from __future__ import annotations
 
-from functools import partial
-
 from data.batch import Layout
 from pipeline.config import OnlineDpoSettings
 from pipeline.contract import Context, Result
@@ -31,7 +29,7 @@ def run(context: Context) -> Result:
         ArtifactError: The policy or the reward model is damaged, or they sit on different bases.
         NumericalError: The preflight failed, or a loss or gradient is not finite.
     """
-    return train(context, partial(learner, context.settings))
+    return train(context, learner)
 
 
 def learner(settings: OnlineDpoSettings, roles: Roles, layout: Layout, trunk: Trunk) -> Ranking:

@@ -15,8 +15,6 @@ function. Left out: experience of earlier rounds, rewards within a response, and
 
 from __future__ import annotations
 
-from functools import partial
-
 from data.batch import Layout
 from pipeline.config import PpoSettings
 from pipeline.contract import Context, Result
@@ -34,7 +32,7 @@ def run(context: Context) -> Result:
         ArtifactError: The policy or the reward model is damaged, or they sit on different bases.
         NumericalError: The preflight failed, or a loss or gradient is not finite.
     """
-    return train(context, partial(learner, context.settings))
+    return train(context, learner)
 
 
 def learner(settings: PpoSettings, roles: Roles, layout: Layout, trunk: Trunk) -> PolicyGradient:

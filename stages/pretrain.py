@@ -23,7 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from data.tree import Branch, Tree
 from pipeline.contract import Artifact, Context, Result
 from pipeline.errors import ConfigError, DataError
-from stages.core import device, loop, optim, rows
+from stages.core import device, loop, memory, optim, rows
 from stages.core.checkpointing import checkpoint_layers
 from stages.core.handover import open_tokenizer
 from stages.core.layout import choose_layout
@@ -40,7 +40,9 @@ def run(context: Context) -> Result:
         DataError: There is not enough text for one block.
         NumericalError: A loss or gradient is not finite.
     """
-    settings, compute = context.settings, device.for_stage(context)
+    compute = device.for_stage(context)
+    fitted = memory.fit(context, compute)
+    context, settings = fitted.context, fitted.context.settings
     optim.require_support(settings.optimizer, compute.device)
     loop.seed_everything(context.seed)
     language_model = _open(context, compute)
@@ -55,11 +57,11 @@ def run(context: Context) -> Result:
             hint=f"give more text or lower stages.{context.name}.max_length",
         )
     layout, warnings = choose_layout(language_model, blocks.pass_(0)[:2], context.say)
-    objective = negative_mean(language_model, settings.tokens_per_batch, layout)
+    objective = negative_mean(language_model, settings.batch_tokens, layout)
     followed = loop.follow(context, blocks, objective, language_model.model.named_parameters())
     language_model.model.eval()
     held_out = documents.held_out.blocks(settings.max_length, settings.document_masks).pass_(0)[:HELD_OUT_BLOCKS]
-    metrics = loss_metrics(language_model, held_out, settings.tokens_per_batch, layout)
+    metrics = loss_metrics(language_model, held_out, settings.batch_tokens, layout)
     language_model.save(context.directory)
     _record_probes(context, compute, held_out or blocks.pass_(0)[:HELD_OUT_BLOCKS])
     return Result(
@@ -69,6 +71,7 @@ def run(context: Context) -> Result:
         tokenizer=record(language_model),
         tokens=followed.tokens,
         compute=compute.record,
+        expected_memory=fitted.expected,
         warnings=[*warnings, *followed.warnings],
     )
 

@@ -30,12 +30,12 @@ def run(context: Context) -> Result:
         ArtifactError: The policy or the reward model is damaged, or they sit on different bases.
         NumericalError: The preflight failed, or a loss or gradient is not finite.
     """
-    return train(context, partial(learner, context.settings))
+    return train(context, learner)
 
 
 def learner(settings: RejectionSettings, roles: Roles, layout: Layout, trunk: Trunk) -> Ranking:
     """Learns the best responses to each prompt."""
-    objective = negative_mean(roles.base, settings.tokens_per_batch, layout)
+    objective = negative_mean(roles.base, settings.batch_tokens, layout)
     return Ranking(roles, settings, objective, partial(best_of, keep=settings.keep))
 
 

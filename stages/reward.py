@@ -32,7 +32,7 @@ from reward import disagreement
 from reward.disagreement import Ranking
 from reward.head import ScalarHead
 from reward.intervals import mean_interval, proportion_interval
-from stages.core import device, loop, optim, probes, rows
+from stages.core import device, loop, memory, optim, probes, rows
 from stages.core.centring import centre, scores_by_head
 from stages.core.checkpointing import checkpoint_layers
 from stages.core.layout import choose_layout
@@ -50,7 +50,9 @@ def run(context: Context) -> Result:
         ArtifactError: The policy is damaged or not what its manifest says.
         NumericalError: A loss or gradient is not finite.
     """
-    settings, compute = context.settings, device.for_stage(context)
+    compute = device.for_stage(context)
+    fitted = memory.fit(context, compute)
+    context, settings = fitted.context, fitted.context.settings
     optim.require_support(settings.optimizer, compute.device)
     loop.seed_everything(context.seed)
     policy = context.inputs["policy"]
@@ -70,7 +72,7 @@ def run(context: Context) -> Result:
         examples.train,
         max_length=settings.max_length,
         seed=context.seed,
-        tokens_per_batch=settings.tokens_per_batch,
+        tokens_per_batch=settings.batch_tokens,
         layout=layout,
     )
     metrics = {"sample_score": sample_score, **_metrics(roles, examples.held_out, settings, layout)}
@@ -85,6 +87,7 @@ def run(context: Context) -> Result:
         tokenizer=record(roles.base),
         tokens=followed.tokens,
         compute=compute.record,
+        expected_memory=fitted.expected,
         warnings=[*roles.warnings, *warnings, *followed.warnings],
     )
 
@@ -93,7 +96,7 @@ def _objective(roles: Roles, settings: RewardSettings, layout: Layout, seed: int
     """Mean loss over the step's preferences; `accuracy` is the share in which the best response scores highest."""
 
     def parts(examples: Sequence[Tree]) -> Iterator[loop.Part]:
-        for batch in on_device(roles.base, examples, settings.tokens_per_batch, layout):
+        for batch in on_device(roles.base, examples, settings.batch_tokens, layout):
             with roles.base.compute.autocast():
                 found = head_scores(roles, REWARD, batch)
             groups = found.split([len(tree.branches) for tree in batch.trees])
@@ -129,7 +132,7 @@ def _loss(group: Tensor, tree: Tree, settings: RewardSettings) -> Tensor:
 def _metrics(roles: Roles, examples: Sequence[Tree], settings: RewardSettings, layout: Layout) -> dict[str, Metric]:
     if not examples:
         return {}
-    found = scores_by_head(roles, examples, settings.tokens_per_batch, layout)
+    found = scores_by_head(roles, examples, settings.batch_tokens, layout)
     rankings = [Ranking(np.array(scores)) for scores in found.values()]
     margins = [float(means[0] - means[-1]) for means in (each.scores.mean(1) for each in rankings)]
     return {

@@ -22,7 +22,7 @@ from data.batch import Layout
 from data.template import set_template
 from data.tree import Tree, conversation_tree
 from pipeline.contract import Artifact, Context, Result
-from stages.core import device, loop, optim, probes, rows
+from stages.core import device, loop, memory, optim, probes, rows
 from stages.core.checkpointing import checkpoint_layers
 from stages.core.layout import choose_layout
 from stages.core.models import load_model, record
@@ -39,7 +39,9 @@ def run(context: Context) -> Result:
         ConfigError: The adapter does not fit the model, or the device does not serve what is asked of it.
         NumericalError: A loss or gradient is not finite.
     """
-    settings, compute = context.settings, device.for_stage(context)
+    compute = device.for_stage(context)
+    fitted = memory.fit(context, compute)
+    context, settings = fitted.context, fitted.context.settings
     optim.require_support(settings.optimizer, compute.device)
     loop.seed_everything(context.seed)
     policy = context.inputs["policy"]
@@ -50,7 +52,7 @@ def run(context: Context) -> Result:
     layout, warnings = choose_layout(roles.base, examples.train, context.say)
     with roles.use(POLICY if settings.lora else REFERENCE):
         followed = _train(context, roles, examples, layout)
-        metrics = loss_metrics(roles.base, examples.held_out, settings.tokens_per_batch, layout)
+        metrics = loss_metrics(roles.base, examples.held_out, settings.batch_tokens, layout)
     kind, tokenizer = _save(context, roles, policy), record(roles.base)
     probed = examples.held_out or examples.train
     if kind == "adapter":
@@ -70,6 +72,7 @@ def run(context: Context) -> Result:
         tokenizer=tokenizer,
         tokens=followed.tokens,
         compute=compute.record,
+        expected_memory=fitted.expected,
         warnings=[*warnings, *followed.warnings],
     )
 
@@ -95,7 +98,7 @@ def _open(context: Context, policy: Artifact, compute: device.Compute) -> Roles:
 def _train(context: Context, roles: Roles, examples: rows.Examples, layout: Layout) -> loop.Followed:
     """Take all steps."""
     settings = context.settings
-    objective = negative_mean(roles.base, settings.tokens_per_batch, layout)
+    objective = negative_mean(roles.base, settings.batch_tokens, layout)
     named = roles.parameters(POLICY) if settings.lora else roles.base.model.named_parameters()
     return loop.follow(context, examples.passes, objective, named)
 

@@ -283,7 +283,7 @@ IN_MODELS = (
     Mutation(
         "a policy that does not begin as its reference",
         "stages/dpo.py",
-        "require_beginning(roles, begun, first, settings.tokens_per_batch, layout)",
+        "require_beginning(roles, begun, first, settings.batch_tokens, layout)",
         "pass",
         f"{HANDOVER}test_kept_log_probabilities_of_another_reference_are_refused",
     ),
@@ -502,7 +502,7 @@ IN_TRAINING = (
             ("a part that is not sampled", "difference <= apart and reaches", "difference <= apart"),
             ("an end", "bool(ended.any()) or", "True or"),
             ("a spread", "not clipped and max(deviation, float(seen.rewards.std())) > ALIKE,", "True,"),
-            ("memory", "not free or needed < free,", "True,"),
+            ("memory", "left is None or needed < left,", "True,"),
             ("a failed check", "if check.fails:", "if False:"),
         )
     ),

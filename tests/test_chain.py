@@ -129,6 +129,41 @@ def test_every_stage_is_published_intact_with_its_report(run: Path) -> None:
     assert json.loads((run / "report.json").read_text())
 
 
+def test_every_stage_with_a_model_records_what_it_was_expected_to_take(run: Path) -> None:
+    for stage in STAGES:
+        cost = manifest_of(run, stage).cost
+        assert (cost.expected_memory is None) == (stage == "tokenizer")
+        if cost.expected_memory:
+            assert cost.expected_memory.tokens_per_batch == 8192
+            assert cost.peak_memory_bytes < 1.5 * cost.expected_memory.total
+
+
+def test_the_plan_says_what_every_stage_with_a_model_takes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert baton("plan", config, f"output={config.parent}/other") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("      memory ") and line.endswith("(auto)") for line in lines) == len(STAGES) - 1
+    assert baton("plan", config, f"output={config.parent}/other", "--json") == 0
+    plan = {each["stage"]: each["memory"] for each in json.loads(capsys.readouterr().out)}
+    assert plan["tokenizer"] is None
+    parts = ("weights", "adapters", "optimizer", "activations", "logits", "cache", "fixed")
+    assert plan["ppo"]["total"] == sum(plan["ppo"][name] for name in parts)
+    assert plan["ppo"]["adapters"] > plan["dpo"]["adapters"] > 0
+
+
+@pytest.mark.slow
+def test_a_chain_within_a_limit_takes_smaller_batches(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--until", "dpo", f"output={tmp_path}/run", "stages.dpo.max_length=128", "memory=600MB"]
+    assert baton("run", config, *arguments) == 0
+    assert "dpo: tokens_per_batch auto: 256, of 0 MB that are free" in capsys.readouterr().out
+    expected = manifest_of(tmp_path / "run", "dpo").cost.expected_memory
+    assert expected is not None
+    assert expected.tokens_per_batch == 256
+    assert baton("plan", config, *arguments[:-1]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
 def test_manifests_lead_from_every_stage_to_the_one_before(run: Path) -> None:
     kinds = {"tokenizer": "tokenizer", "base": "model", "sft": "model", "reward": "reward", "dpo": "adapter"}
     for name in STAGES:

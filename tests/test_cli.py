@@ -77,6 +77,7 @@ def test_show_leads_back_to_the_data(baton: Baton, inside: Baton, finished: Path
     assert shown.returncode == 0, shown.stderr
     assert "dpo: adapter of a dpo stage, digest " in shown.stdout
     assert "accuracy: 0.5 [0.25, 0.75]" in shown.stdout
+    assert "memory: at most " in shown.stdout
     for name, data in [("dpo", "pairs"), ("sft", "chats"), ("base", "text"), ("tok", "text")]:
         assert f"{finished}/stages/{name}" in shown.stdout
         assert f"{data}.jsonl (8 rows, train)" in shown.stdout

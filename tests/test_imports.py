@@ -28,6 +28,7 @@ DRIVER = {
     "interruption",
     "resumption",
     "cost",
+    "forecast",
     "garbage",
     "inputs",
     "doctor",

@@ -85,6 +85,12 @@ def test_how_it_is_computed_is_no_reason(config: Path, run: Run, override: str) 
     assert running(planned(config, override)) == []
 
 
+def test_stages_trained_with_a_fixed_batch_stay_valid_with_auto(config: Path, run: Run) -> None:
+    run(*[f"stages.{name}.tokens_per_batch=8192" for name in fakes.STAGES if name != "tok"])
+    for overrides in ([], ["memory=8GB"], ["stages.dpo.tokens_per_batch=auto"]):
+        assert running(planned(config, *overrides)) == []
+
+
 def test_changed_data_is_named_by_role(config: Path, run: Run, tmp_path: Path) -> None:
     run()
     with (tmp_path / "pairs.jsonl").open("a") as stream:

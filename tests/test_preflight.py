@@ -12,18 +12,21 @@ import rl
 import torch
 from numpy.typing import NDArray
 
+from pipeline import memory, shape
 from pipeline.config import PpoSettings
 from pipeline.errors import NumericalError
+from pipeline.memory import Task
+from pipeline.shape import Base
 from stages.core import likelihood
 from stages.core.device import Compute
-from stages.core.rl import memory, preflight
+from stages.core.rl import preflight
 from stages.core.rl.experience import Experience, score
-from stages.core.rl.preflight import Check, checks, ratio, require
+from stages.core.rl.preflight import Check, checks, fits, ratio, require
 from stages.core.rl.rewards import Scale
 from stages.core.rl.selection import Look
 from stages.core.roles import POLICY, Roles
 
-NAMES = ["probability ratio", "divergence", "gap", "responses that end", "spread", "memory"]
+NAMES = ["probability ratio", "divergence", "gap", "responses that end", "spread"]
 
 
 def examined(roles: Roles, group: list[Experience], chosen: PpoSettings) -> dict[str, Check]:
@@ -42,6 +45,14 @@ def start(compute: Compute = models.CPU) -> tuple[Roles, list[Experience], PpoSe
     group = rl.sampled(roles, chosen)
     group[0].ended[0] = True
     return roles, group, chosen
+
+
+def task(chosen: PpoSettings) -> Task:
+    """The stage on the tiny model."""
+    model = models.model()
+    tensors = {name: tuple(each.shape) for name, each in model.named_parameters()}
+    base = Base(shape.of_tensors(model.config.to_dict(), tensors), "p")
+    return Task(chosen, (base,), models.LORA, "cpu", "float32")
 
 
 def test_at_a_sound_start_every_check_passes_and_says_its_value() -> None:
@@ -210,10 +221,11 @@ def test_the_ratio_is_that_of_the_pass_that_trains(monkeypatch: pytest.MonkeyPat
     assert not ratio(group, rl.losses(roles, chosen), 0.05).passed
 
 
-def test_more_memory_than_there_is_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    roles, group, chosen = start()
-    monkeypatch.setattr(memory, "free", lambda device: 1000)
-    assert failed(roles, group, chosen) == ["memory"]
+def test_more_memory_than_there_is_fails() -> None:
+    _, group, chosen = start()
+    found = fits(task(chosen), group, 1000)
+    assert found.fails
+    assert found.value.endswith("more for a round of 0 MB free")
 
 
 def test_a_failed_check_stops_the_run_and_says_what_to_change() -> None:
@@ -224,18 +236,13 @@ def test_a_failed_check_stops_the_run_and_says_what_to_change() -> None:
     require(dataclasses.replace(check, passed=True), "stages.ppo")
 
 
-def test_the_weights_held_are_the_bases_once_and_small_adapters() -> None:
-    roles = rl.four_roles()
-    base = sum(each.numel() * 4 for each in models.model().parameters())
-    adapters = sum(each.numel() * 4 for role in ("policy", "reward", "value") for _, each in roles.parameters(role))
-    assert memory.held(roles) == base + adapters
-
-
-def test_the_cache_that_is_expected_is_at_most_what_sampling_holds() -> None:
-    roles, chosen = rl.four_roles(), rl.settings(samples_per_prompt=8, tokens_per_batch=16)
-    few, many = (memory.expected(roles, rl.sampled(roles, chosen), each) for each in (chosen, chosen))
-    assert few == many
-    config = roles.base.model.config
-    of_a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
-    trained = sum(each.numel() for role in ("policy", "value") for _, each in roles.parameters(role))
-    assert few - trained * memory.OF_ADAM <= max(8 * 16 * of_a_token, 10**6)
+def test_a_round_is_estimated_by_its_own_batches() -> None:
+    _, group, chosen = start()
+    short = fits(task(chosen), group, 10**12)
+    assert short.passed
+    longest = max(each.batch.token_count for each in group)
+    whole = memory.estimate(task(chosen), 8192, imports=0)
+    own = memory.estimate(dataclasses.replace(task(chosen), longest=longest), longest, imports=0)
+    assert own.activations < whole.activations
+    assert fits(task(chosen), group, None).passed
+    assert "free" not in fits(task(chosen), group, None).value

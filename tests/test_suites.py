@@ -41,7 +41,7 @@ from stages.core.suites import _Ledger
 
 OWN = sorted(path.stem for path in (loader.recipes() / "suites").glob("*.yaml"))
 OF_WORLD = [name for name in OWN if name not in ("gsm8k", "ifeval")]
-SETTINGS: Any = SimpleNamespace(max_length=200, tokens_per_batch=8192)
+SETTINGS: Any = SimpleNamespace(max_length=200, batch_tokens=8192)
 
 
 def write_suite(folder: Path, name: str = "mine", rows: list[dict[str, Any]] | None = None, **settings: Any) -> Path:

@@ -144,11 +144,11 @@ def answer(
         seed=seed,
         per_prompt=per_prompt,
         max_length=settings.max_length,
-        tokens_per_batch=settings.tokens_per_batch,
+        tokens_per_batch=settings.batch_tokens,
     )
     asked = [prompt for prompt in prompts for _ in range(per_prompt)]
     verdicts = _verdicts(settings.gold, asked, found.texts)
-    ended, sizes = [each.ended for each in found.samples], (settings.max_length, settings.tokens_per_batch)
+    ended, sizes = [each.ended for each in found.samples], (settings.max_length, settings.batch_tokens)
     return Answers(
         found.texts,
         trees_of(found.prompts, found.samples),

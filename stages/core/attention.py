@@ -22,10 +22,9 @@ from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
 from data.packing import Group, Packing, Span
+from pipeline.memory import PRODUCTS_WIDTH
 
 NAME = "packed_trees"
-PRODUCTS_WIDTH = 512
-"""Up to this width, products of matrices in bfloat16 beat the processor's fused attention, backward above all."""
 FLASH = (torch.bfloat16, torch.float16)
 """Precisions in which flash attention computes."""
 FLASH_CAPABILITY = (8, 0)

@@ -11,12 +11,11 @@ import torch
 from data.batch import Layout
 from data.tree import Tree
 from pipeline.manifest import Metric
+from pipeline.memory import CENTRING_SAMPLES
 from reward.intervals import mean_interval
 from stages.core.roles import REFERENCE, REWARD, Roles
 from stages.core.rollout import sample, trees_of
 from stages.core.scoring import head_scores, on_device
-
-SAMPLES = 128
 
 
 def centre(
@@ -47,7 +46,7 @@ def reference_samples(
 ) -> list[Tree]:
     """Responses of the reference to some of the prompts, as long as the longest given one; prompts lose their beginning
     where the two would not fit."""
-    chosen = random.Random(seed).sample(examples, min(SAMPLES, len(examples)))
+    chosen = random.Random(seed).sample(examples, min(CENTRING_SAMPLES, len(examples)))
     longest = max(len(branch.tokens) for tree in chosen for branch in tree.branches)
     room = roles.base.longest(max_length) - longest
     prompts = [tree.prompt[-room:] for tree in chosen]

@@ -24,9 +24,10 @@ from transformers import (
 )
 
 from pipeline.config import Decoding
+from pipeline.memory import CACHED_TOKENS
 from stages.core import lora, rollout
 from stages.core.forward import device_of
-from stages.core.rollout import CACHED_TOKENS, Sample
+from stages.core.rollout import Sample
 
 
 def decode(

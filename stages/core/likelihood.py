@@ -19,9 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from data.packing import rounded_up
-
-CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 27}
-"""Logits computed at once: 8 MiB in float32 stay in a processor's cache."""
+from pipeline.memory import CHUNK_LOGITS
 
 
 def logits_of(model: PreTrainedModel, states: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def objective(
 
     def parts(examples: Sequence[Tree]) -> Iterator[loop.Part]:
         chosen_tokens = sum(tree.branches[0].reads for tree in examples)
-        for batch in on_device(roles.base, examples, settings.tokens_per_batch, layout):
+        for batch in on_device(roles.base, examples, settings.batch_tokens, layout):
             against = reference(batch) if reference else None
             with roles.use(POLICY):
                 policy = pair_logprobs(roles.base, batch)

@@ -18,13 +18,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from data.tree import Branch, Tree
 from pipeline.errors import NumericalError
+from pipeline.memory import CACHED_TOKENS
 from stages.core import continuous, lora
 from stages.core.forward import device_of
 from stages.core.key_values import make_room, take_rows
 from stages.core.likelihood import logits_of
 
-CACHED_TOKENS = 8
-"""Keys and values take that much less memory than activations."""
 LEAVING = 0.5
 """Rows that have ended leave once they are this share of all."""
 REMEDY = "train again from an earlier checkpoint with a lower learning rate, or use dtype=float32"

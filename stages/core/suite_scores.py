@@ -122,9 +122,7 @@ def scorer(suite: Suite, items: Sequence[Item], settings: EvaluateSettings, seed
 
 def margins(judge: Roles, items: Sequence[Item], settings: EvaluateSettings) -> Numbers:
     """By how much a reward model scores each row's best response higher than the best of the others."""
-    found = _by_branch(
-        judge, items, settings, lambda trees: scores(judge, REWARD, trees, settings.tokens_per_batch, PLAIN)
-    )
+    found = _by_branch(judge, items, settings, lambda trees: scores(judge, REWARD, trees, settings.batch_tokens, PLAIN))
     return {place: first - max(others) for place, (first, *others) in found.items()}
 
 
@@ -143,7 +141,7 @@ def longer_wins(items: Sequence[Item]) -> list[float]:
 def _likelihood(items: Sequence[Item], settings: EvaluateSettings, contestant: Contestant) -> Scores:
     texts: Any = [item.row for item in items]
     with contestant.use() as language_model:
-        found = text_likelihoods(language_model, texts, settings.max_length, settings.tokens_per_batch)
+        found = text_likelihoods(language_model, texts, settings.max_length, settings.batch_tokens)
     return Scores(
         {place: each.bits / each.bytes for place, each in found.items()},
         weights={place: float(each.bytes) for place, each in found.items()},
@@ -155,7 +153,7 @@ def _choice(suite: ChoiceSuite, items: Sequence[Item], settings: EvaluateSetting
     with contestant.use() as language_model:
 
         def likelihoods(trees: Any) -> dict[int, list[float]]:
-            found = logprobs(language_model, trees, settings.tokens_per_batch, PLAIN)
+            found = logprobs(language_model, trees, settings.batch_tokens, PLAIN)
             if not suite.normalised:
                 return found
             return {
@@ -297,5 +295,5 @@ def _responses(
         seed=seed,
         per_prompt=samples,
         max_length=settings.max_length,
-        tokens_per_batch=settings.tokens_per_batch,
+        tokens_per_batch=settings.batch_tokens,
     )

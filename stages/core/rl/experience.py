@@ -106,7 +106,7 @@ class Collector:
             trees: Those of the rollout's trees that are wanted.
             of_rules: What the rules say of each of the rollout's responses.
         """
-        batches = on_device(self._roles.base, trees, self._settings.tokens_per_batch, self._layout)
+        batches = on_device(self._roles.base, trees, self._settings.batch_tokens, self._layout)
         return [self._experience(batch, rollout, of_rules) for batch in batches]
 
     def _experience(self, batch: TreeBatch, rollout: Rollout, of_rules: Sequence[float]) -> Experience:

@@ -7,13 +7,14 @@ hide, in figures that look plausible.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from pipeline import memory
 from pipeline.config import Rounds
 from pipeline.errors import NumericalError
-from stages.core.rl import memory
+from pipeline.memory import Task
 from stages.core.rl.experience import SAME, Experience
 from stages.core.rl.selection import Look
 from stages.core.rl.updates import Losses
@@ -80,7 +81,29 @@ def checks(roles: Roles, experiences: Sequence[Experience], settings: Rounds, se
     yield _gap(roles, experiences)
     yield _ending(experiences, settings)
     yield _spread_within(experiences, settings, seen) if settings.compares_responses else _spread(experiences, seen)
-    yield _memory(roles, experiences, settings)
+
+
+def fits(task: Task, experiences: Sequence[Experience], left: int | None) -> Check:
+    """Whether a round fits into the memory that is left.
+
+    Args:
+        task: The stage.
+        experiences: Of the first rollout.
+        left: Bytes; None where that is not known.
+    """
+    trees = [tree for each in experiences for tree in each.batch.trees]
+    longest = max(len(tree.prompt) + max(len(branch.tokens) for branch in tree.branches) for tree in trees)
+    at_once = max(each.batch.token_count for each in experiences)
+    expected = memory.estimate(replace(task, longest=longest), at_once, imports=0)
+    held = expected.weights + expected.adapters
+    needed = expected.total - held - expected.fixed
+    return Check(
+        "memory",
+        f"{memory.in_words(held)} of weights held once, about {memory.in_words(needed)} more for a round"
+        + (f" of {memory.in_words(left)} free" if left is not None else ""),
+        left is None or needed < left,
+        "lower tokens_per_batch, samples_per_prompt or examples_per_step, or set gradient_checkpointing: true",
+    )
 
 
 def require(check: Check, where: str) -> None:
@@ -176,14 +199,3 @@ def _mostly_clipped(experiences: Sequence[Experience]) -> str:
     """In words; empty where most rewards are not."""
     clipped = torch.cat([each.clipped for each in experiences])
     return ", most of them clipped" if len(clipped) and clipped.float().mean().item() > 0.5 else ""
-
-
-def _memory(roles: Roles, experiences: Sequence[Experience], settings: Rounds) -> Check:
-    needed, free = memory.expected(roles, experiences, settings), memory.free(roles.base.compute.device)
-    return Check(
-        "memory",
-        f"{memory.held(roles) / 2**20:,.0f} MiB of weights held once, about {needed / 2**20:,.0f} MiB more for a round"
-        + (f" of {free / 2**20:,.0f} free" if free else ""),
-        not free or needed < free,
-        "lower tokens_per_batch, samples_per_prompt or examples_per_step, or set gradient_checkpointing: true",
-    )

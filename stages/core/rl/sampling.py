@@ -68,7 +68,7 @@ class Sampler:
                 max_new_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
                 seed=seed,
-                tokens_per_batch=settings.tokens_per_batch,
+                tokens_per_batch=settings.batch_tokens,
                 per_prompt=per_prompt or settings.samples_per_prompt,
                 backend=settings.sampler,
             )

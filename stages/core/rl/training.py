@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -24,9 +24,10 @@ from pipeline.contract import Context, Result
 from pipeline.errors import ServerError
 from pipeline.manifest import Metric
 from reward.rules import require_facts
-from stages.core import checkpoint, device, loop, optim
+from stages.core import checkpoint, device, loop, memory, optim
 from stages.core.checkpoint import State, joined
 from stages.core.layout import choose_layout
+from stages.core.memory import Fitted
 from stages.core.models import decoder_layers, record
 from stages.core.rl import health, preflight
 from stages.core.rl.experience import Collector, Experience, score
@@ -86,8 +87,8 @@ class Learner(Protocol):
         """Go on from such a state."""
 
 
-LearnerOf = Callable[[Roles, Layout, Trunk], Learner]
-"""Makes a stage's learner on opened roles, which it may add its own to."""
+LearnerOf = Callable[[Any, Roles, Layout, Trunk], Learner]
+"""Makes a stage's learner of its settings on opened roles, which it may add its own to."""
 
 
 def train(context: Context, learner_of: LearnerOf) -> Result:
@@ -100,12 +101,14 @@ def train(context: Context, learner_of: LearnerOf) -> Result:
         ArtifactError: The policy or the reward model is damaged, or they sit on different bases.
         NumericalError: The preflight failed, or a loss or gradient is not finite.
     """
-    settings, compute = context.settings, device.for_stage(context)
+    compute = device.for_stage(context)
+    fitted = memory.fit(context, compute)
+    context, settings = fitted.context, fitted.context.settings
     optim.require_support(settings.optimizer, compute.device)
     loop.seed_everything(context.seed)
     roles = open_roles(context.inputs["policy"], context.inputs.get("reward"), settings, compute)
     prompts = read_prompts(context, roles.base)
-    training = Training(context, roles, prompts, learner_of)
+    training = Training(fitted, roles, prompts, learner_of)
     for _ in training.rounds():
         pass
     if training.selection.idle:
@@ -124,6 +127,7 @@ def train(context: Context, learner_of: LearnerOf) -> Result:
         tokenizer=record(roles.base),
         tokens=training.tokens,
         compute=roles.base.compute.record,
+        expected_memory=fitted.expected,
         warnings=training.warnings,
     )
 
@@ -138,7 +142,8 @@ class Training:
         warnings: What the manifest has to say.
     """
 
-    def __init__(self, context: Context, roles: Roles, prompts: Prompts, learner_of: LearnerOf) -> None:
+    def __init__(self, fitted: Fitted, roles: Roles, prompts: Prompts, learner_of: LearnerOf) -> None:
+        self._fitted, context = fitted, fitted.context
         settings: Rounds = context.settings
         self._context, self._settings, self._roles, self._prompts = context, settings, roles, prompts
         examples = echoes(prompts.first, branches=2)
@@ -149,7 +154,7 @@ class Training:
         top = settings.lora.top_layers
         if top and top < len(decoder_layers(roles.base.model)) and not trunk.depth:
             self.warnings.append(f"lora.top_layers={top} saves nothing: {NOTHING_SHARED}")
-        self._learner = learner_of(roles, layout, trunk)
+        self._learner = learner_of(settings, roles, layout, trunk)
         self._sampler, self._rewards = Sampler(roles, settings), Rewards(roles, settings)
         self._collector = Collector(roles, settings, self._rewards, layout, trunk)
         self._scale, self._health = Scale(), Health(settings)
@@ -228,9 +233,14 @@ class Training:
     def _examine(self, experiences: list[Experience]) -> None:
         """The preflight, a line for each check."""
         general = preflight.checks(self._roles, experiences, self._settings, self.selection.looks[0])
-        for check in (*self._learner.checks(experiences), *general):
+        for check in (*self._learner.checks(experiences), *general, *self._fits(experiences)):
             self._context.say(f"preflight {check}")
             preflight.require(check, f"stages.{self._context.name}")
+
+    def _fits(self, experiences: list[Experience]) -> Iterator[Check]:
+        """Whether a round fits into memory, where the shape of the model is known."""
+        if self._fitted.task:
+            yield preflight.fits(self._fitted.task, experiences, memory.free(self._roles.base.compute.device))
 
     def _answers(self) -> Rollout:
         """Responses to the held-out prompts, or to the first training prompts where none is held out."""

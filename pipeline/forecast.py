@@ -1,0 +1,141 @@
+"""What memory the stages of a run will take, as far as configuration files and headers of models tell.
+
+Nothing is loaded, and nothing asks the device: where `auto` leaves device or precision open, the processor's flags and
+the presence of NVIDIA's driver decide here, and the stage itself looks again when it starts.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline import available, inputs, memory, shape
+from pipeline.config import Batched, PretrainSettings, RunSettings, SftSettings, TokenizerSettings, TrlSettings
+from pipeline.contract import Artifact
+from pipeline.errors import ArtifactError
+from pipeline.manifest import MemoryEstimate
+from pipeline.memory import Task
+from pipeline.plan import Decision
+from pipeline.shape import Base, UnknownShape
+
+DRIVER = Path("/proc/driver/nvidia/version")
+FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
+"""What processors that compute in bfloat16 say of themselves."""
+
+Forecast = MemoryEstimate | str
+"""The estimate, or why there is none."""
+
+
+def forecasts(settings: RunSettings, decisions: Sequence[Decision]) -> dict[str, Forecast]:
+    """Stage -> its estimate; stages that compute with no model are left out."""
+    return _Forecaster(settings, decisions).all()
+
+
+def record(forecast: Forecast) -> dict[str, Any]:
+    """For JSON."""
+    if isinstance(forecast, str):
+        return {"unknown": forecast}
+    return {"total": forecast.total, **forecast.model_dump()}
+
+
+def in_words(settings: RunSettings, stage: str, forecast: Forecast) -> str:
+    """One line."""
+    if isinstance(forecast, str):
+        return f"memory unknown: {forecast}"
+    is_auto = getattr(settings.stages[stage], "tokens_per_batch", None) == "auto"
+    batches = f"at {forecast.tokens_per_batch:,} tokens a batch{' (auto)' if is_auto else ''}"
+    return f"memory {memory.parts_in_words(forecast)}; {batches}"
+
+
+class _Forecaster:
+    def __init__(self, settings: RunSettings, decisions: Sequence[Decision]) -> None:
+        self._settings = settings
+        self._artifacts = {each.stage: each.wanted.artifacts for each in decisions}
+        self._device = _device() if settings.device == "auto" else settings.device
+        self._precision = _precision(self._device) if settings.dtype == "auto" else settings.dtype
+        limit = settings.memory_limit
+        self._free = available.memory(limit) if self._device == "cpu" else limit
+        self._headers: dict[str, shape.Shape] = {}
+
+    def all(self) -> dict[str, Forecast]:
+        """Of every stage that computes with a model."""
+        names = [name for name in self._artifacts if not isinstance(self._settings.stages[name], TokenizerSettings)]
+        return {name: self._forecast(name) for name in names}
+
+    def _forecast(self, name: str) -> Forecast:
+        stage = self._settings.stages[name]
+        if isinstance(stage, TrlSettings):
+            return "a trainer of TRL makes its own batches"
+        assert isinstance(stage, Batched)
+        try:
+            task = self._task(name, stage)
+        except (UnknownShape, ArtifactError) as error:
+            return str(error)
+        free = self._free
+        if free is not None and self._device == "cpu":  # this process has not imported what a stage does
+            free = max(0, free - memory.IMPORTS + (available.resident() or 0))
+        tokens = memory.choose(task, free) if stage.tokens_per_batch == "auto" else stage.batch_tokens
+        return memory.estimate(task, tokens)
+
+    def _task(self, name: str, stage: Batched) -> Task:
+        roles = [role for role in stage.roles() if role not in ("reward", "tokenizer")]
+        bases = [self._base(name, role) for role in roles] or [self._from_nothing(stage)]
+        reward = self._base(name, "reward").adapter if "reward" in stage.roles() else None
+        return Task(stage, tuple(bases), reward, self._device, self._precision)
+
+    def _base(self, name: str, role: str) -> Base:
+        """What an input is, or will be."""
+        reference = self._settings.stages[name].roles()[role]
+        artifact = self._artifacts.get(name, {}).get(role)
+        if artifact is not None:
+            return self._of_artifact(artifact)
+        if reference in self._settings.stages:
+            return self._of_stage(reference)
+        raise UnknownShape(f"`{reference}` is not downloaded yet")
+
+    def _of_artifact(self, artifact: Artifact) -> Base:
+        if artifact.manifest is None and artifact.source.endswith(inputs.GGUF) and not artifact.directory.is_dir():
+            return Base(self._of_header(artifact.source), artifact.digest)
+        return shape.of_artifact(artifact)
+
+    def _of_stage(self, name: str) -> Base:
+        """What a stage of the run will publish."""
+        stage = self._settings.stages[name]
+        if isinstance(stage, PretrainSettings) and stage.policy is None:
+            return replace(self._from_nothing(stage), identity=name)
+        policy = self._base(name, "policy")
+        if isinstance(stage, PretrainSettings) or (isinstance(stage, SftSettings) and stage.quantization == "none"):
+            return Base(policy.shape, name)
+        if isinstance(stage, TrlSettings) and stage.produces == "model":
+            return Base(policy.shape, name)
+        quantization = stage.quantization if isinstance(stage, SftSettings) else policy.quantization
+        return replace(policy, adapter=policy.adapter or getattr(stage, "lora", None), quantization=quantization)
+
+    def _from_nothing(self, stage: Any) -> Base:
+        tokenizer = self._settings.stages.get(stage.tokenizer)
+        if not isinstance(tokenizer, TokenizerSettings):
+            raise UnknownShape(f"`{stage.tokenizer}` is no tokenizer stage of this run")
+        return Base(shape.planned(stage.architecture, tokenizer.vocab_size), "")
+
+    def _of_header(self, file: str) -> shape.Shape:
+        if file not in self._headers:
+            from data import gguf
+
+            self._headers[file] = shape.of_tensors(*gguf.outline(Path(file)))
+        return self._headers[file]
+
+
+def _device() -> str:
+    if DRIVER.exists():
+        return "cuda"
+    return "mps" if (platform.system(), platform.machine()) == ("Darwin", "arm64") else "cpu"
+
+
+def _precision(device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    if device != "cpu":
+        return "bfloat16" if device == "cuda" else "float32"
+    words = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split()) if cpuinfo.is_file() else set()
+    return "bfloat16" if words & set(FLAGS) else "float32"

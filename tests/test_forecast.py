@@ -1,0 +1,117 @@
+"""What a plan says of memory: shapes of stages that have yet to run, of directories and of GGUF files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ggufs
+import models
+import pytest
+import tiny
+
+from data import gguf
+from pipeline import forecast, loader, plan, shape
+from pipeline.config import Lora
+from pipeline.manifest import MemoryEstimate
+
+ARCHITECTURE = """
+      model_type: llama
+      hidden_size: 32
+      intermediate_size: 64
+      num_hidden_layers: 2
+      num_attention_heads: 2
+"""
+CONFIG = """\
+output: {root}/run
+device: cpu
+dtype: float32
+memory: 2GB
+data:
+  text: {{source: {root}/rows.jsonl}}
+  rows: {{source: {root}/rows.jsonl}}
+  pairs: {{source: {root}/pairs.jsonl}}
+stages:
+  tok: {{kind: tokenizer, data: text, vocab_size: 300}}
+  base:
+    kind: pretrain
+    tokenizer: tok
+    data: text
+    architecture: {architecture}
+  sft: {{kind: sft, policy: {policy}, data: rows, quantization: {quantization}}}
+  dpo: {{kind: dpo, policy: sft, data: pairs, tokens_per_batch: 512}}
+  other: {{kind: trl, trainer: DPO, policy: sft, data: pairs}}
+"""
+
+
+def forecasts(
+    root: Path, *, policy: str = "base", architecture: str = ARCHITECTURE, quantization: str = "none"
+) -> dict[str, Any]:
+    """Of a run in which nothing is published."""
+    (root / "rows.jsonl").write_text('{"text": "A text."}\n' * 4)
+    (root / "pairs.jsonl").write_text('{"prompt": "A?", "chosen": "B.", "rejected": "C."}\n' * 4)
+    options = {"policy": policy, "architecture": architecture, "quantization": quantization}
+    path = root / "config.yaml"
+    path.write_text(CONFIG.format(root=root, **options).replace("data: rows", "data: pairs"))
+    settings = loader.load(path)
+    decisions = plan.plan(settings)
+    found = forecast.forecasts(settings, decisions)
+    assert list(found) == ["base", "sft", "dpo", "other"]
+    for name, each in found.items():
+        said = forecast.in_words(settings, name, each)
+        assert said.startswith("memory unknown: " if isinstance(each, str) else "memory ")
+    return found
+
+
+def test_stages_that_have_yet_to_run_have_the_shape_of_what_they_start_from(tmp_path: Path) -> None:
+    found = forecasts(tmp_path)
+    base = 2 * (300 * 32) + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
+    assert found["base"].weights == 4 * base
+    assert found["dpo"].weights == 4 * base
+    assert found["sft"].weights == 2 * 4 * base  # its adapter is merged
+    assert found["dpo"].tokens_per_batch == 512
+    assert found["base"].tokens_per_batch == 8192
+    assert found["other"] == "a trainer of TRL makes its own batches"
+    assert forecast.record(found["other"]) == {"unknown": found["other"]}
+
+
+def test_an_adapter_on_a_quantized_base_is_also_the_reference(tmp_path: Path) -> None:
+    plain, quantized = forecasts(tmp_path), forecasts(tmp_path, quantization="4bit")
+    assert quantized["dpo"].weights < plain["dpo"].weights
+    assert quantized["dpo"].adapters == 2 * plain["dpo"].adapters
+
+
+def test_a_directory_says_what_its_model_is(tmp_path: Path) -> None:
+    models.language_model().save(tmp_path / "model")
+    found = forecasts(tmp_path, policy=str(tmp_path / "model"))
+    assert found["dpo"].weights == sum(each.nbytes for each in models.model().parameters())
+
+
+def test_what_is_not_known_is_said(tmp_path: Path) -> None:
+    found = forecasts(tmp_path, architecture="{model_type: mamba}")
+    assert found["base"] == found["dpo"] == "the tensors of `mamba` are not known before it is trained"
+    found = forecasts(tmp_path, policy="hub:nobody/nothing@main")
+    assert found["dpo"] == found["sft"] == "`hub:nobody/nothing@main` is not downloaded yet"
+    assert isinstance(found["base"], MemoryEstimate)
+
+
+def test_precision_and_device_are_read_from_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("flags : fpu avx512_bf16\n")
+    assert forecast._precision("cpu", cpuinfo) == "bfloat16"
+    cpuinfo.write_text("flags : fpu avx2\n")
+    assert forecast._precision("cpu", cpuinfo) == "float32"
+    assert forecast._precision("cpu", tmp_path / "none") == "float32"
+    assert forecast._precision("cuda") == "bfloat16"
+    assert forecast._precision("mps") == "float32"
+    monkeypatch.setattr(forecast, "DRIVER", cpuinfo)
+    assert forecast._device() == "cuda"
+
+
+def test_a_gguf_file_says_it_in_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATON_CACHE", str(tmp_path / "cache"))
+    model = tiny.save_model(tmp_path / "model", "qwen2", ["Some text.", "More of it."])
+    file = ggufs.write(model, tmp_path / "model.gguf", quantized=True)
+    assert shape.of_tensors(*gguf.outline(file)).adapter(Lora()) == shape.of_directory(model).adapter(Lora())
+    from_file, from_directory = (forecasts(tmp_path, policy=str(each))["dpo"] for each in (file, model))
+    assert from_file == from_directory

@@ -25,7 +25,7 @@ from pipeline.contract import Artifact, Context, Result
 from stages.core import device, loop, optim, probes, rows
 from stages.core.checkpointing import checkpoint_layers
 from stages.core.layout import choose_layout
-from stages.core.models import load_model, record
+from stages.core.models import LanguageModel, load_model, record
 from stages.core.roles import POLICY, REFERENCE, Roles, adaptation
 from stages.core.scoring import loss_metrics, mean_logprobs, negative_mean, record_probes, replay_probes
 
@@ -58,7 +58,7 @@ def run(context: Context) -> Result:
             record_probes(context.directory, probed, roles.base)
     else:
         with roles.use(POLICY if settings.lora else REFERENCE):
-            trained = mean_logprobs(roles.base, probes.choose(probed))
+            trained = _in_float32(roles.base, probed)
         del roles
         _record_as_loaded(context, compute, probed, trained)
     merged = adaptation(policy, merged=kind == "model" and settings.lora is not None)
@@ -123,10 +123,18 @@ def _record_as_loaded(
     gc.collect()  # modules refer to each other, so that letting go of a model does not free its memory
     saved = load_model(Artifact(context.directory, "model", ""), compute)
     stored = json.loads((context.directory / "config.json").read_text()).get("dtype")
-    exact = {stored, compute.record["dtype"]} == {"float32"}
-    tolerance = probes.SAME_FLOAT32 if exact else probes.OTHER_COMPUTE
-    probes.require_same(trained, mean_logprobs(saved, probes.choose(examples)), tolerance, context.directory)
+    exact = context.settings.lora is None or {stored, compute.record["dtype"]} == {"float32"}
+    tolerance = probes.SAME if exact else probes.MERGED
+    probes.require_same(trained, _in_float32(saved, examples), tolerance, context.directory)
     record_probes(context.directory, examples, saved)
+
+
+def _in_float32(language_model: LanguageModel, examples: Sequence[Tree]) -> list[float]:
+    """Outputs on probes in float32, with weights as the next stage loads them."""
+    chosen, weights = probes.choose(examples), language_model.compute.dtype
+    return probes.computed_in_float32(
+        language_model, chosen, lambda trees: mean_logprobs(language_model, trees), weights
+    )
 
 
 if __name__ == "__main__":

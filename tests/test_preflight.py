@@ -77,9 +77,9 @@ def test_sampling_from_another_distribution_fails() -> None:
 
 def gap_of(start: tuple[Roles, list[Experience], PpoSettings], differences: torch.Tensor) -> bool:
     """Whether the check passes where sampling and training differ so, token by token."""
-    roles, group, _ = start
+    roles, group, chosen = start
     one = dataclasses.replace(group[0], sampled=differences, logprobs=torch.zeros_like(differences))
-    return preflight._gap(roles, [one]).passed
+    return preflight._gap(roles, [one], chosen).passed
 
 
 def rounded(noise: torch.Tensor) -> torch.Tensor:

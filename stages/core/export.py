@@ -104,7 +104,7 @@ def _open(artifact: Artifact) -> tuple[Roles, str]:
 
 def _replay(artifact: Artifact, roles: Roles, role: str) -> None:
     if artifact.kind == "reward":
-        probes.replay(artifact.directory, lambda trees: reward_scores(roles, role, trees), roles.base.compute)
+        probes.replay(artifact.directory, lambda trees: reward_scores(roles, role, trees), roles.base)
     else:
         replay_probes(artifact, roles.base)
 

@@ -123,12 +123,12 @@ def negative_mean(language_model: LanguageModel, tokens_per_batch: int, layout: 
 
 def replay_probes(artifact: Artifact, language_model: LanguageModel) -> None:
     """Check a received model or adapter, whose role must be in use, against its recorded log-probabilities."""
-    probes.replay(artifact.directory, lambda trees: mean_logprobs(language_model, trees), language_model.compute)
+    probes.replay(artifact.directory, lambda trees: mean_logprobs(language_model, trees), language_model)
 
 
 def record_probes(directory: Path, trees: Sequence[Tree], language_model: LanguageModel) -> None:
     """Record log-probabilities of the role in use for the receiver to check."""
-    probes.record(directory, trees, lambda chosen: mean_logprobs(language_model, chosen), language_model.compute)
+    probes.record(directory, trees, lambda chosen: mean_logprobs(language_model, chosen), language_model)
 
 
 def _by_tree(

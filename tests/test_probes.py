@@ -9,6 +9,7 @@ import models
 import pytest
 import torch
 
+from bench import families
 from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError
 from reward.head import ScalarHead
@@ -165,6 +166,16 @@ def test_rounding_in_the_precision_of_the_run_passes_and_a_broken_kernel_does_no
     probes.replay(tmp_path, lambda trees: next(in_own_precision_and_in_float32), half)
     with pytest.raises(ArtifactError, match=r"tolerance 0\.25"):
         probes.replay(tmp_path, lambda trees: next(in_own_precision_and_in_float32), half)
+
+
+@pytest.mark.parametrize("compute", [models.CPU, models.HALF])
+@pytest.mark.parametrize("family", ["gemma2", "gemma2 with a window", "mistral with a window", "phi"])
+def test_every_architecture_has_probes(tmp_path: Path, family: str, compute: Compute) -> None:
+    """Also one whose attention computes no packed rows."""
+    artifact = recorded(tmp_path, families.tiny(family, compute.dtype))
+    replay_probes(artifact, families.tiny(family, compute.dtype))
+    with pytest.raises(ArtifactError, match="recorded"):
+        replay_probes(artifact, families.tiny(family, compute.dtype, seed=1))
 
 
 def test_a_foreign_model_has_no_probes_to_replay(tmp_path: Path) -> None:

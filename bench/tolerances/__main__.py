@@ -42,14 +42,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.tolerances", description=__doc__)
     parser.add_argument("--model", type=Path, help="a model directory, or a GGUF file")
     parser.add_argument("--pairs", type=Path, help="JSON lines with prompt, chosen and rejected")
-    parser.add_argument("--families", action="store_true", help="tiny models with random weights instead")
+    parser.add_argument("--families", nargs="*", choices=FAMILIES, help="tiny models with random weights instead")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     found, began = [], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        if options.families:
-            for family in FAMILIES:
+        if options.families is not None:
+            for family in options.families or FAMILIES:
                 tiny(family, torch.float32).save(made(work / family / "base"))
                 base = Artifact(work / family / "base", "model", "base", source="base")
                 trees = random_pairs(40, len(tokenizer()))

@@ -40,7 +40,7 @@ from stages.core.forward import token_logprobs
 from stages.core.layout import choose_layout
 from stages.core.models import LanguageModel
 from stages.core.reference import in_each_step, pair_logprobs
-from stages.core.rl import experience, preflight
+from stages.core.rl import experience, preflight, rewards
 from stages.core.rl.experience import Collector
 from stages.core.rl.prompts import EncodedPrompt
 from stages.core.rl.rewards import Rewards
@@ -147,7 +147,7 @@ def _replayed(tolerance: str, case: str, directory: Path, base: LanguageModel, s
 @contextmanager
 def _in_plain_rows() -> Iterator[None]:
     plain = scoring.logprobs
-    with patch.object(scoring, "logprobs", lambda model, trees: plain(model, trees, layout="plain")):
+    with patch.object(scoring, "logprobs", lambda model, trees, **_: plain(model, trees, layout="plain")):
         yield
 
 
@@ -202,9 +202,11 @@ def _rewards(subject: Subject, precision: str) -> Iterator[Line]:
         yield _replayed("probes of rewards", "wrong base: a matrix of another layer", directory, roles.base, score)
     same = [replace(tree, branches=(tree.branches[0],) * 4) for tree in subject.trees[:8]]
     groups = torch.tensor(list(scoring.scores(roles, REWARD, same).values()))
-    spread = float((groups.amax(1) - groups.amin(1)).max())
-    alike = bool(experience.all_alike(groups).all())
-    yield line("ties of rewards", "the same response four times", spread, experience.SAME, not alike)
+    own = float((groups.amax(1) - groups.amin(1)).max())
+    numbers = rewards.first_of_equals(same)
+    groups = groups.flatten()[numbers].view(len(same), -1)
+    spread, alike = float((groups.amax(1) - groups.amin(1)).max()), bool(experience.all_alike(groups).all())
+    yield line("ties of rewards", "the same response four times", spread, experience.SAME, not alike, own=own)
     apart = torch.tensor(list(scoring.scores(roles, REWARD, subject.trees[:32]).values()))
     gaps = (apart[:, 0] - apart[:, 1]).abs()
     yield line("ties of rewards", "two responses, the least apart", float(gaps.min()), experience.SAME, False)

@@ -327,7 +327,7 @@ IN_MODELS = (
     Mutation(
         "a merge that went wrong",
         "stages/sft.py",
-        "probes.require_same(trained, _in_float32(saved, examples), tolerance, context.directory)",
+        "probes.require_same(trained.exact, _in_float32(saved, chosen), probes.SAME, context.directory)",
         "pass",
         "test_sft.py::test_a_merge_that_went_wrong_is_not_published",
     ),

@@ -130,7 +130,9 @@ def test_older_probes_have_the_tolerance_of_their_precision(tmp_path: Path) -> N
     probes.replay(tmp_path, lambda trees: [1.0, 2.0005], models.language_model())
     with pytest.raises(ArtifactError, match=r"probe 1: recorded 2\.000000, found 2\.002000"):
         probes.replay(tmp_path, lambda trees: [1.0, 2.002], models.language_model())
-    probes.replay(tmp_path, lambda trees: [1.0, 2.2], models.language_model(compute=models.HALF))
+    probes.replay(tmp_path, lambda trees: [1.0, 2.5], models.language_model(compute=models.HALF))
+    with pytest.raises(ArtifactError, match=r"tolerance 0\.6"):
+        probes.replay(tmp_path, lambda trees: [1.0, 2.7], models.language_model(compute=models.HALF))
     half = recorded_before(tmp_path, [1.0], models.HALF)
     probes.replay(tmp_path, lambda trees: [1.015], half)
     with pytest.raises(ArtifactError, match=r"tolerance 0\.02"):

@@ -201,13 +201,13 @@ def _rewards(subject: Subject, precision: str) -> Iterator[Line]:
     with wrong_matrix(roles):
         yield _replayed("probes of rewards", "wrong base: a matrix of another layer", directory, roles.base, score)
     same = [replace(tree, branches=(tree.branches[0],) * 4) for tree in subject.trees[:8]]
-    groups = torch.tensor(list(scoring.scores(roles, REWARD, same).values()))
+    groups = torch.tensor(list(scoring.scores(roles, REWARD, same, layout=subject.layout).values()))
     own = float((groups.amax(1) - groups.amin(1)).max())
     numbers = rewards.first_of_equals(same)
     groups = groups.flatten()[numbers].view(len(same), -1)
     spread, alike = float((groups.amax(1) - groups.amin(1)).max()), bool(experience.all_alike(groups).all())
     yield line("ties of rewards", "the same response four times", spread, experience.SAME, not alike, own=own)
-    apart = torch.tensor(list(scoring.scores(roles, REWARD, subject.trees[:32]).values()))
+    apart = torch.tensor(list(scoring.scores(roles, REWARD, subject.trees[:32], layout=subject.layout).values()))
     gaps = (apart[:, 0] - apart[:, 1]).abs()
     yield line("ties of rewards", "two responses, the least apart", float(gaps.min()), experience.SAME, False)
 

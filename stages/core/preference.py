@@ -14,7 +14,6 @@ from pipeline.config import DpoSettings, OnlineDpoSettings, PreferenceObjective
 from pipeline.errors import ArtifactError
 from stages.core import loop, probes
 from stages.core.float32 import in_float32
-from stages.core.layout import DISTANCE, LEAST_DISTANCE
 from stages.core.losses import PREFERENCE_LOSSES
 from stages.core.reference import Reference, in_each_step, pair_logprobs
 from stages.core.roles import POLICY, REFERENCE, Roles
@@ -71,8 +70,8 @@ def require_beginning(
     """Raise ArtifactError unless the policy, which has taken no step yet, is what the reference says of these pairs.
 
     Where it does not begin as its reference, that is another model's, and the margin would not begin at zero. Policy
-    and reference are compared in float32. What training reads of the reference, which may come from the cache, has
-    the run's precision: it may be `DISTANCE` times as far from float32 as the policy is.
+    and reference are compared in float32. What training reads of the reference, which may come from the cache, is
+    compared with the reference in the run's precision.
     """
     batches = list(on_device(roles.base, pairs, tokens_per_batch, layout))
     trees = [tree for batch in batches for tree in batch.trees]
@@ -81,13 +80,10 @@ def require_beginning(
         with roles.use(role), in_float32(roles.base.model) if exactly else nullcontext():
             return torch.cat([pair_logprobs(roles.base, batch) / read_tokens(batch) for batch in batches])
 
-    exact = computed(REFERENCE, exactly=True)
-    _require_near(computed(POLICY, exactly=True), exact, probes.SAME, trees)
-    read, tolerance = torch.cat([reference(batch) / read_tokens(batch) for batch in batches]), probes.SAME
-    if roles.base.compute.dtype != torch.float32:
-        distance = (computed(POLICY, exactly=False) - exact).square().mean().sqrt().item()
-        tolerance = max(DISTANCE * distance, LEAST_DISTANCE)
-    _require_near(read, exact, tolerance, trees)
+    _require_near(computed(POLICY, exactly=True), computed(REFERENCE, exactly=True), probes.SAME, trees)
+    read = torch.cat([reference(batch) / read_tokens(batch) for batch in batches])
+    tolerance = probes.SAME if roles.base.compute.dtype == torch.float32 else probes.KEPT
+    _require_near(read, computed(REFERENCE, exactly=False), tolerance, trees)
 
 
 def _require_near(found: Tensor, expected: Tensor, tolerance: float, trees: Sequence[Tree]) -> None:

@@ -78,7 +78,7 @@ def run(context: Context) -> Result:
     metrics = {"sample_score": sample_score, **_metrics(roles, examples.held_out, settings, layout)}
     roles.save(REWARD, context.directory)
     chosen = examples.held_out or examples.train
-    probes.record(context.directory, chosen, lambda trees: reward_scores(roles, REWARD, trees), compute)
+    probes.record(context.directory, chosen, lambda trees: reward_scores(roles, REWARD, trees), roles.base)
     return Result(
         kind="reward",
         metrics=metrics,

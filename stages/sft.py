@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,9 +26,12 @@ from pipeline.contract import Artifact, Context, Result
 from stages.core import device, loop, memory, optim, probes, rows
 from stages.core.checkpointing import checkpoint_layers
 from stages.core.layout import choose_layout
-from stages.core.models import load_model, record
+from stages.core.models import LanguageModel, load_model, record
 from stages.core.roles import POLICY, REFERENCE, Roles, adaptation
 from stages.core.scoring import loss_metrics, mean_logprobs, negative_mean, record_probes, replay_probes
+
+LOST, LEAST_LOST = 0.75, 0.1
+"""Largest share of what training changed that rounding of merged weights may lose; and what it may in any case."""
 
 
 def run(context: Context) -> Result:
@@ -59,8 +63,7 @@ def run(context: Context) -> Result:
         with roles.use(POLICY):
             record_probes(context.directory, probed, roles.base)
     else:
-        with roles.use(POLICY if settings.lora else REFERENCE):
-            trained = mean_logprobs(roles.base, probes.choose(probed))
+        trained = _Outputs.of(roles, probes.choose(probed), POLICY if settings.lora else REFERENCE)
         del roles
         _record_as_loaded(context, compute, probed, trained)
     merged = adaptation(policy, merged=kind == "model" and settings.lora is not None)
@@ -115,21 +118,53 @@ def _save(context: Context, roles: Roles, policy: Artifact) -> str:
     return "model"
 
 
-def _record_as_loaded(
-    context: Context, compute: device.Compute, examples: Sequence[Tree], trained: Sequence[float]
-) -> None:
+@dataclass(frozen=True)
+class _Outputs:
+    """Outputs of the trained model on probes.
+
+    Attributes:
+        exact: In float32, with weights as the next stage loads them.
+        own: In the run's precision.
+        untrained: The same without the adapter.
+    """
+
+    exact: list[float]
+    own: list[float]
+    untrained: list[float]
+
+    @classmethod
+    def of(cls, roles: Roles, chosen: Sequence[Tree], role: str) -> _Outputs:
+        with roles.use(REFERENCE):
+            untrained = mean_logprobs(roles.base, chosen)
+        with roles.use(role):
+            return cls(_in_float32(roles.base, chosen), mean_logprobs(roles.base, chosen), untrained)
+
+
+def _record_as_loaded(context: Context, compute: device.Compute, examples: Sequence[Tree], trained: _Outputs) -> None:
     """Record probes on the model as the next stage will load it, in the place of the one that was trained.
+
+    Where merged weights are rounded to bfloat16, a part of the change is lost, and as much may differ.
 
     Raises:
         ArtifactError: It is another than gave the outputs `trained`: merging or storing went wrong.
     """
     gc.collect()  # modules refer to each other, so that letting go of a model does not free its memory
-    saved = load_model(Artifact(context.directory, "model", ""), compute)
+    saved, chosen = load_model(Artifact(context.directory, "model", ""), compute), probes.choose(examples)
     stored = json.loads((context.directory / "config.json").read_text()).get("dtype")
-    exact = {stored, compute.record["dtype"]} == {"float32"}
-    tolerance = probes.SAME_FLOAT32 if exact else probes.OTHER_COMPUTE
-    probes.require_same(trained, mean_logprobs(saved, probes.choose(examples)), tolerance, context.directory)
+    if context.settings.lora is None or {stored, compute.record["dtype"]} == {"float32"}:
+        probes.require_same(trained.exact, _in_float32(saved, chosen), probes.SAME, context.directory)
+    else:
+        change = max(abs(one - other) for one, other in zip(trained.own, trained.untrained, strict=True))
+        tolerance = max(LOST * change, LEAST_LOST)
+        probes.require_same(trained.own, mean_logprobs(saved, chosen), tolerance, context.directory)
     record_probes(context.directory, examples, saved)
+
+
+def _in_float32(language_model: LanguageModel, chosen: Sequence[Tree]) -> list[float]:
+    weights = language_model.compute.dtype
+    return probes.computed_in_float32(
+        language_model, chosen, lambda trees: mean_logprobs(language_model, trees), weights
+    )
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ class Mutation:
     test: str
 
 
+LIMIT = "DIFFERENCE[torch.float32]"
+GAP = f"difference <= most and exact <= {LIMIT} and reaches"
 HANDOVER = "test_handover.py::"
 RESEALED = f"{HANDOVER}test_a_fault_with_hashes_made_anew_is_refused"
 ANEW = f"{HANDOVER}test_a_fault_with_hashes_and_records_made_anew_is_refused"
@@ -281,6 +283,20 @@ IN_MODELS = (
         f"{RESEALED}[no probes in the file]",
     ),
     Mutation(
+        "a difference that shows in float32 alone",
+        "stages/core/probes.py",
+        "    require_same(exact[_name(weights)],",
+        "    (exact[_name(weights)],",
+        "test_probes.py",
+    ),
+    Mutation(
+        "an export that loses what the adapter changes",
+        "stages/core/export.py",
+        "not parity.lost <= LOST",
+        "False",
+        "test_export_precision.py",
+    ),
+    Mutation(
         "a policy that does not begin as its reference",
         "stages/dpo.py",
         "require_beginning(roles, begun, first, settings.batch_tokens, layout)",
@@ -311,7 +327,7 @@ IN_MODELS = (
     Mutation(
         "a merge that went wrong",
         "stages/sft.py",
-        "probes.require_same(trained, mean_logprobs(saved, probes.choose(examples)), tolerance, context.directory)",
+        "probes.require_same(trained.exact, _in_float32(saved, chosen), probes.SAME, context.directory)",
         "pass",
         "test_sft.py::test_a_merge_that_went_wrong_is_not_published",
     ),
@@ -498,8 +514,9 @@ IN_TRAINING = (
         for name, text, without in (
             ("a ratio", "abs(found - 1) < EQUAL and approximate < EQUAL,", "True,"),
             ("a divergence", "gap < EQUAL,", "True,"),
-            ("a gap", "difference <= apart and reaches", "reaches"),
-            ("a part that is not sampled", "difference <= apart and reaches", "difference <= apart"),
+            ("a gap", GAP, f"exact <= {LIMIT} and reaches"),
+            ("a gap in float32", GAP, "difference <= most and reaches"),
+            ("a part that is not sampled", GAP, f"difference <= most and exact <= {LIMIT}"),
             ("an end", "bool(ended.any()) or", "True or"),
             ("a spread", "not clipped and max(deviation, float(seen.rewards.std())) > ALIKE,", "True,"),
             ("memory", "left is None or needed < left,", "True,"),

@@ -16,6 +16,7 @@ from pipeline.config import Lora
 from stages.core.device import Compute
 from stages.core.float32 import in_float32
 from stages.core.forward import token_logprobs
+from stages.core.lora import held
 from stages.core.models import decoder_layers
 from stages.core.roles import POLICY, open_role
 
@@ -76,3 +77,39 @@ def test_an_adapter_in_use_is_computed_too(tmp_path: Path) -> None:
         for name, parameter in exact.base.model.named_parameters():
             parameter.data.copy_(weights[name].data.float())
         assert (logprobs(rounded.base.model) - logprobs(exact.base.model)).abs().max() < 1e-5
+
+
+def test_autocast_inside_changes_nothing() -> None:
+    model = architectures.model("grouped", torch.bfloat16)
+    with in_float32(model):
+        expected = logprobs(model)
+        with BFLOAT16.autocast():
+            assert torch.equal(logprobs(model), expected)
+
+
+def test_a_base_in_float32_is_rounded_to_what_it_is_in_bfloat16(tmp_path: Path) -> None:
+    stored = models.save_base(tmp_path / "base")
+    wide, narrow = (open_role(stored, POLICY, Lora(rank=4), compute) for compute in (models.CPU, BFLOAT16))
+    for roles in (wide, narrow):
+        models.disturb(roles, POLICY)
+    before = models.snapshot(wide.base.model)
+    with wide.use(POLICY), in_float32(wide.base.model, torch.bfloat16):
+        found = logprobs(wide.base.model)
+    with narrow.use(POLICY), in_float32(narrow.base.model):
+        assert (logprobs(narrow.base.model) - found).abs().max() < 1e-5
+    with wide.use(POLICY):
+        assert (logprobs(wide.base.model) - found).abs().max() > 1e-4
+    assert models.changed(wide.base.model, before) == set()
+
+
+@torch.no_grad()
+def test_adapters_that_are_held_for_sampling_are_computed_in_float32_too() -> None:
+    roles = models.roles(POLICY, compute=BFLOAT16)
+    models.disturb(roles, POLICY)
+    with roles.use(POLICY), in_float32(roles.base.model):
+        expected = logprobs(roles.base.model)
+    with roles.use(POLICY), held(roles.base.model):
+        before = logprobs(roles.base.model)
+        with in_float32(roles.base.model):
+            assert torch.equal(logprobs(roles.base.model), expected)
+        assert torch.equal(logprobs(roles.base.model), before)

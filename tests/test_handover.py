@@ -644,4 +644,4 @@ def test_kept_log_probabilities_of_another_reference_are_refused(
         index["sha256"] = fingerprint.digest({name: each for name, each in index.items() if name != "sha256"})
         (path.parent / "index.json").write_text(json.dumps(index))
     said = refused(config, run, capsys, *once, "--force", "dpo")
-    assert "the policy does not begin as its reference: its log-probabilities a token are [-" in said
+    assert "the policy does not begin as its reference: log-probabilities a token are [-" in said

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from bench import families
 from data.batch import Layout, TreeBatch, batches, one_row, packed
 from data.tree import Branch, Tree
 from stages.core import attention
@@ -60,6 +61,23 @@ def logprobs(model: PreTrainedModel, batch: TreeBatch) -> Tensor:
 def test_ordinary_models_compute_packed_rows(kind: str, branches: int, dtype: torch.dtype) -> None:
     trees = architectures.ragged(9, branches=(branches,))
     assert chosen(computed(architectures.model(kind, dtype)), trees) == ("packed", [])
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_family_is_given_its_layout(family: str, dtype: torch.dtype) -> None:
+    expected = families.LAYOUTS[family]
+    assert chosen(families.tiny(family, dtype), architectures.ragged(9, branches=(2,)))[0] == expected
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_a_planted_fault_is_found_in_every_family(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choosing, "packed", lambda trees: shifted(packed(trees)))
+    monkeypatch.setattr(choosing, "one_row", lambda trees: shifted(one_row(trees)))
+    assert chosen(families.tiny(family, dtype), PAIRS)[0] == "plain"
 
 
 @EACH_DTYPE

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from bench import families
 from data.batch import batches
 from data.template import tokenizer_record
 from data.tokenizer import load_tokenizer
@@ -94,14 +95,18 @@ def test_weights_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", models.KINDS)
-def test_logits_that_are_the_heads_pass(kind: str) -> None:
-    require_plain_head(models.model(kind))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_logits_that_are_the_heads_pass(family: str, dtype: torch.dtype) -> None:
+    require_plain_head(families.tiny(family, dtype).model)
 
 
-@pytest.mark.parametrize("factor", [0.5, 8.0])
-def test_logits_that_are_changed_after_the_head_are_refused(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
-    model = models.model()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [0.5, 1.05, 8.0])
+def test_logits_that_are_changed_after_the_head_are_refused(
+    monkeypatch: pytest.MonkeyPatch, factor: float, dtype: torch.dtype
+) -> None:
+    model = models.model(dtype=dtype)
     forward = model.forward
 
     def scaled(**inputs: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import models
 import numpy as np
@@ -17,7 +18,7 @@ from pipeline.config import PpoSettings
 from pipeline.errors import NumericalError
 from pipeline.memory import Task
 from pipeline.shape import Base
-from stages.core import likelihood
+from stages.core import likelihood, rollout
 from stages.core.device import Compute
 from stages.core.rl import preflight
 from stages.core.rl.experience import Experience, score
@@ -88,14 +89,56 @@ def test_sampling_from_another_distribution_fails() -> None:
 
 def gap_of(start: tuple[Roles, list[Experience], PpoSettings], differences: torch.Tensor) -> bool:
     """Whether the check passes where sampling and training differ so, token by token."""
-    roles, group, _ = start
+    roles, group, chosen = start
     one = dataclasses.replace(group[0], sampled=differences, logprobs=torch.zeros_like(differences))
-    return preflight._gap(roles, [one]).passed
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(preflight, "_gap_in_float32", lambda *_: 0.0)
+        patched.setattr(preflight, "_distance", lambda *_: 0.0)
+        return preflight._gap(roles, [one], chosen).passed
 
 
 def rounded(noise: torch.Tensor) -> torch.Tensor:
     """Rounding of log-probabilities: what it has raised is drawn more often, by half its variance."""
     return noise + noise.square().mean() / 2
+
+
+def one_position_too_far(batch: rollout._Batch, following: torch.Tensor, done: list[bool]) -> None:
+    """Every token that is sampled stands one position too far, the first of a response excepted."""
+    advance(batch, following, done)
+    batch.positions += len(batch.tokens[0]) == 1
+
+
+def half_of_the_prompt_hidden(batch: rollout._Batch, following: torch.Tensor, done: list[bool]) -> None:
+    """Once a token was sampled, the first half of the prompt is not seen any more."""
+    advance(batch, following, done)
+    batch.mask[:, : batch.width // 2] = 0
+
+
+advance = rollout._Batch._advance
+
+
+@pytest.mark.parametrize("compute", [models.CPU, models.HALF])
+@pytest.mark.parametrize("fault", [one_position_too_far, half_of_the_prompt_hidden])
+def test_a_cache_that_computes_something_else_fails(
+    compute: Compute, fault: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roles, chosen = rl.four_roles(compute), rl.settings(samples_per_prompt=4)
+    sound = rl.sampled(roles, chosen)
+    assert preflight._gap(roles, sound, chosen).passed
+    monkeypatch.setattr(rollout._Batch, "_advance", fault)
+    # What was sampled before is sound: the fault shows in float32.
+    passed = preflight._gap(roles, sound, chosen).passed
+    assert passed == (compute == models.CPU)
+    assert not preflight._gap(roles, rl.sampled(roles, chosen), chosen).passed
+
+
+def test_rounding_of_a_deep_model_passes_up_to_three_times_that_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    roles, group, chosen = start(models.HALF)
+    noise = rounded(0.25 * (-1.0) ** torch.arange(1000))
+    one = dataclasses.replace(group[0], sampled=noise, logprobs=torch.zeros_like(noise))
+    assert not preflight._gap(roles, [one], chosen).passed
+    monkeypatch.setattr(preflight, "_distance", lambda *_: 0.1)
+    assert preflight._gap(roles, [one], chosen).passed
 
 
 LIMITS = pytest.mark.parametrize(

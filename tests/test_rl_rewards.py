@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import models
 import pytest
 import rl
@@ -75,3 +77,14 @@ def test_rewards_are_clipped_on_their_scale_and_penalties_come_after() -> None:
     ended, lengths = torch.tensor([True, False, False]), torch.tensor([2, 4, 0])
     found = Scale(10.0, 2.0).scores(torch.tensor([30.0, 11.0, -10.0]), ended, lengths, chosen)
     assert found.tolist() == pytest.approx([1.0 - 0.5, 0.5 - 0.5 - 1.0, -1.0 - 0.5])
+
+
+def test_equal_responses_to_a_prompt_have_one_reward_whatever_their_place_in_a_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    roles = rl.four_roles()
+    trees = [replace(tree, branches=(*tree.branches, tree.branches[0])) for tree in models.pairs(3)]
+    monkeypatch.setattr(roles.heads[REWARD], "forward", lambda states: torch.arange(len(states)).float())
+    rollout = rl.given(trees)
+    (group,) = rl.collector(roles, rl.settings()).collect(rollout, rollout.trees(), [0.0] * 9)
+    assert group.rewards.tolist() == [0.0, 1.0, 0.0, 3.0, 4.0, 3.0, 6.0, 7.0, 6.0]

@@ -32,11 +32,16 @@ from stages.core.roles import REFERENCE, REWARD, Roles, base_of
 from stages.core.scoring import replay_probes, reward_scores
 
 ADAPTED = "exported"
+FLOAT32 = "float32"
+SMALLEST = 1e-6
+"""What the adapter changes is taken to be at least this: an adapter without a step changes nothing."""
 LEAST = 0.01
 """The largest value is taken to be at least this: scores of a head that has hardly been trained are rounding."""
-SAME_FLOAT32, SAME_HALF = 1e-4, 0.03
-"""Largest accepted difference, as a share of the largest value, of weights stored in float32 and in lower precisions:
-there, merged weights are rounded once more than the base and its adapter are."""
+SAME = 1e-4
+"""Largest accepted difference, as a share of the largest value."""
+LOST = 0.5
+"""In lower precision, merged weights are rounded once more than the base and its adapter are. This is the largest
+difference, as a share of what the adapter changes (root mean squares), with which the lower precision is kept."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Parity:
         largest: Largest absolute value that was compared.
         values: How many were compared.
         dtype: Precision of the exported weights.
+        lost: Root mean square of the differences, as a share of what the adapter changes.
         offset: Of a reward model: what has to be added to the exported model's scores to have the stage's.
     """
 
@@ -55,11 +61,15 @@ class Parity:
     largest: float
     values: int
     dtype: str
+    lost: float
     offset: float | None = None
 
 
 def write(artifact: Artifact, directory: Path) -> Parity:
     """Fill a directory with weights, configuration, tokenizer, chat template and generation settings.
+
+    Weights have the precision in which the base is stored. An adapter that was trained for a few steps only changes
+    weights by less than bfloat16 tells apart; then they are written in float32.
 
     Args:
         artifact: A verified model, adapter or reward model.
@@ -71,20 +81,29 @@ def write(artifact: Artifact, directory: Path) -> Parity:
     """
     roles, role = _open(artifact)
     trees = probes.trees(artifact.directory)
-    merged = _merged(roles, role, artifact)
-    if artifact.kind == "reward":
-        parity = _write_reward(roles, merged, trees, directory)
-    else:
-        parity = _write_language_model(roles, role, merged, trees, directory)
-    tolerance = SAME_FLOAT32 if parity.dtype == "float32" else SAME_HALF
-    if not parity.difference <= tolerance * max(parity.largest, LEAST):
+    parity = _write(roles, role, artifact, trees, directory, "auto")
+    if artifact.kind != "model" and parity.dtype != FLOAT32 and not parity.lost <= LOST:
+        for path in directory.iterdir():
+            path.unlink()
+        parity = _write(roles, role, artifact, trees, directory, torch.float32)
+    exact = artifact.kind == "model" or parity.dtype == FLOAT32
+    if exact and not parity.difference <= SAME * max(parity.largest, LEAST):
         raise ArtifactError(
             f"the exported model differs from the stage's by up to {parity.difference:.3g}, at values of up to "
-            f"{parity.largest:.3g} ({tolerance:.0e} of that is accepted)",
+            f"{parity.largest:.3g} ({SAME:.0e} of that is accepted)",
             where=artifact.directory,
             hint="use the stage's own files: its base and the adapter beside it",
         )
     return parity
+
+
+def _write(
+    roles: Roles, role: str, artifact: Artifact, trees: Sequence[Tree], directory: Path, dtype: torch.dtype | str
+) -> Parity:
+    merged = _merged(roles, role, artifact, dtype)
+    if artifact.kind == "reward":
+        return _write_reward(roles, merged, trees, directory)
+    return _write_language_model(roles, role, merged, trees, directory)
 
 
 def _open(artifact: Artifact) -> tuple[Roles, str]:
@@ -104,17 +123,17 @@ def _open(artifact: Artifact) -> tuple[Roles, str]:
 
 def _replay(artifact: Artifact, roles: Roles, role: str) -> None:
     if artifact.kind == "reward":
-        probes.replay(artifact.directory, lambda trees: reward_scores(roles, role, trees), roles.base.compute)
+        probes.replay(artifact.directory, lambda trees: reward_scores(roles, role, trees), roles.base)
     else:
         replay_probes(artifact, roles.base)
 
 
-def _merged(roles: Roles, role: str, artifact: Artifact) -> LanguageModel:
-    """A model of its own in the precision that the base is stored in."""
+def _merged(roles: Roles, role: str, artifact: Artifact, dtype: torch.dtype | str) -> LanguageModel:
+    """A model of its own; `auto` is the precision that the base is stored in."""
     stored, _ = base_of(artifact)
     if artifact.kind != "model":
-        return roles.merged(role, stored)
-    return replace(load_model(stored, roles.base.compute, dtype="auto"), tokenizer=roles.base.tokenizer)
+        return roles.merged(role, stored, dtype)
+    return replace(load_model(stored, roles.base.compute, dtype=dtype), tokenizer=roles.base.tokenizer)
 
 
 def _write_language_model(
@@ -123,9 +142,16 @@ def _write_language_model(
     merged.end_turns()
     merged.save(directory)
     written = _read(AutoModelForCausalLM, directory)
-    with torch.no_grad(), roles.use(role):
-        pairs = [(written(tokens).logits.float(), _logits(roles.base.model, tokens)) for tokens in map(_tokens, trees)]
-    return _parity([found for found, _ in pairs], [expected for _, expected in pairs], merged)
+    tokens = [_tokens(tree) for tree in trees]
+
+    @torch.no_grad()
+    def logits(role: str) -> list[Tensor]:
+        with roles.use(role):
+            return [_logits(roles.base.model, each) for each in tokens]
+
+    with torch.no_grad():
+        found = [written(each).logits.float() for each in tokens]
+    return _parity(found, logits(role), logits(REFERENCE), merged)
 
 
 def _write_reward(roles: Roles, merged: LanguageModel, trees: Sequence[Tree], directory: Path) -> Parity:
@@ -146,7 +172,10 @@ def _write_reward(roles: Roles, merged: LanguageModel, trees: Sequence[Tree], di
         scores = _classified(written, trees, padding)
     expected = torch.tensor(reward_scores(roles, REWARD, trees))
     offset = float(head.linear.bias.mean() - head.mean)
-    return replace(_parity([scores + offset], [expected], merged), offset=offset)
+    with torch.no_grad(), roles.use(REFERENCE):
+        states = [roles.base.model.base_model(_tokens(tree)).last_hidden_state[0, -1:] for tree in trees]
+        unadapted = torch.cat([head(each) for each in states])
+    return replace(_parity([scores + offset], [expected], [unadapted], merged), offset=offset)
 
 
 def _classifier(merged: LanguageModel, head: ScalarHead) -> PreTrainedModel:
@@ -193,11 +222,20 @@ def _tokens(tree: Tree) -> Tensor:
     return torch.tensor([[*tree.prompt, *tree.branches[0].tokens]])
 
 
-def _parity(found: Sequence[Tensor], expected: Sequence[Tensor], merged: LanguageModel) -> Parity:
-    difference = max(float((one - other).abs().max()) for one, other in zip(found, expected, strict=True))
+def _parity(
+    found: Sequence[Tensor], expected: Sequence[Tensor], unadapted: Sequence[Tensor], merged: LanguageModel
+) -> Parity:
+    differences = [one - other for one, other in zip(found, expected, strict=True)]
+    changes = [one - other for one, other in zip(expected, unadapted, strict=True)]
     return Parity(
-        difference=difference,
+        difference=max(float(each.abs().max()) for each in differences),
         largest=max(float(each.abs().max()) for each in expected),
         values=sum(each.numel() for each in expected),
         dtype=str(merged.model.dtype).removeprefix("torch."),
+        lost=_size(differences) / max(_size(changes), SMALLEST),
     )
+
+
+def _size(tensors: Sequence[Tensor]) -> float:
+    """Root mean square."""
+    return torch.cat([each.flatten() for each in tensors]).square().mean().sqrt().item()

@@ -60,7 +60,7 @@ class Lineup:
         """The base of a reward model with the model loaded in the role `reward`."""
         roles = self._base(artifact)
         roles.load(REWARD, artifact.directory)
-        probes.replay(artifact.directory, lambda trees: reward_scores(roles, REWARD, trees), self._compute)
+        probes.replay(artifact.directory, lambda trees: reward_scores(roles, REWARD, trees), roles.base)
         return roles
 
     def _enter(self, artifact: Artifact) -> None:

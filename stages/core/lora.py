@@ -92,6 +92,9 @@ def _held_forward(layer: Linear) -> Callable[[Tensor], Tensor]:
     outputs, inputs = weight.shape
 
     def forward(states: Tensor) -> Tensor:
+        nonlocal down, up
+        if down.dtype != weight.dtype:  # weights are widened when a layer is computed in float32
+            down, up = (each[role].weight.to(weight.dtype) for each in (adapter.lora_A, adapter.lora_B))
         rows = states.to(weight.dtype).reshape(-1, inputs)
         result, _ = _result(rows, weight, bias, down, up, scaling)
         return result.view(*states.shape[:-1], outputs)

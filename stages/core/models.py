@@ -26,8 +26,8 @@ from stages.core import guards, handover, norms
 from stages.core.device import Compute
 from stages.core.likelihood import logits_of
 
-HEAD_TOLERANCE = 0.05
-"""Logits that the head alone explains differ by rounding at most, also in bfloat16."""
+HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.02}
+"""Logits that the head alone explains differ by rounding at most, of what is done to them after the head."""
 QUANTIZED_LAYERS = ("Linear4bit", "Linear8bitLt")
 """The layers of bitsandbytes."""
 QUANTIZED = ("cuda", "cpu")
@@ -147,8 +147,9 @@ def require_plain_head(model: PreTrainedModel) -> None:
     device = next(model.parameters()).device
     tokens = torch.arange(8, device=device)[None]
     states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    own = model(input_ids=tokens, use_cache=False).logits.float()
-    if not torch.allclose(logits_of(model, states), own, rtol=HEAD_TOLERANCE, atol=HEAD_TOLERANCE):
+    own = model(input_ids=tokens, use_cache=False).logits
+    rounding = HEAD_TOLERANCE.get(own.dtype, HEAD_TOLERANCE[torch.bfloat16])
+    if not torch.allclose(logits_of(model, states), own.float(), rtol=rounding, atol=rounding):
         raise ConfigError(
             f"{type(model).__name__} changes its logits after the head, which is not supported",
             where="architecture",

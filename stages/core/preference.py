@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from data.tree import Tree
 from pipeline.config import DpoSettings, OnlineDpoSettings, PreferenceObjective
 from pipeline.errors import ArtifactError
 from stages.core import loop, probes
+from stages.core.float32 import in_float32
 from stages.core.losses import PREFERENCE_LOSSES
 from stages.core.reference import Reference, in_each_step, pair_logprobs
-from stages.core.roles import POLICY, Roles
+from stages.core.roles import POLICY, REFERENCE, Roles
 from stages.core.scoring import on_device
 
 
@@ -67,21 +69,36 @@ def require_beginning(
 ) -> None:
     """Raise ArtifactError unless the policy, which has taken no step yet, is what the reference says of these pairs.
 
-    Where it does not begin as its reference, that is another model's, and the margin would not begin at zero.
+    Where it does not begin as its reference, that is another model's, and the margin would not begin at zero. Policy
+    and reference are compared in float32. What training reads of the reference, which may come from the cache, is
+    compared with the reference in the run's precision.
     """
-    tolerance = probes.tolerance_of(roles.base.compute.record["dtype"])
-    for batch in on_device(roles.base, pairs, tokens_per_batch, layout):
-        with roles.use(POLICY):
-            policy = pair_logprobs(roles.base, batch) / read_tokens(batch)
-        against = reference(batch) / read_tokens(batch)
-        for tree, old, new in zip(batch.trees, against.tolist(), policy.tolist(), strict=True):
-            if not all(abs(was - is_) <= tolerance for was, is_ in zip(old, new, strict=True)):
-                raise ArtifactError(
-                    f"the policy does not begin as its reference: its log-probabilities a token are {new}, "
-                    f"the reference's {old} (tolerance {tolerance:g})",
-                    where=tree.origin,
-                    hint="the reference must be the stage's `policy`; where it was kept, clear the token cache",
-                )
+    batches = list(on_device(roles.base, pairs, tokens_per_batch, layout))
+    trees = [tree for batch in batches for tree in batch.trees]
+
+    def computed(role: str, *, exactly: bool) -> Tensor:
+        with roles.use(role), in_float32(roles.base.model) if exactly else nullcontext():
+            return torch.cat([pair_logprobs(roles.base, batch) / read_tokens(batch) for batch in batches])
+
+    _require_near(computed(POLICY, exactly=True), computed(REFERENCE, exactly=True), probes.SAME, trees)
+    read = torch.cat([reference(batch) / read_tokens(batch) for batch in batches])
+    tolerance = probes.SAME if roles.base.compute.dtype == torch.float32 else probes.KEPT
+    _require_near(read, computed(REFERENCE, exactly=False), tolerance, trees)
+
+
+def _require_near(found: Tensor, expected: Tensor, tolerance: float, trees: Sequence[Tree]) -> None:
+    """Raise ArtifactError where log-probabilities a token [pairs, 2] differ by more (root mean square)."""
+    gaps = found - expected
+    distance = gaps.square().mean().sqrt().item()
+    if not distance <= tolerance:
+        worst = int(gaps.abs().amax(1).argmax())
+        raise ArtifactError(
+            f"the policy does not begin as its reference: log-probabilities a token are {found[worst].tolist()} and "
+            f"{expected[worst].tolist()}, over {len(trees)} pairs they differ by {distance:.2g} (tolerance "
+            f"{tolerance:.2g})",
+            where=trees[worst].origin,
+            hint="the reference must be the stage's `policy`; where it was kept, clear the token cache",
+        )
 
 
 def read_tokens(batch: TreeBatch) -> Tensor:

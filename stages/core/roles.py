@@ -156,15 +156,15 @@ class Roles:
             self.heads[role].save(directory)
         self.base.tokenizer.save_pretrained(directory)
 
-    def merged(self, role: str, artifact: Artifact) -> LanguageModel:
-        """A model of its own, in the precision it was stored in, with the role's adapter merged into the weights.
+    def merged(self, role: str, artifact: Artifact, dtype: torch.dtype | str = "auto") -> LanguageModel:
+        """A model of its own, in the precision it was stored in or another, with the role's adapter merged.
 
         The weights are read again rather than merged in place: this base may be held in a lower precision. They are
         read into the host's memory, so that an accelerator need not hold both.
         """
         assert self._peft is not None
         host = replace(self.base.compute, device=torch.device("cpu"))
-        stored = Roles(load_model(artifact, host, dtype="auto"))
+        stored = Roles(load_model(artifact, host, dtype=dtype))
         stored._inject(role, self.config(role))
         stored._fill(role, self._tensors(role), artifact.directory)
         assert stored._peft is not None

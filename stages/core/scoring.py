@@ -16,6 +16,7 @@ from pipeline.contract import Artifact
 from pipeline.manifest import Metric
 from reward.intervals import ratio_interval
 from stages.core import guards, probes
+from stages.core.attention import OtherAttentionError
 from stages.core.forward import hidden_states, summed_token_logprobs, token_logprobs
 from stages.core.loop import Objective, Part
 from stages.core.models import LanguageModel
@@ -63,14 +64,25 @@ def logprobs(
 
 def mean_logprobs(language_model: LanguageModel, trees: Sequence[Tree]) -> list[float]:
     """Mean log-probability per token of single-branch trees: the probe of a language model."""
-    found = logprobs(language_model, trees)
+    found = _in_one_row(lambda layout: logprobs(language_model, trees, layout=layout))
     return [found[tree.number][0] / tree.reads for tree in trees]
 
 
 def reward_scores(roles: Roles, role: str, trees: Sequence[Tree]) -> list[float]:
     """Scores of single-branch trees: the probe of a reward model."""
-    found = scores(roles, role, trees)
+    found = _in_one_row(lambda layout: scores(roles, role, trees, layout=layout))
     return [found[tree.number][0] for tree in trees]
+
+
+def _in_one_row(compute: Callable[[Layout], dict[int, list[float]]]) -> dict[int, list[float]]:
+    """Probes in a packed row, or in plain rows where the architecture has an attention of its own.
+
+    Packed rows come first because earlier versions recorded them, and bfloat16 rounds differently in plain rows.
+    """
+    try:
+        return compute("packed")
+    except (OtherAttentionError, TypeError):
+        return compute("plain")
 
 
 def on_device(
@@ -123,12 +135,12 @@ def negative_mean(language_model: LanguageModel, tokens_per_batch: int, layout: 
 
 def replay_probes(artifact: Artifact, language_model: LanguageModel) -> None:
     """Check a received model or adapter, whose role must be in use, against its recorded log-probabilities."""
-    probes.replay(artifact.directory, lambda trees: mean_logprobs(language_model, trees), language_model.compute)
+    probes.replay(artifact.directory, lambda trees: mean_logprobs(language_model, trees), language_model)
 
 
 def record_probes(directory: Path, trees: Sequence[Tree], language_model: LanguageModel) -> None:
     """Record log-probabilities of the role in use for the receiver to check."""
-    probes.record(directory, trees, lambda chosen: mean_logprobs(language_model, chosen), language_model.compute)
+    probes.record(directory, trees, lambda chosen: mean_logprobs(language_model, chosen), language_model)
 
 
 def _by_tree(

@@ -29,7 +29,7 @@ def open_roles(policy: Artifact, reward: Artifact | None, settings: Rewarded, co
     if reward:
         handover.require_same_tokens(reward, roles.base.tokenizer)
         roles.load(REWARD, reward.directory)
-        probes.replay(reward.directory, lambda trees: reward_scores(roles, REWARD, trees), compute)
+        probes.replay(reward.directory, lambda trees: reward_scores(roles, REWARD, trees), roles.base)
     return roles
 
 

@@ -11,19 +11,28 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from data.batch import TreeBatch
 from pipeline import memory
 from pipeline.config import Rounds
 from pipeline.errors import NumericalError
 from pipeline.memory import Task
+from stages.core import rollout
+from stages.core.float32 import in_float32
+from stages.core.forward import token_logprobs
+from stages.core.layout import DISTANCE
 from stages.core.rl.experience import SAME, Experience
 from stages.core.rl.selection import Look
 from stages.core.rl.updates import Losses
-from stages.core.roles import Roles
+from stages.core.roles import POLICY, Roles
+from stages.core.scoring import on_device
 
 EQUAL = 1e-4
 """Largest deviation of a ratio from 1, or of a divergence from 0, that is put down to rounding."""
 DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
-"""Largest difference in nats between log-probabilities of sampling, with a cache, and of training: root mean square."""
+"""Largest difference in nats between log-probabilities of sampling, with a cache, and of training: root mean square. In
+bfloat16, `layout.DISTANCE` times the distance of training from float32 where that is more."""
+PROMPTS_IN_FLOAT32, TOKENS_IN_FLOAT32 = 4, 8
+"""Prompts, and tokens of a response to each, on which sampling and training are compared in float32 as well."""
 UNREACHED = {torch.float32: 1e-4, torch.bfloat16: 0.005}
 """Largest share of the trained distribution that sampling may leave out."""
 CHANCE = 3.0
@@ -78,7 +87,7 @@ def checks(roles: Roles, experiences: Sequence[Experience], settings: Rounds, se
         seen: The same policy on held-out prompts.
     """
     yield _divergence(experiences)
-    yield _gap(roles, experiences)
+    yield _gap(roles, experiences, settings)
     yield _ending(experiences, settings)
     yield _spread_within(experiences, settings, seen) if settings.compares_responses else _spread(experiences, seen)
 
@@ -137,22 +146,67 @@ def _divergence(experiences: Sequence[Experience]) -> Check:
     )
 
 
-def _gap(roles: Roles, experiences: Sequence[Experience]) -> Check:
+def _gap(roles: Roles, experiences: Sequence[Experience], settings: Rounds) -> Check:
+    """In bfloat16 the smallest mistakes, such as positions that are off by one, are no larger than rounding: there,
+    some responses are sampled and scored in float32 too."""
+    dtype = roles.base.compute.dtype
     found = torch.cat([(each.sampled - each.logprobs).flatten() for each in experiences])
-    difference = found.square().mean().sqrt().item()
+    difference, most, exact = found.square().mean().sqrt().item(), DIFFERENCE[dtype], 0.0
+    if dtype != torch.float32:
+        most = max(most, DISTANCE * _distance(roles, experiences[0].batch, settings.temperature))
+        exact = _gap_in_float32(roles, experiences, settings)
     # Sampled from q, E[p / q] is p's share of what q can give: 1, however both are rounded, if nothing is cut off.
     ratios = found.neg().exp()
     unreached, deviation = 1 - ratios.mean().item(), ratios.std(unbiased=False).item()
-    apart, most = DIFFERENCE[roles.base.compute.dtype], UNREACHED[roles.base.compute.dtype]
-    reaches = abs(unreached) <= most + CHANCE * deviation / len(found) ** 0.5 or len(found) < TELLING
+    reaches = abs(unreached) <= UNREACHED[dtype] + CHANCE * deviation / len(found) ** 0.5 or len(found) < TELLING
     return Check(
         "gap between sampling and training",
-        f"{difference:.2e} nats a token (at most {apart}), {1 - unreached:.4f} of the distribution sampled from "
-        f"({1 - most}, up to chance)",
-        difference <= apart and reaches,
+        f"{difference:.2e} nats a token (at most {most:.3g}), "
+        + (f"{exact:.2e} in float32 (at most {DIFFERENCE[torch.float32]}), " if dtype != torch.float32 else "")
+        + f"{1 - unreached:.4f} of the distribution sampled from ({1 - UNREACHED[dtype]}, up to chance)",
+        difference <= most and exact <= DIFFERENCE[torch.float32] and reaches,
         "the cache computes other log-probabilities than a whole pass, or the sampler leaves tokens out; try the other "
         "sampler, or dtype=float32",
     )
+
+
+@torch.no_grad()
+def _gap_in_float32(roles: Roles, experiences: Sequence[Experience], settings: Rounds) -> float:
+    """Root mean square of the differences on a few responses, to prompts from the shortest to the longest.
+
+    Continuous batching keeps keys and values in the precision of the weights, so that it is not compared: 0.
+    """
+    if settings.sampler != "native":
+        return 0.0
+    base = roles.base
+    prompts = sorted({tree.prompt for each in experiences for tree in each.batch.trees}, key=len)
+    prompts = prompts[:: max(1, len(prompts) // PROMPTS_IN_FLOAT32)]
+    with roles.use(POLICY), in_float32(base.model):
+        samples = rollout.sample(
+            base.model,
+            prompts,
+            stop_id=base.template.stop_id,
+            max_new_tokens=min(TOKENS_IN_FLOAT32, settings.max_new_tokens),
+            temperature=settings.temperature,
+            seed=0,
+            tokens_per_batch=settings.batch_tokens,
+        )
+        gaps = []
+        for batch in on_device(base, rollout.trees_of(prompts, samples), settings.batch_tokens, "plain"):
+            sampled = [each for tree in batch.trees for each in samples[tree.number].logprobs]
+            gaps.append(token_logprobs(base.model, batch, settings.temperature).cpu() - torch.tensor(sampled))
+    return torch.cat(gaps).square().mean().sqrt().item()
+
+
+@torch.no_grad()
+def _distance(roles: Roles, batch: TreeBatch, temperature: float) -> float:
+    """How far log-probabilities of training are from float32: root mean square."""
+    model = roles.base.model
+    with roles.use(POLICY):
+        with in_float32(model):
+            exact = token_logprobs(model, batch, temperature)
+        with roles.base.compute.autocast():
+            return (token_logprobs(model, batch, temperature) - exact).square().mean().sqrt().item()
 
 
 def _ending(experiences: Sequence[Experience], settings: Rounds) -> Check:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from data.batch import TreeBatch
+from data.tree import Tree
 from pipeline.config import Rewarded, Rounds
 from reward.mixture import RuleMixture
 from stages.core.rl.sampling import Rollout
@@ -70,6 +72,20 @@ class Rewards:
         return self._rules.scores([each.row for each in rollout.repeated], texts)
 
     def of_model(self, batch: TreeBatch, states: Tensor) -> Tensor:
-        """The reward model's weighted scores [branches], from the final hidden states of its role."""
+        """The reward model's weighted scores [branches], from the final hidden states of its role.
+
+        Equal responses to a prompt have one score: in bfloat16, rounding sets them apart by up to 0.02, and learning
+        from differences would take that for a preference.
+        """
         scores: Tensor = self._roles.heads[REWARD](states.index_select(0, batch.ends))
-        return self._weight * scores
+        return self._weight * scores[first_of_equals(batch.trees)]
+
+
+def first_of_equals(trees: Sequence[Tree]) -> list[int]:
+    """For each branch of the trees, the number of the first branch of its tree with the same tokens."""
+    numbers: list[int] = []
+    for tree in trees:
+        firsts: dict[tuple[int, ...], int] = {}
+        for branch in tree.branches:
+            numbers.append(firsts.setdefault(branch.tokens, len(numbers)))
+    return numbers

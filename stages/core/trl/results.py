@@ -48,7 +48,7 @@ def store_model(trained: LanguageModel, directory: Path, examples: Sequence[Tree
 def store_reward(roles: Roles, directory: Path, examples: Sequence[Tree]) -> None:
     """Write the reward model's adapter and head with their probes."""
     roles.save(REWARD, directory)
-    probes.record(directory, examples, lambda trees: reward_scores(roles, REWARD, trees), roles.base.compute)
+    probes.record(directory, examples, lambda trees: reward_scores(roles, REWARD, trees), roles.base)
 
 
 def reward_metrics(roles: Roles, held_out: Sequence[Tree]) -> dict[str, Metric]:

@@ -40,7 +40,7 @@ def _learned(artifact: Artifact, template: ChatTemplate, compute: Compute, setti
     handover.require_same_tokens(artifact, template.tokenizer)
     roles = open_base(artifact, compute)
     roles.load(REWARD, artifact.directory)
-    probes.replay(artifact.directory, lambda trees: reward_scores(roles, REWARD, trees), compute)
+    probes.replay(artifact.directory, lambda trees: reward_scores(roles, REWARD, trees), roles.base)
 
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
         trees = [

@@ -133,9 +133,14 @@ def _train(job: Job, shape: Path, stored: Path, policy: Artifact) -> Result:
     training = dataclasses.replace(job, **places, **TRAINING)
     material.link_base(training, shape, stored)
     material.make(training, job.reward_rows)
-    found: Result = import_module(f"stages.{job.kind}").run(stage_context(training, job.kind, policy))
+    context = stage_context(training, job.kind, policy)
+    found: Result = import_module(f"stages.{job.kind}").run(context)
     assert found.adaptation is not None
-    said = {"adaptation": found.adaptation.model_dump(mode="json"), "tokenizer": found.tokenizer}
+    said = {
+        "adaptation": found.adaptation.model_dump(mode="json"),
+        "tokenizer": found.tokenizer,
+        "settings": context.settings.model_dump(mode="json", include={"lora"}),
+    }
     result.with_suffix(".json").write_text(json.dumps(said), encoding="utf-8")
     return found
 
@@ -143,7 +148,9 @@ def _train(job: Job, shape: Path, stored: Path, policy: Artifact) -> Result:
 def _adapter_artifact(job: Job, name: str, kind: Literal["adapter", "reward"]) -> Artifact:
     said = json.loads((job.directory / f"{name}.json").read_text(encoding="utf-8"))
     adaptation = Adaptation.model_validate(said["adaptation"])
-    manifest = Manifest.model_construct(adaptation=adaptation, inputs={}, tokenizer=said["tokenizer"])
+    manifest = Manifest.model_construct(
+        adaptation=adaptation, inputs={}, tokenizer=said["tokenizer"], settings=said["settings"]
+    )
     return Artifact(job.directory / name, kind, name, manifest, name, base_artifact(job))
 
 

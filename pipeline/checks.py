@@ -122,14 +122,17 @@ def check_device(settings: RunSettings, names: Collection[str]) -> None:
 
 
 def _require_rows(stage: StageSettings, source: DataSource, where: str) -> None:
-    """See that some row is held out, for an evaluation, or is not, for a training; reads up to the first that is."""
+    """See that some row is held out, for an evaluation, or is not, for a training; reads up to the first that is.
+
+    A row that cannot be read is left to the stage, which names it.
+    """
     from data import read
     from data.findings import Findings
     from data.split import is_held_out
 
     evaluated = isinstance(stage, EvaluateSettings)
-    readings = (reading for reading in read.scan(source, Findings()) if reading.row)
-    if any(is_held_out(reading.row, source.held_out) is evaluated for reading in readings if reading.row):
+    readings = read.scan(source, Findings())
+    if any(not reading.row or is_held_out(reading.row, source.held_out) is evaluated for reading in readings):
         return
     if evaluated:
         raise DataError(f"no held-out rows for {where}", where=source.name, hint="raise its held_out or give more rows")

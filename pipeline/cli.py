@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline import forecast, garbage, inspection, loader, memory, origins, runner, store, suites, terminal
+from pipeline import checks, forecast, garbage, inspection, loader, memory, origins, runner, store, suites, terminal
 from pipeline import manifest as manifests
 from pipeline import plan as planning
 from pipeline.config import RunSettings
@@ -464,6 +464,10 @@ def print_plan(settings: RunSettings, decisions: Sequence[Decision], stage: str 
             said = forecast.in_words(settings, decision.stage, expected[decision.stage])
             lines.append(f"      {printable(said, None)}")
         _print("\n".join(lines))
+    try:
+        checks.check_device(settings, [decision.stage for decision in decisions if decision.run])
+    except ConfigError as error:
+        _print(f"warning: on this machine, a run would end at once: {error.in_a_line()}")
     count = sum(decision.run for decision in decisions)
     _print(f"{count} of {len(decisions)} would run" if count else "nothing to do: every stage is up to date")
 

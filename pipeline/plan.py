@@ -137,8 +137,7 @@ def plan(
 
     Raises:
         ConfigError: A name that is no stage, an input that is not selected and was never published, a server's token
-            that is not in the environment, a device that is not there or does not do what a stage asks of it, or a
-            requirement of what is not measured.
+            that is not in the environment, or a requirement of what is not measured.
         DataError: A data source is missing, its rows do not fit the stage that will read them, or what an evaluation
             asks is trained on.
         ArtifactError: An input from outside the run is damaged or of the wrong kind.
@@ -152,7 +151,6 @@ def plan(
         forced = name in force
         decisions.append(decide(settings, name, running=running, forced=forced, strict=strict, verify=verify))
     due = [decision.stage for decision in decisions if decision.run]
-    checks.check_device(settings, due)
     for name in names:
         stage = settings.stages[name]
         checks.check_requirements(stage, sources(settings, stage), f"stages.{name}")

@@ -57,9 +57,9 @@ def run(context: Context) -> Result:
         StorageError: The cache, where the reference is kept, cannot be written.
     """
     compute = device.for_stage(context)
+    optim.require_support(context.settings.optimizer, compute.device)
     fitted = memory.fit(context, compute)
     context, settings = fitted.context, fitted.context.settings
-    optim.require_support(settings.optimizer, compute.device)
     loop.seed_everything(context.seed)
     policy = context.inputs["policy"]
     roles = open_role(policy, POLICY, settings.lora, compute)

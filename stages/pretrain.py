@@ -41,9 +41,9 @@ def run(context: Context) -> Result:
         NumericalError: A loss or gradient is not finite.
     """
     compute = device.for_stage(context)
+    optim.require_support(context.settings.optimizer, compute.device)
     fitted = memory.fit(context, compute)
     context, settings = fitted.context, fitted.context.settings
-    optim.require_support(settings.optimizer, compute.device)
     loop.seed_everything(context.seed)
     language_model = _open(context, compute)
     if settings.gradient_checkpointing:

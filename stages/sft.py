@@ -44,9 +44,9 @@ def run(context: Context) -> Result:
         NumericalError: A loss or gradient is not finite.
     """
     compute = device.for_stage(context)
+    optim.require_support(context.settings.optimizer, compute.device)
     fitted = memory.fit(context, compute)
     context, settings = fitted.context, fitted.context.settings
-    optim.require_support(settings.optimizer, compute.device)
     loop.seed_everything(context.seed)
     policy = context.inputs["policy"]
     roles = _open(context, policy, compute)

@@ -18,7 +18,7 @@ from pipeline.contract import Artifact
 from pipeline.manifest import Manifest, Metric
 from stages.core.export import Parity
 
-PARITY = Parity(difference=1e-6, largest=12.5, values=100, dtype="float32")
+PARITY = Parity(difference=1e-6, largest=12.5, values=100, dtype="float32", lost=0.0)
 SECTIONS = ["How to load it", "Evaluation", "What it was made from", "Data", "Settings", "Make it again"]
 
 
@@ -138,7 +138,7 @@ def test_a_hub_model_and_a_hub_data_set_are_in_the_metadata(run: Path) -> None:
 
 
 def test_a_reward_model_s_card_loads_a_classifier_and_names_the_offset(run: Path) -> None:
-    text = written(run / "stages" / "judge", Parity(1e-6, 3.0, 8, "float32", offset=-0.25))
+    text = written(run / "stages" / "judge", Parity(1e-6, 3.0, 8, "float32", 0.0, offset=-0.25))
     assert "AutoModelForSequenceClassification.from_pretrained(path)" in text
     assert "plus -0.25" in text
     assert parsed(text)[0]["pipeline_tag"] == "text-classification"

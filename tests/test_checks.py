@@ -343,12 +343,12 @@ def test_rows_that_are_all_on_the_other_side_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("changes", "code", "what"),
+    ("changes", "what"),
     [
-        (["device=cuda"], 2, "device: device `cuda` is not available fix: use device=auto or device=cpu"),
-        (["stages.sft.optimizer.name=paged_adamw8bit"], 2, "stages.sft.optimizer.name: paged_adamw8bit needs a CUDA"),
-        (["stages.sft.quantization=4bit"], 2, "stages.sft.quantization: quantization=4bit needs bitsandbytes"),
-        (["stages.sft.quantization=4bit", "device=mps"], 2, "4bit does not work on device=mps"),
+        (["device=cuda"], "device: device `cuda` is not available fix: use device=auto or device=cpu"),
+        (["stages.sft.optimizer.name=paged_adamw8bit"], "stages.sft.optimizer.name: paged_adamw8bit needs a CUDA"),
+        (["stages.sft.quantization=4bit"], "stages.sft.quantization: quantization=4bit needs bitsandbytes"),
+        (["stages.sft.quantization=4bit", "device=mps"], "4bit does not work on device=mps"),
     ],
 )
 def test_a_device_that_does_not_do_what_is_asked_is_refused_before_anything_is_trained(
@@ -356,14 +356,22 @@ def test_a_device_that_does_not_do_what_is_asked_is_refused_before_anything_is_t
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     changes: list[str],
-    code: int,
     what: str,
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("needs a machine without CUDA")
     monkeypatch.setattr(models, "find_spec", lambda name: None)
-    assert plan(root, *changes) == code
+    assert cli.execute(cli.app, ["run", str(root / "run.yaml"), *changes]) == 2
     assert what in said(capsys)
+    assert not (root / "run" / "stages").exists() or not list((root / "run" / "stages").iterdir())
+
+
+def test_a_plan_for_another_machine_is_made_with_a_warning(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    assert plan(root, "device=cuda") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "warning: on this machine, a run would end at once: device: device `cuda` is not available" in printed
 
 
 def test_a_plan_that_asks_for_nothing_special_does_not_import_torch(root: Path) -> None:

@@ -69,7 +69,7 @@ ACCEPTED: list[tuple[str, dict[str, Any], Row]] = [
     (
         "prompt",
         {"prompt": [USER], "answer": "Rome", "level": 2, "hard": True, "notes": None, "tags": ["a"], "more": {"a": 1}},
-        Prompt((ASKED,), {"answer": "Rome", "level": 2, "hard": True, "tags": ["a"]}, "f:1"),
+        Prompt((ASKED,), {"answer": "Rome", "level": 2, "hard": True, "tags": ["a"], "more": {"a": 1}}, "f:1"),
     ),
     ("prompt", {"prompt": "Where is Ann?", "system": "Be brief."}, Prompt((BRIEFLY, ASKED), {}, "f:1")),
     ("prompt", {"prompt": HH}, Prompt((ASKED,), {}, "f:1")),

@@ -46,7 +46,7 @@ def judge_on(base: Artifact) -> tuple[Roles, Artifact]:
     roles.add_head(REWARD)
     models.disturb(roles, REWARD, seed=7)
     stored = models.save_role(roles, REWARD, base.directory.parent / "rm", base, "reward")
-    probes.record(stored.directory, models.pairs(4), lambda trees: reward_scores(roles, REWARD, trees), models.CPU)
+    probes.record(stored.directory, models.pairs(4), lambda trees: reward_scores(roles, REWARD, trees), roles.base)
     return roles, stored
 
 

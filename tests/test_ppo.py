@@ -56,7 +56,7 @@ def inputs(tmp_path: Path) -> tuple[Artifact, Artifact]:
     roles.add_head(REWARD)
     models.disturb(roles, REWARD)
     reward = models.save_role(roles, REWARD, tmp_path / "reward", policy, "reward")
-    probes.record(reward.directory, trees, lambda some: reward_scores(roles, REWARD, some), models.CPU)
+    probes.record(reward.directory, trees, lambda some: reward_scores(roles, REWARD, some), roles.base)
     return policy, reward
 
 

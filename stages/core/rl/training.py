@@ -102,9 +102,9 @@ def train(context: Context, learner_of: LearnerOf) -> Result:
         NumericalError: The preflight failed, or a loss or gradient is not finite.
     """
     compute = device.for_stage(context)
+    optim.require_support(context.settings.optimizer, compute.device)
     fitted = memory.fit(context, compute)
     context, settings = fitted.context, fitted.context.settings
-    optim.require_support(settings.optimizer, compute.device)
     loop.seed_everything(context.seed)
     roles = open_roles(context.inputs["policy"], context.inputs.get("reward"), settings, compute)
     prompts = read_prompts(context, roles.base)

@@ -144,7 +144,7 @@ def _train(job: Job, shape: Path, stored: Path, policy: Artifact) -> Result:
 def _adapter_artifact(job: Job, name: str, kind: Literal["adapter", "reward"]) -> Artifact:
     said = json.loads((job.directory / f"{name}.json").read_text(encoding="utf-8"))
     adaptation = Adaptation.model_validate(said["adaptation"])
-    manifest = Manifest.model_construct(adaptation=adaptation, inputs={}, tokenizer=said["tokenizer"])
+    manifest = Manifest.model_construct(adaptation=adaptation, inputs={}, settings={}, tokenizer=said["tokenizer"])
     return Artifact(job.directory / name, kind, name, manifest, name, base_artifact(job))
 
 

@@ -95,7 +95,7 @@ def save_role(made: Roles, role: str, directory: Path, base: Artifact, kind: str
     made.save(role, directory)
     adaptation = Adaptation(base=base.digest, base_source=base.source)
     known = tokenizer_record(made.base.tokenizer)
-    manifest = Manifest.model_construct(adaptation=adaptation, inputs={}, tokenizer=known)
+    manifest = Manifest.model_construct(adaptation=adaptation, inputs={}, settings={}, tokenizer=known)
     return Artifact(directory, kind, directory.name, manifest, directory.name, base)
 
 

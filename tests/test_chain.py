@@ -154,7 +154,7 @@ def test_the_plan_says_what_every_stage_with_a_model_takes(config: Path, capsys:
 def test_a_chain_within_a_limit_takes_smaller_batches(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--until", "dpo", f"output={tmp_path}/run", "stages.dpo.max_length=128", "memory=600MB"]
+    arguments = ["--until", "dpo", f"output={tmp_path}/run", "stages.dpo.max_length=128", "memory=1MB"]
     assert baton("run", config, *arguments) == 0
     assert "dpo: tokens_per_batch auto: 256, of 0 MB that are free" in capsys.readouterr().out
     expected = manifest_of(tmp_path / "run", "dpo").cost.expected_memory

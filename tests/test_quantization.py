@@ -193,7 +193,7 @@ def test_an_adapter_is_handed_on_with_its_quantized_base(
     with roles.use(POLICY):
         record_probes(directory, models.responses(8), roles.base)
     adaptation = Adaptation(base=stored.digest, base_source=stored.source, quantization=quantization)
-    manifest = Manifest.model_construct(adaptation=adaptation, inputs={}, tokenizer=record(roles.base))
+    manifest = Manifest.model_construct(adaptation=adaptation, inputs={}, settings={}, tokenizer=record(roles.base))
     adapter = Artifact(directory, "adapter", "sft", manifest, "sft", stored)
     expected = logits(roles, POLICY)
     alone = open_base(adapter, compute)

@@ -30,7 +30,7 @@ from stages.core.models import LanguageModel, load_model, record
 from stages.core.roles import POLICY, REFERENCE, Roles, adaptation
 from stages.core.scoring import loss_metrics, mean_logprobs, negative_mean, record_probes, replay_probes
 
-LOST, LEAST_LOST = 0.75, 0.1
+LOST, LEAST_LOST = 0.9, 0.1
 """Largest share of what training changed that rounding of merged weights may lose; and what it may in any case."""
 
 

@@ -292,8 +292,8 @@ IN_MODELS = (
     Mutation(
         "an export that loses what the adapter changes",
         "stages/core/export.py",
-        "not parity.lost <= LOST",
-        "False",
+        "if rounded.lost <= LOST:",
+        "if True:",
         "test_export_precision.py",
     ),
     Mutation(

@@ -6,6 +6,7 @@ the way a receiver reads it and computes the stage's probes beside the base with
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,8 +69,8 @@ class Parity:
 def write(artifact: Artifact, directory: Path) -> Parity:
     """Fill a directory with weights, configuration, tokenizer, chat template and generation settings.
 
-    Weights have the precision in which the base is stored. An adapter that was trained for a few steps only changes
-    weights by less than bfloat16 tells apart; then they are written in float32.
+    An adapter is merged in float32 first, where the result must be exact. Then weights get the precision in which the
+    base is stored, unless too much is lost: a few steps of training change weights by less than bfloat16 tells apart.
 
     Args:
         artifact: A verified model, adapter or reward model.
@@ -81,13 +82,22 @@ def write(artifact: Artifact, directory: Path) -> Parity:
     """
     roles, role = _open(artifact)
     trees = probes.trees(artifact.directory)
-    parity = _write(roles, role, artifact, trees, directory, "auto")
-    if artifact.kind != "model" and parity.dtype != FLOAT32 and not parity.lost <= LOST:
-        for path in directory.iterdir():
-            path.unlink()
-        parity = _write(roles, role, artifact, trees, directory, torch.float32)
-    exact = artifact.kind == "model" or parity.dtype == FLOAT32
-    if exact and not parity.difference <= SAME * max(parity.largest, LEAST):
+    if artifact.kind == "model":
+        return _exact(_write(roles, role, artifact, trees, directory, "auto"), artifact)
+    parity = _exact(_write(roles, role, artifact, trees, directory, torch.float32), artifact)
+    if _stored_precision(artifact) == FLOAT32:
+        return parity
+    _empty(directory)
+    rounded = _write(roles, role, artifact, trees, directory, "auto")
+    if rounded.lost <= LOST:
+        return rounded
+    _empty(directory)
+    return _write(roles, role, artifact, trees, directory, torch.float32)
+
+
+def _exact(parity: Parity, artifact: Artifact) -> Parity:
+    """Raise ArtifactError where an exported model that was rounded nowhere differs from the stage's."""
+    if not parity.difference <= SAME * max(parity.largest, LEAST):
         raise ArtifactError(
             f"the exported model differs from the stage's by up to {parity.difference:.3g}, at values of up to "
             f"{parity.largest:.3g} ({SAME:.0e} of that is accepted)",
@@ -95,6 +105,17 @@ def write(artifact: Artifact, directory: Path) -> Parity:
             hint="use the stage's own files: its base and the adapter beside it",
         )
     return parity
+
+
+def _stored_precision(artifact: Artifact) -> str | None:
+    """The precision that the base's configuration states."""
+    config: dict[str, Any] = json.loads((base_of(artifact)[0].directory / "config.json").read_text())
+    return config.get("dtype") or config.get("torch_dtype")
+
+
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        path.unlink()
 
 
 def _write(

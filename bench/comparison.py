@@ -118,10 +118,10 @@ class Comparison:
     def _material(self) -> dict[str, Any]:
         """What the runs are given; made when it is first asked for."""
         chosen, pretrained = self._chosen, self._work.kind != "pretrain"
-        found = (shape.find if pretrained else shape.find_untrained)(chosen.model)
-        base = shape.place(self._kept, found, chosen.data, pretrained=pretrained)
+        model = (shape.find if pretrained else shape.find_untrained)(chosen.model)
+        base = shape.place(self._kept, model, chosen.data, pretrained=pretrained)
         longest = self._stored(self._job(max(chosen.steps, chosen.learning_steps - chosen.warmup)))
-        return self._process("bench.material", longest, found, base, str(chosen.held_out))
+        return self._process("bench.material", longest, model, base, str(chosen.held_out))
 
     def _job(self, steps: int, variant: str = "", result: str = "") -> Job:
         """A training of so many steps after the warm-up."""
@@ -154,7 +154,7 @@ class Comparison:
     def _variants(self) -> list[str]:
         """A base in bfloat16 is no way to train in float32, where there is no autocast either."""
         words = () if self._chosen.dtype == "bfloat16" else ("bfloat16", "plain")
-        return [each for each in self._work.variants if not any(word in each for word in words)]
+        return [variant for variant in self._work.variants if not any(word in variant for word in words)]
 
     def _learned(self, side: str) -> dict[str, Any]:
         """Train for the curves, and judge what came of it."""

@@ -159,7 +159,7 @@ def take(
         if current.note:
             outcome = dataclasses.replace(outcome, text=f"{outcome.text} ({current.note})")
         outcomes.append(outcome)
-        save([*outcomes, *(Outcome(each.name, "not begun") for each in waiting)])
+        save([*outcomes, *(Outcome(later.name, "not begun") for later in waiting)])
     return outcomes
 
 
@@ -207,8 +207,11 @@ def headline(record: Mapping[str, Any]) -> str:
 
 def write(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
     """The page in Markdown."""
-    rows = [(each.name, each.state, each.text, f"{each.seconds:.0f}" if each.command else "") for each in outcomes]
-    commands = [f"    {each.command}" for each in outcomes if each.command]
+    rows = [
+        (outcome.name, outcome.state, outcome.text, f"{outcome.seconds:.0f}" if outcome.command else "")
+        for outcome in outcomes
+    ]
+    commands = [f"    {outcome.command}" for outcome in outcomes if outcome.command]
     parts = [
         "# gpu: Baton beside TRL within a limited time",
         f"`{record['model']}` beside TRL, `{record['large']}` alone, within {record['minutes']:g} minutes in all. Each "
@@ -241,25 +244,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
 
     def save(outcomes: Sequence[Outcome]) -> None:
-        listed = {"measurements": [dataclasses.asdict(each) for each in outcomes]}
+        listed = {"measurements": [dataclasses.asdict(outcome) for outcome in outcomes]}
         processes.save("gpu", record | listed, write(outcomes, record), options.out)
         sys.stderr.write(f"{_last(outcomes)}\n")
 
-    with cache(options.cache) as kept:
-        common = ["--cache", str(kept.resolve()), "--data", str(options.data.resolve())]
+    with cache(options.cache) as bases:
+        common = ["--cache", str(bases.resolve()), "--data", str(options.data.resolve())]
         common += ["--threads", str(options.threads)]
-        measurements = plan(options.device, model, large, old_trl=_has_old_trl(kept), pace=options.pace)
+        measurements = plan(options.device, model, large, old_trl=_has_old_trl(bases), pace=options.pace)
         if options.measure:
-            measurements = [each for each in measurements if each.name.removesuffix("-alone") in options.measure]
+            measurements = [one for one in measurements if one.name.removesuffix("-alone") in options.measure]
         left = options.minutes * 60 - (time.monotonic() - began)
         out = options.out.resolve()
-        outcomes = take(measurements, left, lambda each, limit: run_process(each, limit, common, out), save)
+        outcomes = take(
+            measurements, left, lambda measurement, limit: run_process(measurement, limit, common, out), save
+        )
     sys.stdout.write(write(outcomes, record) + "\n")
 
 
-def _has_old_trl(kept: Path) -> bool:
+def _has_old_trl(bases: Path) -> bool:
     try:
-        ppo.install(kept)
+        ppo.install(bases)
     except SystemExit:
         return False
     return True
@@ -286,7 +291,7 @@ def _error(log: Any) -> str:
 
 
 def _last(outcomes: Sequence[Outcome]) -> str:
-    latest = [each for each in outcomes if each.state != "not begun"][-1]
+    latest = [outcome for outcome in outcomes if outcome.state != "not begun"][-1]
     return f"{latest.name}: {latest.state}, {latest.text}"
 
 
@@ -294,7 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    names = [each.name for each in plan("cpu", "", "", old_trl=True)]
+    names = [measurement.name for measurement in plan("cpu", "", "", old_trl=True)]
     option = parser.add_argument
     option("--minutes", type=float, default=8.0, help="for all measurements (default: %(default)s)")
     option("--device", choices=tuple(SIZES), default="cuda", help="the sizes follow from it (default: %(default)s)")

@@ -117,6 +117,34 @@ def test_a_batch_keeps_its_bound_however_many_responses_a_prompt_gets(
     assert sum(prefilled) == len(prompts) * -(-per_prompt // min(bound, per_prompt))
 
 
+@pytest.mark.parametrize("tokens_per_batch", [1, 6, 20])
+def test_rows_that_no_longer_fit_are_taken_up_again_where_they_stopped(
+    tokens_per_batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts, held = models.model(), ragged(5), []
+    monkeypatch.setattr(rollout, "ROOM", 3)
+    unseen = rollout._Batch._logits
+
+    def seen(batch: rollout._Batch) -> Tensor:
+        held.append((len(batch.alive), batch.width, len(batch.step_tokens[0])))
+        return unseen(batch)
+
+    monkeypatch.setattr(rollout._Batch, "_logits", seen)
+    stop_id = slow_greedy(model, prompts[0], NEVER, 8).tokens[4]
+    for history in (None, lambda tokens, logits: logits):  # a processor sees the tokens of both parts
+        found = draw(
+            model, prompts, stop_id=stop_id, max_new_tokens=11, temperature=0.0, per_prompt=2,
+            tokens_per_batch=tokens_per_batch, processor=history,
+        )  # fmt: skip
+        assert plain(found) == [slow_greedy(model, prompt, stop_id, 11) for prompt in prompts for _ in range(2)]
+        repeated = [prompt for prompt in prompts for _ in range(2)]
+        assert torch.allclose(own(found), forced(model, repeated, found, 1.0), atol=1e-5)
+    bound = rollout.CACHED_TOKENS * tokens_per_batch
+    assert all(rows == 1 or rows * width <= bound for rows, width, _ in held)
+    prefills = sum(computed > 1 for _, _, computed in held) // 2
+    assert prefills > 1 if tokens_per_batch < 20 else prefills == 1
+
+
 def test_at_temperature_0_the_likeliest_tokens_are_taken_with_any_seed_and_their_own_logprobs() -> None:
     model, prompts = models.model(), ragged(6)
     found = draw(model, prompts, temperature=0.0, per_prompt=2)

@@ -22,8 +22,8 @@ class RoomyLayer(DynamicLayer):
         assert layer.values is not None
         self.is_initialized = True
         self.dtype, self.device = layer.keys.dtype, layer.keys.device
-        self.length = layer.keys.shape[2]
-        self.keys, self.values = _extended(layer.keys, room), _extended(layer.values, room)
+        self.length = layer.get_seq_length()
+        self.keys, self.values = (_extended(states[:, :, : self.length], room) for states in (layer.keys, layer.values))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write further tokens down; returns the keys and values of all so far."""
@@ -32,15 +32,25 @@ class RoomyLayer(DynamicLayer):
         self.values[:, :, start : self.length] = value_states
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Consist of these rows, in this order, copying no more than the tokens so far."""
+        self.keys, self.values = (self._taken(states, beam_idx) for states in (self.keys, self.values))
+
+    def _taken(self, states: Tensor, rows: Tensor) -> Tensor:
+        so_far = states[:, :, : self.length].index_select(0, rows.to(self.device))
+        return _extended(so_far, states.shape[2] - self.length)
+
     def get_seq_length(self) -> int:
         """Tokens so far."""
         return self.length
 
 
 def make_room(cache: DynamicCache, room: int) -> None:
-    """Give a cache that is filled with the prompts room for `room` more tokens; layers that hold something else than
-    plain keys and values, such as windows or recurrent states, stay as they are."""
-    cache.layers = [RoomyLayer(layer, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    """Give a cache room for `room` more tokens; layers that hold something else than plain keys and values, such as
+    windows or recurrent states, stay as they are."""
+    for place, layer in enumerate(cache.layers):
+        if isinstance(layer, DynamicLayer) and type(layer) in (DynamicLayer, RoomyLayer):
+            cache.layers[place] = RoomyLayer(layer, room)
 
 
 def take_rows(cache: Any, rows: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,14 +18,14 @@ from transformers import DynamicCache, PreTrainedModel
 
 from data.tree import Branch, Tree
 from pipeline.errors import NumericalError
-from pipeline.memory import CACHED_TOKENS
+from pipeline.memory import CACHED_TOKENS, ROOM
 from stages.core import continuous, lora
 from stages.core.forward import device_of
 from stages.core.key_values import make_room, take_rows
 from stages.core.likelihood import logits_of
 
-LEAVING = 0.5
-"""Rows that have ended leave once they are this share of all."""
+COPYING = 2
+"""What it costs to copy a row of the cache, which reads and writes it, in steps of a row, which read it."""
 REMEDY = "train again from an earlier checkpoint with a lower learning rate, or use dtype=float32"
 
 Backend = Literal["native", "continuous"]
@@ -49,6 +49,10 @@ class Sample:
     ended: bool
     logprobs: tuple[float, ...] = ()
 
+    def __add__(self, rest: Sample) -> Sample:
+        """This beginning of a response and the rest of it."""
+        return Sample(self.tokens + rest.tokens, rest.ended, self.logprobs + rest.logprobs)
+
 
 @torch.no_grad()
 def sample(
@@ -66,8 +70,10 @@ def sample(
 ) -> list[Sample]:
     """Responses to each prompt, in the prompts' order, those to one prompt side by side.
 
-    Prompts of similar length are sampled together; a prompt is computed once for all its responses. Rows leave the
-    batch in bulk once half of them have ended. A batch holds `CACHED_TOKENS` times `tokens_per_batch` tokens.
+    Prompts of similar length are sampled together; a prompt is computed once for all its responses. Rows that have
+    ended leave the batch once they have cost as much as it costs to copy the others. A batch holds `CACHED_TOKENS`
+    times `tokens_per_batch` tokens: as many rows as it can hold after the first `ROOM` tokens of each, since most end
+    before the longest. Rows for which there is no room later are taken up again once the batch has ended.
 
     Args:
         model: In the role that is to sample.
@@ -86,47 +92,47 @@ def sample(
         ConfigError: The continuous backend does not work with this model or within its memory.
         NumericalError: The model's probabilities are not finite.
     """
-    options: dict[str, Any] = {
-        "stop_id": stop_id,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
-    }
     cached_tokens = CACHED_TOKENS * tokens_per_batch
     with lora.held(model):
         if backend == "native":
-            return _native(model, prompts, per_prompt, cached_tokens, processor, **options)
+            generator = torch.Generator(device_of(model)).manual_seed(seed)
+            source = _Source(model, stop_id, temperature, generator, processor)
+            return _native(source, prompts, per_prompt, cached_tokens, max_new_tokens)
         if processor is not None or temperature == 0.0:
             raise ValueError("continuous batching samples from the model's own distribution")
         repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
         found = continuous.generate(
-            model, repeated, cached_tokens=cached_tokens, tokens_per_batch=tokens_per_batch, **options
+            model,
+            repeated,
+            stop_id=stop_id,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            cached_tokens=cached_tokens,
+            tokens_per_batch=tokens_per_batch,
         )
     return [Sample(tokens, tokens[-1] == stop_id, logprobs) for tokens, logprobs in found]
 
 
 def _native(
-    model: PreTrainedModel,
-    prompts: Sequence[tuple[int, ...]],
-    per_prompt: int,
-    cached_tokens: int,
-    processor: Processor | None,
-    *,
-    stop_id: int,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
+    source: _Source, prompts: Sequence[tuple[int, ...]], per_prompt: int, cached_tokens: int, max_new_tokens: int
 ) -> list[Sample]:
-    generator = torch.Generator(device_of(model)).manual_seed(seed)
-    widest = max(map(len, prompts), default=0) + max_new_tokens
+    widest = max(map(len, prompts), default=0) + min(ROOM, max_new_tokens)
     responses: list[list[Sample]] = [[] for _ in prompts]
     for chosen, copies in together(prompts, max(1, cached_tokens // widest), per_prompt):
-        among = [prompts[index] for index in chosen]
-        batch = _Batch(model, among, copies, stop_id, temperature, generator, processor)
-        drawn = iter(batch.run(max_new_tokens))
+        batch = _Batch(source, [prompts[index] for index in chosen], copies)
+        drawn = iter(batch.run(max_new_tokens, cached_tokens))
         for index in chosen:
             responses[index] += [next(drawn) for _ in range(copies)]
-    return [each for of_prompt in responses for each in of_prompt]
+    samples = [response for of_prompt in responses for response in of_prompt]
+    put_back = [place for place, each in enumerate(samples) if not each.ended and len(each.tokens) < max_new_tokens]
+    for length in sorted({len(samples[place].tokens) for place in put_back}):
+        places = [place for place in put_back if len(samples[place].tokens) == length]
+        so_far = [prompts[place // per_prompt] + samples[place].tokens for place in places]
+        further = _native(source, so_far, 1, cached_tokens, max_new_tokens - length)
+        for place, rest in zip(places, further, strict=True):
+            samples[place] += rest
+    return samples
 
 
 @torch.no_grad()
@@ -146,7 +152,7 @@ def stream(
     """
     generator = torch.Generator(device_of(model)).manual_seed(seed)
     with lora.held(model):
-        batch = _Batch(model, [prompt], 1, stop_id, temperature, generator, processor)
+        batch = _Batch(_Source(model, stop_id, temperature, generator, processor), [prompt], 1)
         for _ in batch.steps(max_new_tokens):
             yield batch.tokens[0][-1]
 
@@ -182,47 +188,50 @@ def trees_of(prompts: Sequence[tuple[int, ...]], samples: Sequence[Sample]) -> l
     ]
 
 
+@dataclass(frozen=True)
+class _Source:
+    """What all batches of a call sample from, and how."""
+
+    model: PreTrainedModel
+    stop_id: int
+    temperature: float
+    generator: torch.Generator
+    processor: Processor | None
+
+
 class _Batch:
     """Rows that are sampled together: left-padded prompts, one cache, and the rows still alive.
 
     Up to the first step there is one row a prompt, then as many as it gets responses.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        prompts: Sequence[tuple[int, ...]],
-        copies: int,
-        stop_id: int,
-        temperature: float,
-        generator: torch.Generator,
-        processor: Processor | None,
-    ) -> None:
-        self.model, self.stop_id, self.temperature, self.generator = model, stop_id, temperature, generator
-        self.copies, self.processor = copies, processor
+    def __init__(self, source: _Source, prompts: Sequence[tuple[int, ...]], copies: int) -> None:
+        self.source, self.copies = source, copies
+        device = source.generator.device
         self.width = width = max(len(prompt) for prompt in prompts)
         padded = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         real = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        self.step_tokens = torch.tensor(padded, device=generator.device)
-        self.mask = torch.tensor(real, device=generator.device)
+        self.step_tokens = torch.tensor(padded, device=device)
+        self.mask = torch.tensor(real, device=device)
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        self.history = None if processor is None else padded_with_own(prompts).to(generator.device)
-        self.cache = DynamicCache(config=model.config)
+        self.history = None if source.processor is None else padded_with_own(prompts).to(device)
+        self.cache = DynamicCache(config=source.model.config)
         self.alive = list(range(len(prompts) * copies))
         self.tokens: list[list[int]] = [[] for _ in self.alive]
         self.logprobs: list[list[float]] = [[] for _ in self.alive]
         self.ended = [False for _ in self.alive]
+        self.wasted_steps = 0
 
-    def run(self, max_new_tokens: int) -> list[Sample]:
-        """Sample until every row has ended or is full."""
-        for _ in self.steps(max_new_tokens):
+    def run(self, max_new_tokens: int, cached_tokens: int) -> list[Sample]:
+        """Sample until every row has ended, is full or had to leave, since all rows take at most `cached_tokens`."""
+        for _ in self.steps(max_new_tokens, cached_tokens):
             pass
         rows = zip(self.tokens, self.ended, self.logprobs, strict=True)
         return [Sample(tuple(tokens), ended, tuple(logprobs)) for tokens, ended, logprobs in rows]
 
-    def steps(self, max_new_tokens: int) -> Iterator[None]:
-        """Sample token by token; every row that has not ended has one more after each."""
-        logits = self._prefill(max_new_tokens)
+    def steps(self, max_new_tokens: int, cached_tokens: int = 0) -> Iterator[None]:
+        """Sample token by token; every row that is left has one more after each. One row always is."""
+        logits = self._prefill(min(ROOM, max_new_tokens))
         for count in range(1, max_new_tokens + 1):
             following = self._sample(logits)
             yield
@@ -230,6 +239,8 @@ class _Batch:
             if all(done) or count == max_new_tokens:
                 break
             self._advance(following, done)
+            if count % ROOM == 0:
+                self._grow(min(ROOM, max_new_tokens - count), cached_tokens)
             logits = self._logits()
 
     def _prefill(self, room: int) -> Tensor:
@@ -239,38 +250,38 @@ class _Batch:
             rows = torch.arange(len(logits), device=logits.device).repeat_interleave(self.copies)
             self._take(rows)
             logits = logits.index_select(0, rows)
-        make_room(self.cache, room)
-        self.mask = functional.pad(self.mask, (0, room), value=1)
+        self._make_room(room)
         return logits
 
     def _logits(self) -> Tensor:
-        output = self.model.base_model(
+        output = self.source.model.base_model(
             input_ids=self.step_tokens,
             attention_mask=self.mask[:, : self.width],
             position_ids=self.positions,
             past_key_values=self.cache,
             use_cache=True,
         )
-        return logits_of(self.model, output.last_hidden_state[:, -1])
+        return logits_of(self.source.model, output.last_hidden_state[:, -1])
 
     def _sample(self, logits: Tensor) -> Tensor:
         """Choose every row's next token [rows]; it counts for the rows that have not ended."""
-        if self.processor is not None:
+        source = self.source
+        if source.processor is not None:
             assert self.history is not None
-            logits = self.processor(self.history, logits)
-        greedy = self.temperature == 0.0
-        chances = torch.softmax(logits if greedy or self.temperature == 1.0 else logits / self.temperature, dim=-1)
+            logits = source.processor(self.history, logits)
+        greedy = source.temperature == 0.0
+        chances = torch.softmax(logits if greedy or source.temperature == 1.0 else logits / source.temperature, dim=-1)
         # Softmax may round two logits to one probability.
-        drawn = logits.argmax(-1, keepdim=True) if greedy else _drawn(chances, self.generator)
+        drawn = logits.argmax(-1, keepdim=True) if greedy else _drawn(chances, source.generator)
         logprobs = chances.gather(1, drawn).log_().flatten()
         following = drawn.flatten()
         if not logprobs.isfinite().all():
-            raise not_finite(self.model)
+            raise not_finite(source.model)
         for row, token, logprob in zip(self.alive, following.tolist(), logprobs.tolist(), strict=True):
             if not self.ended[row]:
                 self.tokens[row].append(token)
                 self.logprobs[row].append(logprob)
-                self.ended[row] = token == self.stop_id
+                self.ended[row] = token == source.stop_id
         return following
 
     def _advance(self, following: Tensor, done: list[bool]) -> None:
@@ -279,11 +290,27 @@ class _Batch:
         self.width += 1
         if self.history is not None:
             self.history = torch.cat((self.history, self.step_tokens), dim=1)
-        if sum(done) < LEAVING * len(done):
+        self.wasted_steps += sum(done)
+        if self.wasted_steps < COPYING * (len(done) - sum(done)):
             return
-        kept = [place for place, finished in enumerate(done) if not finished]
-        self.alive = [self.alive[place] for place in kept]
-        self._take(torch.tensor(kept, device=following.device))
+        self._keep([place for place, finished in enumerate(done) if not finished])
+
+    def _grow(self, room: int, cached_tokens: int) -> None:
+        """Make room for so many more tokens of each row, and let rows leave until all take what they may."""
+        going_on = [place for place, row in enumerate(self.alive) if not self.ended[row]]
+        self._keep(going_on[: max(1, cached_tokens // (self.width + room))])
+        self._make_room(room)
+
+    def _make_room(self, room: int) -> None:
+        make_room(self.cache, room)
+        self.mask = functional.pad(self.mask, (0, room), value=1)
+
+    def _keep(self, places: list[int]) -> None:
+        self.wasted_steps = 0
+        if len(places) == len(self.alive):
+            return
+        self.alive = [self.alive[place] for place in places]
+        self._take(torch.tensor(places, device=self.mask.device))
 
     def _take(self, rows: Tensor) -> None:
         """Go on with these rows."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import architectures
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bench import families
+from bench.tolerances import faults
 from data.batch import Layout, TreeBatch, batches, one_row, packed
 from data.tree import Branch, Tree
 from stages.core import attention
@@ -75,8 +75,8 @@ def test_every_family_is_given_its_layout(family: str, dtype: torch.dtype) -> No
 def test_a_planted_fault_is_found_in_every_family(
     family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choosing, "packed", lambda trees: shifted(packed(trees)))
-    monkeypatch.setattr(choosing, "one_row", lambda trees: shifted(one_row(trees)))
+    monkeypatch.setattr(choosing, "packed", lambda trees: faults.shifted(packed(trees)))
+    monkeypatch.setattr(choosing, "one_row", lambda trees: faults.shifted(one_row(trees)))
     assert chosen(families.tiny(family, dtype), PAIRS)[0] == "plain"
 
 
@@ -279,37 +279,6 @@ def test_rounding_that_moves_single_tokens_far_is_no_fault_of_a_layout(deep: Pre
         assert (logprobs(deep, packed(PAIRS)) - logprobs(deep, plain)).abs().max() < 1e-4
 
 
-def shifted(batch: TreeBatch) -> TreeBatch:
-    """Second branches stand one position too far."""
-    positions, start = batch.positions.clone(), 0
-    for tree in batch.trees:
-        second = start + len(tree.prompt) + len(tree.branches[0].tokens)
-        positions[0, second : start + tree.length] += 1
-        start += tree.length
-    return replace(batch, positions=positions)
-
-
-def seen(batch: TreeBatch, change: Callable[[Tensor, int, Tree], None]) -> TreeBatch:
-    """The same trees in one row with another mask."""
-    row = one_row(batch.trees)
-    assert row.mask is not None
-    mask, start = row.mask.clone(), 0
-    for tree in batch.trees:
-        change(mask[0, 0], start, tree)
-        start += tree.length
-    return replace(row, mask=mask)
-
-
-def half_hidden(batch: TreeBatch) -> TreeBatch:
-    """Branches do not see the first half of their prompt."""
-
-    def change(mask: Tensor, start: int, tree: Tree) -> None:
-        prompt = start + len(tree.prompt)
-        mask[prompt : start + tree.length, start : start + len(tree.prompt) // 2] = False
-
-    return seen(batch, change)
-
-
 def first_in_second(batch: TreeBatch) -> TreeBatch:
     """Second branches see the first."""
 
@@ -317,21 +286,11 @@ def first_in_second(batch: TreeBatch) -> TreeBatch:
         prompt, second = start + len(tree.prompt), start + len(tree.prompt) + len(tree.branches[0].tokens)
         mask[second : start + tree.length, prompt:second] = True
 
-    return seen(batch, change)
-
-
-def neighbour_in_next(batch: TreeBatch) -> TreeBatch:
-    """Trees see the last token of the one before."""
-
-    def change(mask: Tensor, start: int, tree: Tree) -> None:
-        if start:
-            mask[start : start + tree.length, start - 1] = True
-
-    return seen(batch, change)
+    return faults.masked(batch, change)
 
 
 @EACH_DTYPE
-@pytest.mark.parametrize("fault", [shifted, half_hidden, first_in_second, neighbour_in_next])
+@pytest.mark.parametrize("fault", [faults.shifted, faults.half_hidden, first_in_second, faults.neighbour_visible])
 def test_a_planted_fault_is_told_from_rounding(
     deep: PreTrainedModel,
     dtype: torch.dtype,

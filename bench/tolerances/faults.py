@@ -65,7 +65,7 @@ def half_hidden(batch: TreeBatch) -> TreeBatch:
         prompt = start + len(tree.prompt)
         mask[prompt : start + tree.length, start : start + len(tree.prompt) // 2] = False
 
-    return _masked(batch, change)
+    return masked(batch, change)
 
 
 def neighbour_visible(batch: TreeBatch) -> TreeBatch:
@@ -75,10 +75,11 @@ def neighbour_visible(batch: TreeBatch) -> TreeBatch:
         if start:
             mask[start : start + tree.length, start - 1] = True
 
-    return _masked(batch, change)
+    return masked(batch, change)
 
 
-def _masked(batch: TreeBatch, change: Callable[[Tensor, int, Tree], None]) -> TreeBatch:
+def masked(batch: TreeBatch, change: Callable[[Tensor, int, Tree], None]) -> TreeBatch:
+    """The same trees in one row with another mask: `change` gets it, and where each tree begins in it."""
     row = one_row(batch.trees)
     assert row.mask is not None
     mask, start = row.mask.clone(), 0

@@ -39,6 +39,7 @@ SIZES = {
     "num_key_value_heads": "attention.head_count_kv",
     "head_dim": "attention.key_length",
     "vocab_size": "vocab_size",
+    "max_position_embeddings": "context_length",
 }
 """Settings of a configuration -> fields of the header, behind the architecture's name."""
 NO_ARCHITECTURES = {"general", "tokenizer"}

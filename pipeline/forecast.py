@@ -1,4 +1,4 @@
-"""What memory the stages of a run will take, as far as configuration files and headers of models tell.
+"""What the stages of a run will need of memory and positions, as far as configuration files and headers of models tell.
 
 Nothing is loaded, and nothing asks the device: where `auto` leaves device or precision open, the processor's flags and
 the presence of NVIDIA's driver decide here, and the stage itself looks again when it starts.
@@ -15,7 +15,7 @@ from typing import Any
 from pipeline import available, inputs, memory, shape
 from pipeline.config import Batched, PretrainSettings, RunSettings, SftSettings, TokenizerSettings, TrlSettings
 from pipeline.contract import Artifact
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, ConfigError
 from pipeline.manifest import MemoryEstimate
 from pipeline.memory import Task
 from pipeline.plan import Decision
@@ -32,6 +32,20 @@ Forecast = MemoryEstimate | str
 def forecasts(settings: RunSettings, decisions: Sequence[Decision]) -> dict[str, Forecast]:
     """Stage -> its estimate; stages that compute with no model are left out."""
     return _Forecaster(settings, decisions).all()
+
+
+def require_room(settings: RunSettings, decisions: Sequence[Decision]) -> None:
+    """See that the responses of the stages that will run leave room for prompts in the positions of their models.
+
+    Models of which nothing tells the positions are left to the stage.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    forecaster = _Forecaster(settings, decisions)
+    for decision in decisions:
+        if decision.run:
+            forecaster.require_room(decision.stage)
 
 
 def record(forecast: Forecast) -> dict[str, Any]:
@@ -64,6 +78,21 @@ class _Forecaster:
         """Of every stage that computes with a model."""
         names = [name for name in self._artifacts if not isinstance(self._settings.stages[name], TokenizerSettings)]
         return {name: self._forecast(name) for name in names}
+
+    def require_room(self, name: str) -> None:
+        """Raise ConfigError where a stage's responses may take all positions of a model."""
+        stage = self._settings.stages[name]
+        longest = getattr(stage, "max_new_tokens", None) or 0
+        for role, reference in stage.roles().items():
+            try:
+                positions = self._base(name, role).shape.positions if longest else None
+            except (UnknownShape, ArtifactError):
+                continue
+            if positions is not None and longest >= positions:
+                what = (
+                    f"{reference} has {positions} positions, which leaves no room for a prompt before {longest} tokens"
+                )
+                raise ConfigError(what, where=f"stages.{name}.max_new_tokens", hint="lower it")
 
     def _forecast(self, name: str) -> Forecast:
         stage = self._settings.stages[name]

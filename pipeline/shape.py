@@ -33,6 +33,7 @@ _ALIASES = {
     "hidden": ("hidden_size", "n_embd"),
     "layers": ("num_hidden_layers", "n_layer"),
     "heads": ("num_attention_heads", "n_head", "num_heads"),
+    "positions": ("max_position_embeddings", "n_positions"),
 }
 
 
@@ -57,6 +58,8 @@ class Shape:
     vocabulary: int
     matrices: Mapping[str, tuple[int, int]]
     """Name of the linear layers -> how many there are, and the sum of their inputs and outputs."""
+    positions: int | None = None
+    """Tokens of the longest sequence; None where the configuration names no limit."""
 
     def adapter(self, lora: Lora) -> int:
         """Numbers of an adapter; DoRA's vectors, which are small, are left out."""
@@ -179,6 +182,7 @@ def of_tensors(config: Mapping[str, Any], tensors: Tensors) -> Shape:
         intermediate=config.get("intermediate_size") or config.get("n_inner") or 4 * hidden,
         vocabulary=config.get("vocab_size") or max(shape[0] for shape in tensors.values()),
         matrices={name: (len(ends), sum(ends)) for name, ends in matrices.items()},
+        positions=_known(config, "positions"),
     )
 
 

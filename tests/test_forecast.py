@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from data import gguf
-from pipeline import forecast, loader, plan, shape
+from pipeline import cli, forecast, loader, plan, shape
 from pipeline.config import Lora
 from pipeline.manifest import MemoryEstimate
 
@@ -85,6 +85,54 @@ def test_a_directory_says_what_its_model_is(tmp_path: Path) -> None:
     models.language_model().save(tmp_path / "model")
     found = forecasts(tmp_path, policy=str(tmp_path / "model"))
     assert found["dpo"].weights == sum(each.nbytes for each in models.model().parameters())
+
+
+SAMPLING = """\
+output: {root}/run
+data:
+  text: {{source: {root}/rows.jsonl}}
+  prompts: {{source: {root}/prompts.jsonl}}
+stages:
+  tok: {{kind: tokenizer, data: text, vocab_size: 300}}
+  base: {{kind: pretrain, tokenizer: tok, data: text, max_length: 32, architecture: {architecture}}}
+  rejection:
+    kind: rejection
+    policy: {policy}
+    data: prompts
+    rules: [{{rule: length, words: 4}}]
+    max_length: 8192
+    max_new_tokens: {longest}
+"""
+
+
+@pytest.mark.parametrize(("of", "positions"), [("architecture", 40), ("directory", 256), ("gguf", 2048)])
+def test_responses_that_take_all_positions_are_refused_before_anything_is_trained(
+    of: str, positions: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BATON_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "rows.jsonl").write_text('{"text": "A text."}\n' * 40)
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "What is {n}?"}}\n' for n in range(40)))
+    policy = "base"
+    if of == "directory":
+        models.language_model().save(tmp_path / "model")
+        policy = str(tmp_path / "model")
+    elif of == "gguf":
+        model = tiny.save_model(tmp_path / "model", "qwen2", ["Some text.", "More of it."])
+        policy = str(ggufs.write(model, tmp_path / "model.gguf"))
+    config = tmp_path / "config.yaml"
+    architecture = f"{ARCHITECTURE}      max_position_embeddings: 40\n"
+    in_a_line = "{" + ", ".join(line.strip() for line in architecture.strip().splitlines()) + "}"
+    for longest in (positions - 1, positions):
+        text = SAMPLING.format(root=tmp_path, architecture=in_a_line, policy=policy, longest=longest)
+        config.write_text(text)
+        settings = loader.load(config)
+        if longest < positions:
+            forecast.require_room(settings, plan.plan(settings))
+    refusal = f"{policy} has {positions} positions, which leaves no room for a prompt before {positions} tokens"
+    for arguments in (["plan"], ["plan", "--json"], ["run", "--dry-run"], ["run"]):
+        assert cli.execute(cli.app, [*arguments, str(config)]) == 2
+        assert refusal in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run" / "tok").exists()
 
 
 def test_what_is_not_known_is_said(tmp_path: Path) -> None:

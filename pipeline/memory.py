@@ -33,7 +33,7 @@ CACHED_TOKENS = 8
 """Sampling caches that many times `tokens_per_batch` tokens: keys and values take that much less memory than
 activations."""
 ROOM = 256
-"""Tokens of each response for which sampling makes room at a time."""
+"""Tokens of each response that sampling counts on when it chooses how many rows a batch has."""
 CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 27}
 """Logits computed at once in training: 8 MiB in float32 stay in a processor's cache."""
 CENTRING_SAMPLES = 128
@@ -313,9 +313,9 @@ def _logits(task: Task, tokens: int) -> int:
 
 
 def _rows(task: Task, tokens: int) -> int:
-    """Responses that are sampled together, until there is no room for all of them."""
-    at_first = max(ROOM, _longest(task) - max(0, getattr(task.settings, "max_new_tokens", 0) - ROOM))
-    return min(_samples(task), max(1, CACHED_TOKENS * tokens // at_first))
+    """Responses that are sampled together, at most: those to short prompts."""
+    shortest = min(ROOM, getattr(task.settings, "max_new_tokens", ROOM))
+    return min(_samples(task), max(1, CACHED_TOKENS * tokens // shortest))
 
 
 def _cached(task: Task, tokens: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import architectures
@@ -96,12 +97,12 @@ def test_responses_to_one_prompt_stand_side_by_side_whatever_the_batches(
 def test_a_batch_keeps_its_bound_however_many_responses_a_prompt_gets(
     tokens_per_batch: int, per_prompt: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows: list[int] = []
+    sampled: list[tuple[int, int]] = []
     prefilled: list[int] = []
     unseen, unseen_prefill = rollout._Batch._sample, rollout._Batch._prefill
 
     def seen(batch: rollout._Batch, logits: Tensor) -> Tensor:
-        rows.append(len(logits))
+        sampled.append((len(logits), batch.width))
         return unseen(batch, logits)
 
     def seen_prefill(batch: rollout._Batch, room: int) -> Tensor:
@@ -110,11 +111,29 @@ def test_a_batch_keeps_its_bound_however_many_responses_a_prompt_gets(
 
     monkeypatch.setattr(rollout._Batch, "_sample", seen)
     monkeypatch.setattr(rollout._Batch, "_prefill", seen_prefill)
-    prompts = ragged(9)
+    prompts, bound = ragged(9), rollout.CACHED_TOKENS * tokens_per_batch
     draw(models.model(), prompts, max_new_tokens=4, tokens_per_batch=tokens_per_batch, per_prompt=per_prompt)
-    bound = max(1, rollout.CACHED_TOKENS * tokens_per_batch // (max(map(len, prompts)) + 4))
-    assert max(rows) <= bound
-    assert sum(prefilled) == len(prompts) * -(-per_prompt // min(bound, per_prompt))
+    assert all(rows == 1 or rows * width <= bound for rows, width in sampled)
+    most = max(1, bound // (max(map(len, prompts)) + 4))
+    assert len(prompts) <= sum(prefilled) <= len(prompts) * -(-per_prompt // min(most, per_prompt))
+
+
+def test_prompts_of_similar_length_go_together_in_as_few_batches_as_hold_them() -> None:
+    for seed in range(30):
+        chance = random.Random(seed)
+        prompts, room = ragged(chance.randint(1, 12), seed), chance.randint(1, 9)
+        bound, per_prompt = chance.randint(1, 120), chance.randint(1, 4)
+        groups = list(rollout.together(prompts, room, bound, per_prompt))
+        given = [index for group, copies in groups for index in group for _ in range(copies)]
+        assert sorted(given) == sorted(list(range(len(prompts))) * per_prompt)
+        for group, copies in groups:
+            widest = max(len(prompts[index]) for index in group) + room
+            assert len(group) * copies == 1 or len(group) * copies * widest <= bound
+        firsts = list(dict.fromkeys(tuple(group) for group, _ in groups))
+        for group, following in pairwise(firsts):
+            longer = len(prompts[following[0]])
+            assert max(len(prompts[index]) for index in group) <= longer
+            assert (len(group) + 1) * per_prompt * (longer + room) > bound
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 6, 20])
@@ -123,6 +142,7 @@ def test_rows_that_no_longer_fit_are_taken_up_again_where_they_stopped(
 ) -> None:
     model, prompts, held = models.model(), ragged(5), []
     monkeypatch.setattr(rollout, "ROOM", 3)
+    monkeypatch.setattr(rollout, "GROWTH", 2)
     unseen = rollout._Batch._logits
 
     def seen(batch: rollout._Batch) -> Tensor:

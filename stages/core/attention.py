@@ -42,11 +42,12 @@ class OtherAttentionError(Exception):
 
 
 @contextmanager
-def replaced(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model's forward takes `packing`, and its layers attend within the trees of that."""
+def replaced(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
+    """Inside, the model attends by the function of this name. By default its forward takes `packing`, and its layers
+    attend within the trees of that."""
     config = model.config.get_text_config()
     before = config._attn_implementation
-    config._attn_implementation = NAME
+    config._attn_implementation = name
     try:
         yield
     finally:

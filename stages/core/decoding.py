@@ -123,7 +123,6 @@ def _beam_search(
     cached_tokens: int,
 ) -> list[Sample]:
     """One response to each prompt; the library tells no log-probability of its tokens."""
-    rows = cached_tokens // (max(map(len, prompts), default=0) + max_new_tokens)
     config = GenerationConfig(
         do_sample=False,
         num_beams=decoding.beams,
@@ -136,7 +135,7 @@ def _beam_search(
     )
     found: dict[int, Sample] = {}
     with lora.held(model), _nothing_but(model, config):
-        for chosen, _ in rollout.together(prompts, max(1, rows // decoding.beams), 1):
+        for chosen, _ in rollout.together(prompts, max_new_tokens, cached_tokens // decoding.beams, 1):
             responses = _generated(model, [prompts[index] for index in chosen], config)
             found |= {index: _sample(tokens, stop_id) for index, tokens in zip(chosen, responses, strict=True)}
     return [found[index] for index in range(len(prompts))]

@@ -61,6 +61,6 @@ def take_rows(cache: Any, rows: Tensor) -> None:
 
 def _extended(states: Tensor, room: int) -> Tensor:
     rows, heads, length, size = states.shape
-    extended = states.new_empty(rows, heads, length + room, size)
+    extended = states.new_zeros(rows, heads, length + room, size)  # products go over all of it, with weights of 0
     extended[:, :, :length] = states
     return extended

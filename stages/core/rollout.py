@@ -19,11 +19,13 @@ from transformers import DynamicCache, PreTrainedModel
 from data.tree import Branch, Tree
 from pipeline.errors import NumericalError
 from pipeline.memory import CACHED_TOKENS, ROOM
-from stages.core import continuous, lora
+from stages.core import continuous, lora, one_token
 from stages.core.forward import device_of
 from stages.core.key_values import make_room, take_rows
 from stages.core.likelihood import logits_of
 
+GROWTH = 64
+"""Tokens of each row for which room is made at a time."""
 COPYING = 2
 """What it costs to copy a row of the cache, which reads and writes it, in steps of a row, which read it."""
 REMEDY = "train again from an earlier checkpoint with a lower learning rate, or use dtype=float32"
@@ -97,7 +99,8 @@ def sample(
         if backend == "native":
             generator = torch.Generator(device_of(model)).manual_seed(seed)
             source = _Source(model, stop_id, temperature, generator, processor)
-            return _native(source, prompts, per_prompt, cached_tokens, max_new_tokens)
+            with one_token.products(model):
+                return _native(source, prompts, [max_new_tokens] * len(prompts), per_prompt, cached_tokens)
         if processor is not None or temperature == 0.0:
             raise ValueError("continuous batching samples from the model's own distribution")
         repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
@@ -115,22 +118,22 @@ def sample(
 
 
 def _native(
-    source: _Source, prompts: Sequence[tuple[int, ...]], per_prompt: int, cached_tokens: int, max_new_tokens: int
+    source: _Source, prompts: Sequence[tuple[int, ...]], limits: Sequence[int], per_prompt: int, cached_tokens: int
 ) -> list[Sample]:
-    widest = max(map(len, prompts), default=0) + min(ROOM, max_new_tokens)
+    """`per_prompt` responses to each prompt, of at most as many tokens as its limit."""
     responses: list[list[Sample]] = [[] for _ in prompts]
-    for chosen, copies in together(prompts, max(1, cached_tokens // widest), per_prompt):
-        batch = _Batch(source, [prompts[index] for index in chosen], copies)
-        drawn = iter(batch.run(max_new_tokens, cached_tokens))
+    for chosen, copies in together(prompts, min(ROOM, max(limits, default=0)), cached_tokens, per_prompt):
+        batch = _Batch(source, [prompts[index] for index in chosen], [limits[index] for index in chosen], copies)
+        drawn = iter(batch.run(cached_tokens))
         for index in chosen:
             responses[index] += [next(drawn) for _ in range(copies)]
     samples = [response for of_prompt in responses for response in of_prompt]
-    put_back = [place for place, each in enumerate(samples) if not each.ended and len(each.tokens) < max_new_tokens]
-    for length in sorted({len(samples[place].tokens) for place in put_back}):
-        places = [place for place in put_back if len(samples[place].tokens) == length]
-        so_far = [prompts[place // per_prompt] + samples[place].tokens for place in places]
-        further = _native(source, so_far, 1, cached_tokens, max_new_tokens - length)
-        for place, rest in zip(places, further, strict=True):
+    left = [limits[place // per_prompt] - len(each.tokens) for place, each in enumerate(samples)]
+    put_back = [place for place, each in enumerate(samples) if left[place] and not each.ended]
+    if put_back:
+        so_far = [prompts[place // per_prompt] + samples[place].tokens for place in put_back]
+        further = _native(source, so_far, [left[place] for place in put_back], 1, cached_tokens)
+        for place, rest in zip(put_back, further, strict=True):
             samples[place] += rest
     return samples
 
@@ -151,19 +154,29 @@ def stream(
     The model has to stay in its role from the first token to the last.
     """
     generator = torch.Generator(device_of(model)).manual_seed(seed)
-    with lora.held(model):
-        batch = _Batch(_Source(model, stop_id, temperature, generator, processor), [prompt], 1)
-        for _ in batch.steps(max_new_tokens):
+    with lora.held(model), one_token.products(model):
+        batch = _Batch(_Source(model, stop_id, temperature, generator, processor), [prompt], [max_new_tokens], 1)
+        for _ in batch.steps():
             yield batch.tokens[0][-1]
 
 
-def together(prompts: Sequence[tuple[int, ...]], rows: int, per_prompt: int) -> Iterator[tuple[list[int], int]]:
-    """Prompts that are sampled together, and how many responses each of them gets: not more than `rows` in all."""
+def together(
+    prompts: Sequence[tuple[int, ...]], room: int, cached_tokens: int, per_prompt: int
+) -> Iterator[tuple[list[int], int]]:
+    """Prompts that are sampled together, and how many responses each of them gets.
+
+    With `room` more tokens each, rows of one width take at most `cached_tokens`; but there always is one.
+    """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    count, copies = max(1, rows // per_prompt), min(rows, per_prompt)
-    for start in range(0, len(order), count):
+    start = 0
+    for stop in range(1, len(order) + 1):
+        if stop < len(order) and (stop + 1 - start) * per_prompt * (len(prompts[order[stop]]) + room) <= cached_tokens:
+            continue
+        widest = len(prompts[order[stop - 1]]) + room
+        copies = max(1, min(cached_tokens // widest, per_prompt))
         for done in range(0, per_prompt, copies):
-            yield order[start : start + count], min(copies, per_prompt - done)
+            yield order[start:stop], min(copies, per_prompt - done)
+        start = stop
 
 
 def padded_with_own(prompts: Sequence[tuple[int, ...]]) -> Tensor:
@@ -205,7 +218,7 @@ class _Batch:
     Up to the first step there is one row a prompt, then as many as it gets responses.
     """
 
-    def __init__(self, source: _Source, prompts: Sequence[tuple[int, ...]], copies: int) -> None:
+    def __init__(self, source: _Source, prompts: Sequence[tuple[int, ...]], limits: Sequence[int], copies: int) -> None:
         self.source, self.copies = source, copies
         device = source.generator.device
         self.width = width = max(len(prompt) for prompt in prompts)
@@ -220,28 +233,33 @@ class _Batch:
         self.tokens: list[list[int]] = [[] for _ in self.alive]
         self.logprobs: list[list[float]] = [[] for _ in self.alive]
         self.ended = [False for _ in self.alive]
+        self.limits = [limit for limit in limits for _ in range(copies)]
         self.wasted_steps = 0
 
-    def run(self, max_new_tokens: int, cached_tokens: int) -> list[Sample]:
+    def run(self, cached_tokens: int) -> list[Sample]:
         """Sample until every row has ended, is full or had to leave, since all rows take at most `cached_tokens`."""
-        for _ in self.steps(max_new_tokens, cached_tokens):
+        for _ in self.steps(cached_tokens):
             pass
         rows = zip(self.tokens, self.ended, self.logprobs, strict=True)
         return [Sample(tuple(tokens), ended, tuple(logprobs)) for tokens, ended, logprobs in rows]
 
-    def steps(self, max_new_tokens: int, cached_tokens: int = 0) -> Iterator[None]:
+    def steps(self, cached_tokens: int = 0) -> Iterator[None]:
         """Sample token by token; every row that is left has one more after each. One row always is."""
-        logits = self._prefill(min(ROOM, max_new_tokens))
-        for count in range(1, max_new_tokens + 1):
+        longest = max(self.limits)
+        logits = self._prefill(min(GROWTH, longest))
+        for count in range(1, longest + 1):
             following = self._sample(logits)
             yield
-            done = [self.ended[row] for row in self.alive]
-            if all(done) or count == max_new_tokens:
+            done = [self._is_done(row) for row in self.alive]
+            if all(done):
                 break
             self._advance(following, done)
-            if count % ROOM == 0:
-                self._grow(min(ROOM, max_new_tokens - count), cached_tokens)
+            if count % GROWTH == 0:
+                self._grow(min(GROWTH, longest - count), cached_tokens)
             logits = self._logits()
+
+    def _is_done(self, row: int) -> bool:
+        return self.ended[row] or len(self.tokens[row]) == self.limits[row]
 
     def _prefill(self, room: int) -> Tensor:
         """Compute the prompts and make a row of each response; logits of the first tokens [rows, vocabulary]."""
@@ -264,7 +282,7 @@ class _Batch:
         return logits_of(self.source.model, output.last_hidden_state[:, -1])
 
     def _sample(self, logits: Tensor) -> Tensor:
-        """Choose every row's next token [rows]; it counts for the rows that have not ended."""
+        """Choose every row's next token [rows]; it counts for the rows that go on."""
         source = self.source
         if source.processor is not None:
             assert self.history is not None
@@ -278,7 +296,7 @@ class _Batch:
         if not logprobs.isfinite().all():
             raise not_finite(source.model)
         for row, token, logprob in zip(self.alive, following.tolist(), logprobs.tolist(), strict=True):
-            if not self.ended[row]:
+            if not self._is_done(row):
                 self.tokens[row].append(token)
                 self.logprobs[row].append(logprob)
                 self.ended[row] = token == source.stop_id
@@ -297,7 +315,7 @@ class _Batch:
 
     def _grow(self, room: int, cached_tokens: int) -> None:
         """Make room for so many more tokens of each row, and let rows leave until all take what they may."""
-        going_on = [place for place, row in enumerate(self.alive) if not self.ended[row]]
+        going_on = [place for place, row in enumerate(self.alive) if not self._is_done(row)]
         self._keep(going_on[: max(1, cached_tokens // (self.width + room))])
         self._make_room(room)
 

@@ -271,7 +271,7 @@ def _has_old_trl(bases: Path) -> bool:
 
 
 def _figures(folder: Path) -> str:
-    (result,) = folder.glob("*.json")
+    result = max(folder.glob("*.json"), key=lambda file: file.stat().st_mtime)  # others are of earlier commands
     return headline(json.loads(result.read_text(encoding="utf-8")))
 
 

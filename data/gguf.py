@@ -1,6 +1,6 @@
 """A GGUF file as a base: its blocks are dequantized once into a model directory, which the cache keeps.
 
-What GGUF stores in 4 or 8 bits becomes bfloat16, what it stores in float32 stays float32; the architecture, tokenizer
+A file whose weights are all float32 stays float32, any other becomes bfloat16; the architecture, tokenizer
 and chat template are read from the file's header by `transformers`. The directory is found again by the digest of the
 file and the versions of the libraries that read it, so a changed file or library converts again.
 
@@ -10,7 +10,8 @@ Left out: training in the file's own blocks, and writing GGUF.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -27,9 +28,13 @@ if TYPE_CHECKING:
 
 MODEL = "model"
 """The directory of the model within the cache's entry."""
+DAMAGE = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError, struct.error)
+"""What the libraries raise for bytes that they do not expect."""
+AGAIN = "download or convert the file again; its sha256 is beside it where it was published"
 LIBRARIES = ("gguf", "tokenizers", "torch", "transformers")
 """Libraries that the converted model depends on."""
-ARCHITECTURE, TOKENS, SPLITTING = "general.architecture", "tokenizer.ggml.tokens", "tokenizer.ggml.pre"
+ARCHITECTURE, SPLIT = "general.architecture", "split.count"
+TOKENS, KIND, SPLITTING = "tokenizer.ggml.tokens", "tokenizer.ggml.model", "tokenizer.ggml.pre"
 """Fields of the header."""
 SIZES = {
     "hidden_size": "embedding_length",
@@ -42,12 +47,20 @@ SIZES = {
     "max_position_embeddings": "context_length",
 }
 """Settings of a configuration -> fields of the header, behind the architecture's name."""
-NO_ARCHITECTURES = {"general", "tokenizer"}
-"""What `transformers` keeps beside the architectures in its table."""
+NO_ARCHITECTURES = {"general", "tokenizer", "t5", "umt5"}
+"""What `transformers` keeps in its table beside the architectures of causal models."""
+RENAMED = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss", "minimax_m2": "minimax-m2"}
+"""Architectures that a file calls otherwise than the table does."""
 FLOAT32_FILE = 0
 """The value of `general.file_type` for a file whose weights are all float32."""
-DIGITS_APART = ("smollm",)
+DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 """Pre-tokenizers that split numbers into digits, which `transformers` passes over when it reads a GGUF file."""
+LIKE_GPT2 = ("default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling")
+"""Pre-tokenizers that split like GPT-2's, which is what `transformers` takes for those that it does not know."""
+BYTE_LEVEL = "gpt2"
+"""The value of `tokenizer.ggml.model` for tokenizers whose text is split first."""
+INCOMPLETE = {"missing_keys": "missing", "mismatched_keys": "of another shape", "unexpected_keys": "of no layer"}
+"""What `transformers` reports of tensors -> what it means."""
 
 
 def place(digest: str) -> Path:
@@ -90,10 +103,18 @@ def _convert(path: Path, directory: Path) -> None:
     # transformers also reads what lies beside a GGUF file: tokenizers, adapters, code. The digest does not cover that.
     with TemporaryDirectory() as folder, _readable(path), redirect_stderr(StringIO()):  # it draws progress bars
         Path(folder, path.name).symlink_to(path.resolve())
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=stored, quantization_config=GgufConfig(dequantize=True), **options
+        # With `output_loading_info` it returns a pair, which its annotation leaves out.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=stored,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, **options)
+    model, report = loaded
+    _require_complete(path, report)
     if (splitting := header.get_field(SPLITTING)) is not None and splitting.contents() in DIGITS_APART:
         _split_digits(tokenizer)
     with redirect_stderr(StringIO()):
@@ -123,12 +144,16 @@ def header_of(path: Path) -> GGUFReader:
         header = GGUFReader(path)
         architecture = header.fields[ARCHITECTURE].contents() if ARCHITECTURE in header.fields else ""
     _require_known(path, str(architecture))
+    if (split := header.get_field(SPLIT)) is not None and split.contents() > 1:
+        what = f"the file is one of {split.contents()} parts"
+        raise ArtifactError(what, where=path, hint="join them with `llama-gguf-split --merge`, and use the whole")
     if TOKENS not in header.fields:
         raise ArtifactError(
             "the file holds no tokenizer",
             where=path,
             hint="use a file that was converted together with its tokenizer, or a model directory",
         )
+    _require_known_splitting(path, header)
     return header
 
 
@@ -140,18 +165,18 @@ def outline(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """
     header = header_of(path)
     prefix = header.fields[ARCHITECTURE].contents()
-    config = {
-        setting: int(field.contents())
-        for setting, name in SIZES.items()
-        if (field := header.get_field(f"{prefix}.{name}")) is not None
-    }
+    named = {setting: header.get_field(f"{prefix}.{name}") for setting, name in SIZES.items()}
+    sizes = {setting: field.contents() for setting, field in named.items() if field is not None}
+    config = {setting: size for setting, size in sizes.items() if isinstance(size, int)}  # some differ by layer
     return config, {each.name: tuple(map(int, each.shape[::-1])) for each in header.tensors}
 
 
 def _require_known(path: Path, architecture: str) -> None:
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+    from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
-    known = sorted(GGUF_CONFIG_MAPPING.keys() - NO_ARCHITECTURES)
+    read = (GGUF_CONFIG_MAPPING.keys() | GGUF_CONFIG_ARCHS.keys()) - NO_ARCHITECTURES
+    known = sorted(RENAMED.get(name, name) for name in read)
     if architecture not in known:
         raise ArtifactError(
             f"the architecture `{printable(architecture)}` cannot be read from GGUF",
@@ -160,14 +185,39 @@ def _require_known(path: Path, architecture: str) -> None:
         )
 
 
+def _require_known_splitting(path: Path, header: GGUFReader) -> None:
+    """Raise ArtifactError where text would be split otherwise than the tokenizer was trained for."""
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    kind, splitting = (header.get_field(name) for name in (KIND, SPLITTING))
+    if kind is None or kind.contents() != BYTE_LEVEL or splitting is None:
+        return
+    if splitting.contents() not in {*GGUF_PRE_TOKENIZER_SPLITS, *DIGITS_APART, *LIKE_GPT2}:
+        raise ArtifactError(
+            f"the pre-tokenizer `{printable(str(splitting.contents()))}` is not known: tokens would be other ones",
+            where=path,
+            hint="use the model's directory with its own tokenizer.json",
+        )
+
+
+def _require_complete(path: Path, report: Mapping[str, Any]) -> None:
+    """Raise ArtifactError where the file does not hold exactly the tensors of the model."""
+    for problem, said in INCOMPLETE.items():
+        names = sorted(each if isinstance(each, str) else each[0] for each in report.get(problem, ()))
+        if names:
+            what = f"tensors {said}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+            raise ArtifactError(what, where=path, hint=AGAIN)
+
+
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     """Turn what goes wrong in the libraries that read a file into an error that names it."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, TypeError, ValueError) as error:
+    except MemoryError as error:
+        what = "no memory for as much as the file says that it holds"
+        raise ArtifactError(what, where=path, hint=f"free memory; or {AGAIN}") from error
+    except DAMAGE as error:
         raise ArtifactError(
-            f"no readable GGUF file: {printable(f'{type(error).__name__}: {error}', 200)}",
-            where=path,
-            hint="download or convert the file again; its sha256 is beside it where it was published",
+            f"no readable GGUF file: {printable(f'{type(error).__name__}: {error}', 200)}", where=path, hint=AGAIN
         ) from error

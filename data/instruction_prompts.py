@@ -124,14 +124,14 @@ def _generated(chance: random.Random, origin: str) -> Prompt:
 
 
 def _kinds(chance: random.Random) -> list[Kind]:
-    """One to three kinds that do not claim the same aspect of the response."""
+    """One to three kinds that do not claim the same aspect of the response. A fixed answer leaves room for no other."""
     drawn: list[Kind] = []
     number = chance.choices((1, 2, 3), (0.55, 0.33, 0.12))[0]
     for kind in chance.sample(KINDS, len(KINDS)):
-        if len(drawn) < number and all(kind.claims.isdisjoint(other.claims) for other in drawn):
+        if kind is ANSWER and not drawn:
+            return [ANSWER]
+        if kind is not ANSWER and len(drawn) < number and all(kind.claims.isdisjoint(other.claims) for other in drawn):
             drawn.append(kind)
-        if drawn == [ANSWER]:
-            break
     return drawn
 
 
@@ -271,7 +271,7 @@ def _listed(words: list[str], chance: random.Random) -> str:
 
 REPETITION = Kind(
     "combination:repeat_prompt",
-    frozenset({"start", "case", "language", "layout", "end", "commas"}),
+    frozenset({"start", "case", "language", "layout", "end", "commas", "words", "letters", "length"}),
     _fixed(
         "Start by copying everything above word for word, then respond to it.",
         "Say the above once more, exactly as it stands, and only then respond.",
@@ -280,7 +280,7 @@ REPETITION = Kind(
 )
 ANSWER = Kind(
     "detectable_format:constrained_response",
-    frozenset({"everything"}),
+    frozenset(),
     _fixed(
         'Say "My answer is yes." if so, "My answer is no." if not, and "My answer is maybe." if it depends.',
         'Reply with "My answer is yes." or with "My answer is no." or with "My answer is maybe."',
@@ -292,7 +292,7 @@ KINDS = (
     Kind("keywords:existence", frozenset({"words"}), _keywords),
     Kind("keywords:frequency", frozenset({"words"}), _keyword_frequency),
     Kind("keywords:forbidden_words", frozenset({"words"}), _forbidden_words),
-    Kind("keywords:letter_frequency", frozenset({"letters", "language"}), _letter_frequency),
+    Kind("keywords:letter_frequency", frozenset({"letters", "language", "words", "end"}), _letter_frequency),
     Kind("language:response_language", frozenset({"language", "words", "case", "end"}), _language),
     Kind(
         "length_constraints:number_sentences",

@@ -18,8 +18,9 @@ from pipeline.contract import Artifact
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.manifest import MemoryEstimate
 from pipeline.memory import Task
-from pipeline.plan import Decision
+from pipeline.plan import Decision, sources
 from pipeline.shape import Base, UnknownShape
+from pipeline.suites import SampledSuite
 
 DRIVER = Path("/proc/driver/nvidia/version")
 FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
@@ -80,19 +81,21 @@ class _Forecaster:
         return {name: self._forecast(name) for name in names}
 
     def require_room(self, name: str) -> None:
-        """Raise ConfigError where a stage's responses may take all positions of a model."""
+        """Raise ConfigError where the responses of a stage or its suites may take all positions of a model."""
         stage = self._settings.stages[name]
-        longest = getattr(stage, "max_new_tokens", None) or 0
+        longest = {f"stages.{name}.max_new_tokens": getattr(stage, "max_new_tokens", None) or 0}
+        suites = sources(self._settings, stage).items()
+        sampled = {role: suite for role, suite in suites if isinstance(suite, SampledSuite)}
+        longest |= {f"stages.{name}.{role}.max_new_tokens": suite.max_new_tokens for role, suite in sampled.items()}
         for role, reference in stage.roles().items():
             try:
-                positions = self._base(name, role).shape.positions if longest else None
+                positions = self._base(name, role).shape.positions
             except (UnknownShape, ArtifactError):
                 continue
-            if positions is not None and longest >= positions:
-                what = (
-                    f"{reference} has {positions} positions, which leaves no room for a prompt before {longest} tokens"
-                )
-                raise ConfigError(what, where=f"stages.{name}.max_new_tokens", hint="lower it")
+            for where, tokens in longest.items():
+                if positions is not None and tokens >= positions:
+                    what = f"{reference} has {positions} positions, which leaves no room for a prompt"
+                    raise ConfigError(f"{what} before {tokens} tokens", where=where, hint="lower it")
 
     def _forecast(self, name: str) -> Forecast:
         stage = self._settings.stages[name]
@@ -110,10 +113,8 @@ class _Forecaster:
         return memory.estimate(task, tokens)
 
     def _task(self, name: str, stage: Batched) -> Task:
-        roles = [role for role in stage.roles() if role not in ("reward", "tokenizer")]
-        bases = [self._base(name, role) for role in roles] or [self._from_nothing(stage)]
-        reward = self._base(name, "reward").adapter if "reward" in stage.roles() else None
-        return Task(stage, tuple(bases), reward, self._device, self._precision)
+        bases = {role: self._base(name, role) for role in stage.roles() if role != "tokenizer"}
+        return Task.of(stage, bases or {"policy": self._from_nothing(stage)}, self._device, self._precision)
 
     def _base(self, name: str, role: str) -> Base:
         """What an input is, or will be."""
@@ -151,9 +152,7 @@ class _Forecaster:
 
     def _of_header(self, file: str) -> shape.Shape:
         if file not in self._headers:
-            from data import gguf
-
-            self._headers[file] = shape.of_tensors(*gguf.outline(Path(file)))
+            self._headers[file] = shape.of_header(Path(file))
         return self._headers[file]
 
 

@@ -10,8 +10,8 @@ recurrent states, which count as dense layers of the same size, dropout's masks,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from pipeline.config import (
     LARGEST_BATCH,
@@ -85,7 +85,7 @@ class Task:
 
     Attributes:
         settings: The stage's.
-        bases: The models it computes with, the policy's first.
+        bases: The models it computes with, the policy's first, the one below a reward model last.
         reward: The reward model's adapter.
         device: `cpu`, `cuda` or `mps`.
         precision: Of frozen weights and matrix products.
@@ -98,6 +98,15 @@ class Task:
     device: str
     precision: str
     longest: int | None = None
+
+    @classmethod
+    def of(cls, settings: Batched, inputs: Mapping[str, Base], device: str, precision: str) -> Task:
+        """The task of a stage with these models by role."""
+        models = [base for role, base in inputs.items() if role != "reward"]
+        reward = inputs.get("reward")
+        if reward is None:
+            return cls(settings, tuple(models), None, device, precision)
+        return cls(settings, (*models, replace(reward, adapter=None)), reward.adapter, device, precision)
 
     @property
     def shape(self) -> Shape:

@@ -114,7 +114,8 @@ def _check_names(document: Document, name: str, stage: Mapping[str, Any]) -> Non
         if model in named:
             first, again = printable(named[model]), printable(reference)
             what = f"`{first}` and `{again}` would both be called `{printable(model)}`"
-            document.note(location, f"{_dotted(location)}: {what}: copy one of them to a directory of another name")
+            hint = "name it once" if first == again else "copy one of them to a directory of another name"
+            document.note(location, f"{_dotted(location)}: {what}: {hint}")
         named.setdefault(model, reference)
 
 

@@ -128,6 +128,20 @@ def of_directory(directory: Path) -> Shape:
         return of_tensors(model_files.json_object(directory / "config.json"), handover.tensors(directory))
 
 
+def of_header(file: Path) -> Shape:
+    """The shape of the model in a GGUF file.
+
+    Raises:
+        ArtifactError: The file is damaged, of an architecture that is not known, or without a tokenizer.
+        UnknownShape: Its header does not say.
+    """
+    from data import gguf
+
+    outline = gguf.outline(file)
+    with _readable():
+        return of_tensors(*outline)
+
+
 def planned(architecture: Mapping[str, Any], vocabulary: int) -> Shape:
     """The shape of a model that is to be trained from nothing.
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import ggufs
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import gguf as gguf_model
 from data.gguf import converted
-from pipeline import cli
+from pipeline import cli, shape
 from pipeline import manifest as manifests
 from pipeline.fingerprint import file_sha256
 
@@ -201,6 +202,53 @@ def test_a_file_without_a_tokenizer_is_refused_when_the_run_is_planned(
     said = capsys.readouterr().err
     assert f"{file}: the file holds no tokenizer" in said
     assert "fix: use a file that was converted together with its tokenizer" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "what", "fix"),
+    [
+        ({"parts": 3}, "the file is one of 3 parts", "join them with"),
+        ({"splitting": "viking"}, "the pre-tokenizer `viking` is not known", "use the model's directory"),
+    ],
+)
+def test_a_part_of_a_file_and_unknown_splitting_are_refused_when_the_run_is_planned(
+    model: Path, config: Path, options: dict[str, Any], what: str, fix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ggufs.write(model, config.parent / "model.gguf", **options)
+    assert baton("plan", config) == 5
+    said = capsys.readouterr().err
+    assert f"{file}: {what}" in said
+    assert f"fix: {fix}" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"left_out": "model.layers.1.mlp.up_proj.weight"}, "tensors missing: model.layers.1.mlp.up_proj.weight"),
+        ({"hidden": 32}, ""),
+    ],
+)
+def test_a_file_that_does_not_hold_its_model_is_refused_before_it_is_trained_on(
+    model: Path, config: Path, options: dict[str, Any], what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ggufs.write(model, config.parent / "model.gguf", **options)
+    assert baton("run", config) == 5
+    said = capsys.readouterr().err
+    assert f"{file}: {what}" in said
+    assert "fix: download or convert the file again" in said
+
+
+def test_sizes_that_differ_by_layer_leave_the_memory_unknown(model: Path, tmp_path: Path) -> None:
+    file = ggufs.write(model, tmp_path / "model.gguf", key_heads=[1, 2])
+    sizes, tensors = gguf_model.outline(file)
+    assert "num_key_value_heads" not in sizes
+    assert sizes["hidden_size"] == shape.of_directory(model).hidden
+    assert shape.of_tensors(sizes, tensors).layers == 2
+
+
+@pytest.mark.parametrize("name", ["qwen2moe", "qwen3moe", "gpt-oss", "minimax-m2", "qwen35", "lfm2"])
+def test_architectures_are_known_by_the_names_that_files_have(name: str, model: Path, tmp_path: Path) -> None:
+    gguf_model.header_of(ggufs.write(model, tmp_path / "model.gguf", architecture=name))
 
 
 def test_a_directory_may_be_called_like_a_file(model: Path, config: Path) -> None:

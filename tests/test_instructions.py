@@ -246,6 +246,24 @@ def test_generated_prompts_have_every_kind_and_arguments_that_its_check_takes() 
     assert [prompt.origin for prompt in prompts[:2]] == ["world:instructions:1", "world:instructions:2"]
 
 
+def test_generated_instructions_do_not_rule_each_other_out() -> None:
+    forbidding = {"keywords:forbidden_words", "punctuation:no_comma", "change_case:english_lowercase"}
+    for prompt in instruction_prompts.generate(8000, 0):
+        of_kind = dict(zip(prompt.facts["instruction_id_list"], prompt.facts["kwargs"], strict=True))
+        if "detectable_format:constrained_response" in of_kind:
+            assert len(of_kind) == 1
+        less = {kind for kind, arguments in of_kind.items() if "less than" in arguments.values()}
+        needed = []  # what a response holds in any case
+        for arguments in of_kind.values():
+            needed += arguments.get("keywords", [])
+            needed += [
+                arguments[name] for name in ("end_phrase", "prompt_to_repeat", "first_word") if name in arguments
+            ]
+        for kind in of_kind.keys() & (forbidding | less - {"keywords:frequency"}):
+            for text in needed:
+                assert CHECKS[kind](text, **of_kind[kind]), prompt.prompt[0].content
+
+
 def test_generated_prompts_are_those_of_their_seed() -> None:
     first, again, other = (list(instruction_prompts.generate(200, seed)) for seed in (1, 1, 2))
     assert first == again
@@ -267,7 +285,7 @@ def test_no_generated_prompt_shares_eight_words_in_a_row_with_a_published_one(pu
 
     asked = set().union(*(runs(row["prompt"]) for row in published))
     assert len(asked) > 10_000
-    for prompt in instruction_prompts.generate(3000, 0):
+    for prompt in instruction_prompts.generate(8000, 0):
         assert not runs(prompt.prompt[0].content) & asked, prompt.prompt[0].content
 
 

@@ -84,15 +84,18 @@ def smollm2_overrides(recipe: str, pairs: Path) -> list[str]:
     if not gguf.exists():
         model = tiny.save_model(pairs.with_name("for-gguf"), "qwen2", ["Say seven, please. Yes. Never!"] * 20)
         ggufs.write(model, gguf)
-    rows = [
-        {"instruction": f"Say {number}, please.", "input": "", "output": "Yes.", "chosen": "Yes.", "rejected": "Never!"}
-        for number in range(60)
+    if recipe == "smollm2-instructions":
+        return [f"stages.grpo.policy={gguf}", f"stages.evaluate.models=[{gguf}, grpo]"]
+    parts = ("pairs",) if recipe == "smollm2-135m" else ("learned", "judged", "asked")
+    for part in parts:
+        prompts = [f"Say {part} {number}, please." for number in range(60)]
+        answers = {"input": "", "output": "Yes.", "chosen": "Yes.", "rejected": "Never!"}
+        pairs.with_name(f"{part}.json").write_text(json.dumps([{"instruction": each, **answers} for each in prompts]))
+    starting = ("sft",) if recipe == "smollm2-135m" else ("sft", "judge")
+    return [
+        *(f"data.{part}.source={pairs.with_name(f'{part}.json')}" for part in parts),
+        *(f"stages.{stage}.policy={gguf}" for stage in starting),
     ]
-    instructions = pairs.with_name("instructions.json")
-    instructions.write_text(json.dumps(rows))
-    if recipe == "smollm2-135m":
-        return [f"data.pairs.source={instructions}", f"stages.sft.policy={gguf}"]
-    return [f"stages.grpo.policy={gguf}", f"stages.evaluate.models=[{gguf}, grpo]"]
 
 
 def fill(hub: Path, repository: str, model_type: str) -> Path:
@@ -133,8 +136,9 @@ def test_a_recipe_is_handed_out_and_planned(
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in WITHOUT_PAIRS])
 def test_every_recipe_with_the_whole_chain_evaluates_what_it_trains(recipe: str, pairs: Path) -> None:
     stages = loader.load(REPOSITORY / "configs" / f"{recipe}.yaml", overrides(recipe, pairs)).stages
-    compared = stages["evaluate"].roles().values()
-    assert {"sft", "dpo", "ppo", "reward"} <= set(compared)
+    roles = stages["evaluate"].roles()
+    assert {"sft", "dpo", "ppo"} <= set(roles.values())
+    assert roles["reward"] == ("judge" if recipe == "smollm2-judged" else "reward")
 
 
 @pytest.mark.parametrize("recipe", sorted(FOREIGN))

@@ -101,9 +101,9 @@ def test_a_batch_keeps_its_bound_however_many_responses_a_prompt_gets(
     prefilled: list[int] = []
     unseen, unseen_prefill = rollout._Batch._sample, rollout._Batch._prefill
 
-    def seen(batch: rollout._Batch, logits: Tensor) -> Tensor:
+    def seen(batch: rollout._Batch, logits: Tensor, place: int) -> Tensor:
         sampled.append((len(logits), batch.width))
-        return unseen(batch, logits)
+        return unseen(batch, logits, place)
 
     def seen_prefill(batch: rollout._Batch, room: int) -> Tensor:
         prefilled.append(len(batch.step_tokens))
@@ -165,6 +165,20 @@ def test_rows_that_no_longer_fit_are_taken_up_again_where_they_stopped(
     assert prefills > 1 if tokens_per_batch < 20 else prefills == 1
 
 
+def test_samples_do_not_depend_on_what_is_sampled_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout, "ROOM", 4)
+    monkeypatch.setattr(rollout, "GROWTH", 3)
+    model, prompts = models.model(), ragged(9)
+    options = {"per_prompt": 3, "max_new_tokens": 12, "stop_id": 7}
+    expected = draw(model, prompts, **options)
+    assert len({len(each.tokens) for each in expected}) > 3
+    assert len({each.tokens for each in expected}) > 20
+    for tokens_per_batch in (1, 3, 10, 50):
+        found = draw(model, prompts, tokens_per_batch=tokens_per_batch, **options)
+        assert plain(found) == plain(expected)
+        assert torch.allclose(own(found), own(expected), atol=1e-5)
+
+
 def test_at_temperature_0_the_likeliest_tokens_are_taken_with_any_seed_and_their_own_logprobs() -> None:
     model, prompts = models.model(), ragged(6)
     found = draw(model, prompts, temperature=0.0, per_prompt=2)
@@ -176,11 +190,9 @@ def test_at_temperature_0_the_likeliest_tokens_are_taken_with_any_seed_and_their
 
 def test_a_draw_is_where_the_sum_of_probabilities_passes_a_uniform_number() -> None:
     chances = torch.softmax(3 * torch.randn(16, 300, generator=torch.Generator().manual_seed(0)), -1)
-    ours, theirs = (torch.Generator().manual_seed(7) for _ in range(2))
-    for _ in range(20):
-        drawn = rollout._drawn(chances, ours).flatten().tolist()
-        uniform = torch.rand(16, dtype=torch.float64, generator=theirs).tolist()
-        for row, share, token in zip(chances.double(), uniform, drawn, strict=True):
+    for uniform in rollout._uniform(20, 16, seed=7):
+        drawn = rollout._drawn(chances, uniform).flatten().tolist()
+        for row, share, token in zip(chances.double(), uniform.tolist(), drawn, strict=True):
             before, after = row[:token].sum(), row[: token + 1].sum()
             assert before <= share * row.sum() + 1e-12
             assert after > share * row.sum() - 1e-12
@@ -189,7 +201,7 @@ def test_a_draw_is_where_the_sum_of_probabilities_passes_a_uniform_number() -> N
 def test_tokens_are_drawn_as_often_as_they_are_likely_and_impossible_ones_never() -> None:
     chances = torch.tensor([0.0, 0.5, 0.0, 0.25, 0.125, 0.125, 0.0])
     count = 40_000
-    drawn = rollout._drawn(chances.expand(count, -1), torch.Generator().manual_seed(1))
+    drawn = rollout._drawn(chances.expand(count, -1), rollout._uniform(1, count, seed=1)[0])
     shares = drawn.flatten().bincount(minlength=len(chances)) / count
     deviations = (chances * (1 - chances) / count).sqrt()
     assert ((shares - chances).abs() <= 4 * deviations).all()
@@ -290,9 +302,9 @@ def test_rows_with_other_padding_than_those_that_left_go_on_as_before(
     sizes: list[int] = []
     uncounted = rollout._Batch._sample
 
-    def counted(batch: rollout._Batch, logits: Tensor) -> Tensor:
+    def counted(batch: rollout._Batch, logits: Tensor, place: int) -> Tensor:
         sizes.append(len(logits))
-        return uncounted(batch, logits)
+        return uncounted(batch, logits, place)
 
     monkeypatch.setattr(rollout._Batch, "_sample", counted)
     found = greedy(model, prompts, stop_id=stop_id, max_new_tokens=12)

@@ -51,19 +51,22 @@ def fit(context: Context, compute: Compute) -> Fitted:
         context.say(f"tokens_per_batch auto: {tokens:,}{_of(left)}")
     needed = expected.total - (imports or 0)
     if left is not None and needed > left:
-        hint = "lower max_length or set gradient_checkpointing: true"
+        ways = ["lower max_length"]
+        if getattr(context.settings, "gradient_checkpointing", None) is False:
+            ways.append("set gradient_checkpointing: true")
+        hint = " or ".join(ways)
         context.say(f"warning: about {memory.in_words(needed)} needed, {memory.in_words(left)} are free: {hint}")
     return Fitted(_with(context, tokens), task, expected)
 
 
 def free(device: torch.device, limit: int | None = None) -> int | None:
-    """Bytes that can still be had on a device, at most what a limit on all of the process's leaves; None where that
-    is not known."""
+    """Bytes that can still be had on a device, at most what a limit on all of the process's leaves; None where neither
+    is known."""
     if device.type == "cuda":
         allocated = torch.cuda.memory_allocated(device)
         left = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - allocated
         return left if limit is None else max(0, min(left, limit - allocated))
-    return available.memory(limit) if device.type == "cpu" else None
+    return available.memory(limit) if device.type == "cpu" else limit
 
 
 def _tokens(context: Context, task: Task, left: int | None) -> int:
@@ -93,15 +96,7 @@ def _task(context: Context, compute: Compute) -> Task:
         UnknownShape: An input does not say.
     """
     settings: Any = context.settings
-    reward = context.inputs.get("reward")
-    models = [each for role, each in context.inputs.items() if role not in ("reward", "tokenizer")]
-    bases = [shape.of_artifact(each) for each in models]
+    bases = {role: shape.of_artifact(each) for role, each in context.inputs.items() if role != "tokenizer"}
     if not bases:
-        bases = [shape.from_nothing(settings.architecture, context.inputs["tokenizer"])]
-    return Task(
-        settings,
-        tuple(bases),
-        shape.adapter_of(reward) if reward else None,
-        compute.device.type,
-        compute.record["dtype"],
-    )
+        bases["policy"] = shape.from_nothing(settings.architecture, context.inputs["tokenizer"])
+    return Task.of(settings, bases, compute.device.type, compute.record["dtype"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
@@ -97,10 +97,10 @@ def sample(
     cached_tokens = CACHED_TOKENS * tokens_per_batch
     with lora.held(model):
         if backend == "native":
-            generator = torch.Generator(device_of(model)).manual_seed(seed)
-            source = _Source(model, stop_id, temperature, generator, processor)
+            source = _Source(model, stop_id, temperature, processor)
+            draws = list(_uniform(len(prompts) * per_prompt, max_new_tokens, seed))
             with one_token.products(model):
-                return _native(source, prompts, [max_new_tokens] * len(prompts), per_prompt, cached_tokens)
+                return _native(source, prompts, draws, cached_tokens)
         if processor is not None or temperature == 0.0:
             raise ValueError("continuous batching samples from the model's own distribution")
         repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
@@ -118,24 +118,30 @@ def sample(
 
 
 def _native(
-    source: _Source, prompts: Sequence[tuple[int, ...]], limits: Sequence[int], per_prompt: int, cached_tokens: int
+    source: _Source, prompts: Sequence[tuple[int, ...]], draws: Sequence[Tensor], cached_tokens: int
 ) -> list[Sample]:
-    """`per_prompt` responses to each prompt, of at most as many tokens as its limit."""
-    responses: list[list[Sample]] = [[] for _ in prompts]
-    for chosen, copies in together(prompts, min(ROOM, max(limits, default=0)), cached_tokens, per_prompt):
-        batch = _Batch(source, [prompts[index] for index in chosen], [limits[index] for index in chosen], copies)
-        drawn = iter(batch.run(cached_tokens))
-        for index in chosen:
-            responses[index] += [next(drawn) for _ in range(copies)]
-    samples = [response for of_prompt in responses for response in of_prompt]
-    left = [limits[place // per_prompt] - len(each.tokens) for place, each in enumerate(samples)]
-    put_back = [place for place, each in enumerate(samples) if left[place] and not each.ended]
+    """A response for each of `draws`, its uniform numbers, of which it takes one a token; so it does not depend on what
+    is sampled together with it. Each prompt gets equally many."""
+    per_prompt = len(draws) // max(1, len(prompts))
+    samples: dict[int, Sample] = {}
+    begun = dict.fromkeys(range(len(prompts)), 0)
+    for chosen, copies in together(prompts, min(ROOM, max(map(len, draws), default=0)), cached_tokens, per_prompt):
+        places = [index * per_prompt + begun[index] + copy for index in chosen for copy in range(copies)]
+        batch = _Batch(source, [prompts[index] for index in chosen], [draws[place] for place in places])
+        samples.update(zip(places, batch.run(cached_tokens), strict=True))
+        begun.update((index, begun[index] + copies) for index in chosen)
+    put_back = [place for place, each in samples.items() if not each.ended and len(each.tokens) < len(draws[place])]
     if put_back:
         so_far = [prompts[place // per_prompt] + samples[place].tokens for place in put_back]
-        further = _native(source, so_far, [left[place] for place in put_back], 1, cached_tokens)
-        for place, rest in zip(put_back, further, strict=True):
+        further = [draws[place][len(samples[place].tokens) :] for place in put_back]
+        for place, rest in zip(put_back, _native(source, so_far, further, cached_tokens), strict=True):
             samples[place] += rest
-    return samples
+    return [samples[place] for place in range(len(draws))]
+
+
+def _uniform(responses: int, tokens: int, seed: int) -> Tensor:
+    """Uniform numbers [responses, tokens], the same on every device."""
+    return torch.rand((responses, tokens), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
@@ -153,9 +159,9 @@ def stream(
 
     The model has to stay in its role from the first token to the last.
     """
-    generator = torch.Generator(device_of(model)).manual_seed(seed)
+    source = _Source(model, stop_id, temperature, processor)
     with lora.held(model), one_token.products(model):
-        batch = _Batch(_Source(model, stop_id, temperature, generator, processor), [prompt], [max_new_tokens], 1)
+        batch = _Batch(source, [prompt], list(_uniform(1, max_new_tokens, seed)))
         for _ in batch.steps():
             yield batch.tokens[0][-1]
 
@@ -208,7 +214,6 @@ class _Source:
     model: PreTrainedModel
     stop_id: int
     temperature: float
-    generator: torch.Generator
     processor: Processor | None
 
 
@@ -218,9 +223,11 @@ class _Batch:
     Up to the first step there is one row a prompt, then as many as it gets responses.
     """
 
-    def __init__(self, source: _Source, prompts: Sequence[tuple[int, ...]], limits: Sequence[int], copies: int) -> None:
-        self.source, self.copies = source, copies
-        device = source.generator.device
+    def __init__(self, source: _Source, prompts: Sequence[tuple[int, ...]], draws: Sequence[Tensor]) -> None:
+        self.source, self.copies = source, len(draws) // len(prompts)
+        device = device_of(source.model)
+        self.limits = [len(numbers) for numbers in draws]
+        self.draws = nn.utils.rnn.pad_sequence(list(draws)).to(device)  # [tokens, rows]
         self.width = width = max(len(prompt) for prompt in prompts)
         padded = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         real = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -229,11 +236,10 @@ class _Batch:
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         self.history = None if source.processor is None else padded_with_own(prompts).to(device)
         self.cache = DynamicCache(config=source.model.config)
-        self.alive = list(range(len(prompts) * copies))
+        self.alive = list(range(len(draws)))
         self.tokens: list[list[int]] = [[] for _ in self.alive]
         self.logprobs: list[list[float]] = [[] for _ in self.alive]
         self.ended = [False for _ in self.alive]
-        self.limits = [limit for limit in limits for _ in range(copies)]
         self.wasted_steps = 0
 
     def run(self, cached_tokens: int) -> list[Sample]:
@@ -248,7 +254,7 @@ class _Batch:
         longest = max(self.limits)
         logits = self._prefill(min(GROWTH, longest))
         for count in range(1, longest + 1):
-            following = self._sample(logits)
+            following = self._sample(logits, count - 1)
             yield
             done = [self._is_done(row) for row in self.alive]
             if all(done):
@@ -281,8 +287,8 @@ class _Batch:
         )
         return logits_of(self.source.model, output.last_hidden_state[:, -1])
 
-    def _sample(self, logits: Tensor) -> Tensor:
-        """Choose every row's next token [rows]; it counts for the rows that go on."""
+    def _sample(self, logits: Tensor, place: int) -> Tensor:
+        """Choose every row's next token [rows], at this place of its response; it counts for the rows that go on."""
         source = self.source
         if source.processor is not None:
             assert self.history is not None
@@ -290,7 +296,7 @@ class _Batch:
         greedy = source.temperature == 0.0
         chances = torch.softmax(logits if greedy or source.temperature == 1.0 else logits / source.temperature, dim=-1)
         # Softmax may round two logits to one probability.
-        drawn = logits.argmax(-1, keepdim=True) if greedy else _drawn(chances, source.generator)
+        drawn = logits.argmax(-1, keepdim=True) if greedy else _drawn(chances, self.draws[place, self.alive])
         logprobs = chances.gather(1, drawn).log_().flatten()
         following = drawn.flatten()
         if not logprobs.isfinite().all():
@@ -340,15 +346,10 @@ class _Batch:
             self.history = self.history.index_select(0, rows)
 
 
-def _drawn(chances: Tensor, generator: torch.Generator) -> Tensor:
-    """A draw from each row of probabilities [rows, n]: [rows, 1].
+def _drawn(chances: Tensor, uniform: Tensor) -> Tensor:
+    """A draw from each row of probabilities [rows, n], by a uniform number each [rows]: [rows, 1].
 
-    It is the token at which the sum of probabilities passes a uniform number: one number a row, where `multinomial`
-    takes one, and its logarithm, for every token of the vocabulary. On CUDA that is quick, and sums are in no fixed
-    order.
+    It is the token at which the sum of probabilities passes that number.
     """
-    if chances.device.type != "cpu":
-        return torch.multinomial(chances, 1, generator=generator)
     sums = chances.cumsum(-1, dtype=torch.float64)
-    passed = torch.rand((len(chances), 1), dtype=torch.float64, generator=generator) * sums[:, -1:]
-    return torch.searchsorted(sums, passed, right=True).clamp_(max=chances.shape[1] - 1)
+    return torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True).clamp_(max=chances.shape[1] - 1)

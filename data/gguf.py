@@ -47,6 +47,16 @@ SIZES = {
     "max_position_embeddings": "context_length",
 }
 """Settings of a configuration -> fields of the header, behind the architecture's name."""
+MODULES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+"""A layer's matrices in a file -> in the model, where adapters name them."""
 NO_ARCHITECTURES = {"general", "tokenizer", "t5", "umt5"}
 """What `transformers` keeps in its table beside the architectures of causal models."""
 RENAMED = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss", "minimax_m2": "minimax-m2"}
@@ -168,7 +178,15 @@ def outline(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     named = {setting: header.get_field(f"{prefix}.{name}") for setting, name in SIZES.items()}
     sizes = {setting: field.contents() for setting, field in named.items() if field is not None}
     config = {setting: size for setting, size in sizes.items() if isinstance(size, int)}  # some differ by layer
-    return config, {each.name: tuple(map(int, each.shape[::-1])) for each in header.tensors}
+    return config, {_module(each.name): tuple(map(int, each.shape[::-1])) for each in header.tensors}
+
+
+def _module(tensor: str) -> str:
+    """What most architectures call a layer's tensor; others keep the file's name."""
+    block, _, name = tensor.removesuffix(".weight").rpartition(".")
+    if block.startswith("blk.") and name in MODULES:
+        return f"model.layers.{block.removeprefix('blk.')}.{MODULES[name]}.weight"
+    return tensor
 
 
 def _require_known(path: Path, architecture: str) -> None:

@@ -88,6 +88,8 @@ class _Forecaster:
         sampled = {role: suite for role, suite in suites if isinstance(suite, SampledSuite)}
         longest |= {f"stages.{name}.{role}.max_new_tokens": suite.max_new_tokens for role, suite in sampled.items()}
         for role, reference in stage.roles().items():
+            if role == "tokenizer":
+                continue
             try:
                 positions = self._base(name, role).shape.positions
             except (UnknownShape, ArtifactError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ PLANNED = (*GATED, "gpt2")
 """Model types whose tensors are known before they are trained."""
 DEFAULTS = {"qwen3": {"head_dim": 128}}
 """Sizes that follow from no others, where an architecture leaves them out."""
-_LAYER = re.compile(r"\.\d+\.(?:.*\.)?(?P<name>[^.]+)\.weight$")
+_LAYER = re.compile(r"(?P<path>.*\.\d+\..+)\.weight")
 _ALIASES = {
     "hidden": ("hidden_size", "n_embd"),
     "layers": ("num_hidden_layers", "n_layer"),
@@ -56,8 +55,8 @@ class Shape:
     head_size: int
     intermediate: int
     vocabulary: int
-    matrices: Mapping[str, tuple[int, int]]
-    """Name of the linear layers -> how many there are, and the sum of their inputs and outputs."""
+    matrices: Mapping[str, int]
+    """Path of each linear layer in the decoder layers -> the sum of its inputs and outputs."""
     positions: int | None = None
     """Tokens of the longest sequence; None where the configuration names no limit."""
 
@@ -76,14 +75,10 @@ class Shape:
         return min(lora.top_layers or self.layers, self.layers)
 
     def _adapted(self, lora: Lora) -> tuple[int, int]:
-        names = (
-            self.matrices
-            if lora.targets == "all-linear"
-            else [name for name in self.matrices if name in (lora.targets if isinstance(lora.targets, list) else ())]
-        )
+        """How many matrices an adapter is beside, and the sum of their inputs and outputs."""
+        adapted = [ends for path, ends in self.matrices.items() if _is_target(path, lora.targets)]
         share = self.adapted_layers(lora) / self.layers
-        count, ends = (sum(self.matrices[name][place] for name in names) for place in (0, 1))
-        return round(count * share), round(ends * share)
+        return round(len(adapted) * share), round(sum(adapted) * share)
 
 
 @dataclass(frozen=True)
@@ -179,11 +174,11 @@ def of_tensors(config: Mapping[str, Any], tensors: Tensors) -> Shape:
         raise UnknownShape("there are no weights yet")
     hidden, layers = _size(config, "hidden"), _size(config, "layers")
     heads = _known(config, "heads") or 1
-    matrices: dict[str, list[int]] = defaultdict(list)
+    matrices: dict[str, int] = {}
     quantizable = 0
     for name, shape in tensors.items():
-        if len(shape) == 2 and (match := _LAYER.search(name)):
-            matrices[match["name"]].append(sum(shape))
+        if len(shape) == 2 and (match := _LAYER.fullmatch(name)):
+            matrices[match["path"]] = sum(shape)
             quantizable += math.prod(shape)
     return Shape(
         parameters=sum(map(math.prod, tensors.values())),
@@ -195,9 +190,16 @@ def of_tensors(config: Mapping[str, Any], tensors: Tensors) -> Shape:
         head_size=config.get("head_dim") or hidden // heads,
         intermediate=config.get("intermediate_size") or config.get("n_inner") or 4 * hidden,
         vocabulary=config.get("vocab_size") or max(shape[0] for shape in tensors.values()),
-        matrices={name: (len(ends), sum(ends)) for name, ends in matrices.items()},
+        matrices=matrices,
         positions=_known(config, "positions"),
     )
+
+
+def _is_target(path: str, targets: str | list[str]) -> bool:
+    """Whether `peft` adapts a layer: a pattern is of the whole path, a name of its end."""
+    if isinstance(targets, list):
+        return any(f".{path}".endswith(f".{target}") for target in targets)
+    return targets == "all-linear" or re.fullmatch(targets, path) is not None
 
 
 @contextmanager

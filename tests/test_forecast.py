@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import tiny
 from data import gguf
 from pipeline import cli, forecast, loader, plan, shape
 from pipeline.config import Lora
+from pipeline.errors import ConfigError
 from pipeline.manifest import MemoryEstimate
 
 ARCHITECTURE = """
@@ -103,6 +105,26 @@ stages:
     max_length: 8192
     max_new_tokens: {longest}
 """
+
+
+def test_responses_of_suites_that_take_all_positions_are_refused_too(tmp_path: Path) -> None:
+    models.language_model().save(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "What is {n}?"}}\n' for n in range(40)))
+    suite = {"kind": "suite", "measures": "Short answers.", "source": "prompts.jsonl", "method": "generation"}
+    stage = {"kind": "evaluate", "models": [str(tmp_path / "model")], "prompts": "prompts", "max_length": 2048}
+    data = {"prompts": {"source": str(tmp_path / "prompts.jsonl")}}
+    for longest in (255, 256):
+        rules = {"rules": [{"rule": "length", "words": 4}], "max_new_tokens": longest}
+        (tmp_path / "short.yaml").write_text(json.dumps(suite | rules))
+        stages = {"evaluate": stage | {"suites": [str(tmp_path / "short.yaml")]}}
+        run = {"output": str(tmp_path / "run"), "data": data, "stages": stages}
+        (tmp_path / "run.yaml").write_text(json.dumps(run))
+        settings = loader.load(tmp_path / "run.yaml")
+        if longest < 256:
+            forecast.require_room(settings, plan.plan(settings))
+    with pytest.raises(ConfigError, match=r"256 positions, which leaves no room .* before 256 tokens") as refused:
+        forecast.require_room(settings, plan.plan(settings))
+    assert refused.value.where == "stages.evaluate.suites.short.max_new_tokens"
 
 
 @pytest.mark.parametrize(("of", "positions"), [("architecture", 40), ("directory", 256), ("gguf", 2048)])

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from gguf import GGMLQuantizationType
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,6 +22,7 @@ from data import gguf as gguf_model
 from data.gguf import converted
 from pipeline import cli, shape
 from pipeline import manifest as manifests
+from pipeline.config import Lora
 from pipeline.fingerprint import file_sha256
 
 pytestmark = [pytest.mark.chain, pytest.mark.usefixtures("report_of_one_line")]
@@ -244,6 +246,24 @@ def test_sizes_that_differ_by_layer_leave_the_memory_unknown(model: Path, tmp_pa
     assert "num_key_value_heads" not in sizes
     assert sizes["hidden_size"] == shape.of_directory(model).hidden
     assert shape.of_tensors(sizes, tensors).layers == 2
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["q_proj", "down_proj"], ["self_attn.v_proj"], r".*\.1\..*(up|gate)_proj", ["none"]]
+)
+def test_an_adapter_is_as_large_on_a_file_as_peft_makes_it(
+    targets: str | list[str], model: Path, tmp_path: Path
+) -> None:
+    settings = Lora(rank=3, targets=targets)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    if targets == ["none"]:
+        expected = 0
+    else:
+        made = inject_adapter_in_model(LoraConfig(r=3, target_modules=targets), base)
+        expected = sum(each.numel() for name, each in made.named_parameters() if "lora_" in name)
+    file = ggufs.write(model, tmp_path / "model.gguf")
+    assert shape.of_tensors(*gguf_model.outline(file)).adapter(settings) == expected
+    assert shape.of_directory(model).adapter(settings) == expected
 
 
 @pytest.mark.parametrize("name", ["qwen2moe", "qwen3moe", "gpt-oss", "minimax-m2", "qwen35", "lfm2"])

@@ -87,7 +87,7 @@ WORDS = (
 COMMON_WORDS = ("good", "great", "people", "time", "make", "many", "world", "new", "day", "help", "like", "well")
 ENDINGS = (
     "That is all for now.", "See you next spring.", "What would you add?", "Now it is your turn.",
-    "Thanks for reading.", "The rest is up to you.", "Please write back soon.", "And so the day ended.",
+    "Thanks for reading.", "The rest is up to you.", "Please write back soon.", "And there the story ends.",
     "Let me know how it goes.",
 )  # fmt: skip
 LANGUAGES = {

@@ -154,7 +154,9 @@ class _Forecaster:
 
     def _of_header(self, file: str) -> shape.Shape:
         if file not in self._headers:
-            self._headers[file] = shape.of_header(Path(file))
+            from data import gguf
+
+            self._headers[file] = shape.of_tensors(*gguf.outline(Path(file)))
         return self._headers[file]
 
 

@@ -123,20 +123,6 @@ def of_directory(directory: Path) -> Shape:
         return of_tensors(model_files.json_object(directory / "config.json"), handover.tensors(directory))
 
 
-def of_header(file: Path) -> Shape:
-    """The shape of the model in a GGUF file.
-
-    Raises:
-        ArtifactError: The file is damaged, of an architecture that is not known, or without a tokenizer.
-        UnknownShape: Its header does not say.
-    """
-    from data import gguf
-
-    outline = gguf.outline(file)
-    with _readable():
-        return of_tensors(*outline)
-
-
 def planned(architecture: Mapping[str, Any], vocabulary: int) -> Shape:
     """The shape of a model that is to be trained from nothing.
 
@@ -242,9 +228,14 @@ def _gated(config: Mapping[str, Any], kind: str) -> Iterator[tuple[str, tuple[in
     )
     size = config.get("head_dim") or hidden // heads
     outer, key = heads * size, keys * size
-    attention = {"q_proj": (outer, hidden), "k_proj": (key, hidden), "v_proj": (key, hidden), "o_proj": (hidden, outer)}
-    gated = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-    biased = {"q_proj", "k_proj", "v_proj"} if kind == "qwen2" else set()
+    entering = {
+        "self_attn.q_proj": (outer, hidden),
+        "self_attn.k_proj": (key, hidden),
+        "self_attn.v_proj": (key, hidden),
+    }
+    attention = entering | {"self_attn.o_proj": (hidden, outer)}
+    gated = {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    biased = set(entering) if kind == "qwen2" else set()
     biased |= attention.keys() if config.get("attention_bias") else set()
     biased |= gated.keys() if config.get("mlp_bias") else set()
     yield "embed_tokens.weight", (config["vocab_size"], hidden)
@@ -253,10 +244,10 @@ def _gated(config: Mapping[str, Any], kind: str) -> Iterator[tuple[str, tuple[in
     yield "norm.weight", (hidden,)
     for layer in range(_size(config, "layers")):
         for name, shape in (attention | gated).items():
-            yield f"layers.{layer}.{name}.weight", shape
+            yield f"model.layers.{layer}.{name}.weight", shape
             if name in biased:
-                yield f"layers.{layer}.{name}.bias", shape[:1]
-        yield f"layers.{layer}.norms", (2 * hidden + (2 * size if kind == "qwen3" else 0),)
+                yield f"model.layers.{layer}.{name}.bias", shape[:1]
+        yield f"model.layers.{layer}.norms", (2 * hidden + (2 * size if kind == "qwen3" else 0),)
 
 
 def _gpt2(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -270,11 +261,11 @@ def _gpt2(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "ln_f", (2 * hidden,)
     for layer in range(_size(config, "layers")):
         for name, rows, columns in (
-            ("c_attn", hidden, 3 * hidden),
+            ("attn.c_attn", hidden, 3 * hidden),
             ("attn.c_proj", hidden, hidden),
-            ("c_fc", hidden, inner),
+            ("mlp.c_fc", hidden, inner),
             ("mlp.c_proj", inner, hidden),
         ):
-            yield f"h.{layer}.{name}.weight", (rows, columns)
-            yield f"h.{layer}.{name}.bias", (columns,)
-        yield f"h.{layer}.norms", (4 * hidden,)
+            yield f"transformer.h.{layer}.{name}.weight", (rows, columns)
+            yield f"transformer.h.{layer}.{name}.bias", (columns,)
+        yield f"transformer.h.{layer}.norms", (4 * hidden,)

@@ -247,7 +247,7 @@ def test_generated_prompts_have_every_kind_and_arguments_that_its_check_takes() 
 
 
 def test_generated_instructions_do_not_rule_each_other_out() -> None:
-    forbidding = {"keywords:forbidden_words", "punctuation:no_comma", "change_case:english_lowercase"}
+    forbidding = {"keywords:forbidden_words", "punctuation:no_comma"}
     for prompt in instruction_prompts.generate(8000, 0):
         of_kind = dict(zip(prompt.facts["instruction_id_list"], prompt.facts["kwargs"], strict=True))
         if "detectable_format:constrained_response" in of_kind:
@@ -262,6 +262,8 @@ def test_generated_instructions_do_not_rule_each_other_out() -> None:
         for kind in of_kind.keys() & (forbidding | less - {"keywords:frequency"}):
             for text in needed:
                 assert CHECKS[kind](text, **of_kind[kind]), prompt.prompt[0].content
+        if "change_case:english_lowercase" in of_kind:
+            assert all(text == text.lower() for text in needed), prompt.prompt[0].content
 
 
 def test_generated_prompts_are_those_of_their_seed() -> None:

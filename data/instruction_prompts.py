@@ -292,7 +292,7 @@ KINDS = (
     Kind("keywords:existence", frozenset({"words"}), _keywords),
     Kind("keywords:frequency", frozenset({"words"}), _keyword_frequency),
     Kind("keywords:forbidden_words", frozenset({"words"}), _forbidden_words),
-    Kind("keywords:letter_frequency", frozenset({"letters", "language", "words", "end"}), _letter_frequency),
+    Kind("keywords:letter_frequency", frozenset({"letters", "language", "words", "start", "end"}), _letter_frequency),
     Kind("language:response_language", frozenset({"language", "words", "case", "end"}), _language),
     Kind(
         "length_constraints:number_sentences",

@@ -102,7 +102,7 @@ def plan(
     settings = loader.load(config, overrides or [])
     decisions = planning.plan(settings, only=only or [], until=until, force=force or [], strict=strict)
     if as_json:
-        forecast.require_room(settings, decisions)
+        forecast.require_fit(settings, decisions)
         expected = forecast.forecasts(settings, decisions)
         _print_json([_decision(decision, expected.get(decision.stage)) for decision in decisions])
     else:
@@ -455,7 +455,7 @@ def allow(references: Sequence[str] | None) -> None:
 
 def print_plan(settings: RunSettings, decisions: Sequence[Decision], stage: str | None = None) -> None:
     """Print each stage's verdict, reasons and memory, or those of one of them."""
-    forecast.require_room(settings, decisions)
+    forecast.require_fit(settings, decisions)
     expected = forecast.forecasts(settings, decisions)
     decisions = [decision for decision in decisions if stage in (None, decision.stage)]
     for decision in decisions:

@@ -35,10 +35,11 @@ def forecasts(settings: RunSettings, decisions: Sequence[Decision]) -> dict[str,
     return _Forecaster(settings, decisions).all()
 
 
-def require_room(settings: RunSettings, decisions: Sequence[Decision]) -> None:
-    """See that the responses of the stages that will run leave room for prompts in the positions of their models.
+def require_fit(settings: RunSettings, decisions: Sequence[Decision]) -> None:
+    """See that the stages that will run fit their models: that responses leave room for prompts in the positions, and
+    that there are as many layers as are to be adapted.
 
-    Models of which nothing tells the positions are left to the stage.
+    Models of which nothing tells that are left to the stage.
 
     Raises:
         ConfigError: They do not.
@@ -47,6 +48,7 @@ def require_room(settings: RunSettings, decisions: Sequence[Decision]) -> None:
     for decision in decisions:
         if decision.run:
             forecaster.require_room(decision.stage)
+            forecaster.require_layers(decision.stage)
 
 
 def record(forecast: Forecast) -> dict[str, Any]:
@@ -98,6 +100,23 @@ class _Forecaster:
                 if positions is not None and tokens >= positions:
                     what = f"{reference} has {positions} positions, which leaves no room for a prompt"
                     raise ConfigError(f"{what} before {tokens} tokens", where=where, hint="lower it")
+
+    def require_layers(self, name: str) -> None:
+        """Raise ConfigError where more layers are to be adapted than the policy has."""
+        stage = self._settings.stages[name]
+        lora = getattr(stage, "lora", None)
+        if lora is None or lora.top_layers is None or "policy" not in stage.roles():
+            return
+        try:
+            layers = self._base(name, "policy").shape.layers
+        except (UnknownShape, ArtifactError):
+            return
+        if lora.top_layers > layers:
+            raise ConfigError(
+                f"top_layers={lora.top_layers}, but {stage.roles()['policy']} has {layers} decoder layers",
+                where=f"stages.{name}.lora.top_layers",
+                hint="lower it, or leave it out to adapt all layers",
+            )
 
     def _forecast(self, name: str) -> Forecast:
         stage = self._settings.stages[name]

@@ -113,7 +113,7 @@ class _Runner:
     def run(self, only: Collection[str], until: str | None, force: Collection[str], strict: bool) -> list[Outcome]:
         decisions = plan(self.settings, only=only, until=until, force=force, strict=strict)
         checks.check_device(self.settings, [decision.stage for decision in decisions if decision.run])
-        forecast.require_room(self.settings, decisions)
+        forecast.require_fit(self.settings, decisions)
         reconfigured = loader.write_resolved(self.settings, self.directory.config)
         outcomes = [self._bring_up_to_date(decision, decision.stage in force, strict) for decision in decisions]
         if not any(outcome.ran for outcome in outcomes):

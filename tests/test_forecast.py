@@ -107,6 +107,19 @@ stages:
 """
 
 
+def test_more_layers_to_adapt_than_there_are_are_refused_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "A text."}\n' * 40)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "A?", "chosen": "B.", "rejected": "C."}\n' * 4)
+    text = CONFIG.format(root=tmp_path, policy="base", architecture=ARCHITECTURE, quantization="none")
+    (tmp_path / "config.yaml").write_text(text.replace("data: rows", "data: pairs"))
+    arguments = ["plan", str(tmp_path / "config.yaml"), "stages.dpo.lora.top_layers=3"]
+    assert cli.execute(cli.app, arguments) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "stages.dpo.lora.top_layers: top_layers=3, but sft has 2 decoder layers" in said
+
+
 def test_responses_of_suites_that_take_all_positions_are_refused_too(tmp_path: Path) -> None:
     models.language_model().save(tmp_path / "model")
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "What is {n}?"}}\n' for n in range(40)))
@@ -121,9 +134,9 @@ def test_responses_of_suites_that_take_all_positions_are_refused_too(tmp_path: P
         (tmp_path / "run.yaml").write_text(json.dumps(run))
         settings = loader.load(tmp_path / "run.yaml")
         if longest < 256:
-            forecast.require_room(settings, plan.plan(settings))
+            forecast.require_fit(settings, plan.plan(settings))
     with pytest.raises(ConfigError, match=r"256 positions, which leaves no room .* before 256 tokens") as refused:
-        forecast.require_room(settings, plan.plan(settings))
+        forecast.require_fit(settings, plan.plan(settings))
     assert refused.value.where == "stages.evaluate.suites.short.max_new_tokens"
 
 
@@ -149,7 +162,7 @@ def test_responses_that_take_all_positions_are_refused_before_anything_is_traine
         config.write_text(text)
         settings = loader.load(config)
         if longest < positions:
-            forecast.require_room(settings, plan.plan(settings))
+            forecast.require_fit(settings, plan.plan(settings))
     refusal = f"{policy} has {positions} positions, which leaves no room for a prompt before {positions} tokens"
     for arguments in (["plan"], ["plan", "--json"], ["run", "--dry-run"], ["run"]):
         assert cli.execute(cli.app, [*arguments, str(config)]) == 2

@@ -85,7 +85,8 @@ def smollm2_overrides(recipe: str, pairs: Path) -> list[str]:
         model = tiny.save_model(pairs.with_name("for-gguf"), "qwen2", ["Say seven, please. Yes. Never!"] * 20)
         ggufs.write(model, gguf)
     if recipe == "smollm2-instructions":
-        return [f"stages.grpo.policy={gguf}", f"stages.evaluate.models=[{gguf}, grpo]"]
+        models = [f"stages.grpo.policy={gguf}", f"stages.evaluate.models=[{gguf}, grpo]"]
+        return [*models, "stages.grpo.lora.top_layers=2"]
     parts = ("pairs",) if recipe == "smollm2-135m" else ("learned", "judged", "asked")
     for part in parts:
         prompts = [f"Say {part} {number}, please." for number in range(60)]
@@ -271,7 +272,12 @@ def test_the_recipe_of_a_gguf_file_runs_whole_on_a_tiny_one(pairs: Path, hub: Pa
 @pytest.mark.chain
 def test_the_recipe_of_verifiable_instructions_runs_whole_on_a_tiny_model(pairs: Path, hub: Path) -> None:
     config = REPOSITORY / "configs" / "smollm2-instructions.yaml"
-    small = ["stages.grpo.steps=2", "stages.grpo.examples_per_step=2", "stages.grpo.evaluate_every=1"]
+    small = [
+        "stages.grpo.steps=2",
+        "stages.grpo.examples_per_step=2",
+        "stages.grpo.evaluate_every=1",
+        "stages.grpo.lora.top_layers=2",
+    ]
     suite = pairs.with_name("ifeval.yaml")
     own = (REPOSITORY / "configs" / "suites" / "ifeval.yaml").read_text()
     suite.write_text(own.replace("max_new_tokens: 1280", "max_new_tokens: 8"))

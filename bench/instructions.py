@@ -80,11 +80,11 @@ def sentences(rows: Iterable[Judged]) -> Iterator[str]:
     """What was compared, a line each."""
     rows = list(rows)
     for loose in (False, True):
-        own = [row for row in rows if row.loose is loose]
-        alike = sum(row.ours == row.theirs for row in own)
-        right = [sum(map(all, side)) for side in zip(*((row.ours, row.theirs) for row in own), strict=True)]
+        judged = [row for row in rows if row.loose is loose]
+        alike = sum(row.ours == row.theirs for row in judged)
+        right = [sum(map(all, side)) for side in zip(*((row.ours, row.theirs) for row in judged), strict=True)]
         yield (
-            f"{'loose' if loose else 'strict'}: {alike:,} of {len(own):,} responses have the same verdicts; "
+            f"{'loose' if loose else 'strict'}: {alike:,} of {len(judged):,} responses have the same verdicts; "
             f"all instructions are followed by {right[0]:,}, according to lm-eval by {right[1]:,}"
         )
     total, differing = Counter[str](), Counter[str]()

@@ -125,9 +125,10 @@ def _is_rendered(template: ChatTemplate, row: Preference, tree: Tree) -> bool:
     """Whether `apply_chat_template`, which the peers call, makes the tree's tokens of the same row."""
     record = _record(row)
     prompt = applied(template.tokenizer, record["prompt"], prompt=True)
-    whole = [applied(template.tokenizer, record["prompt"] + record[key]) for key in ("chosen", "rejected")]
+    conversations = [applied(template.tokenizer, record["prompt"] + record[key]) for key in ("chosen", "rejected")]
     expected = [[*tree.prompt, *branch.tokens] for branch in tree.branches]
-    return prompt == list(tree.prompt) and [until_stop(each, template.stop_id) for each in whole] == expected
+    ended = [until_stop(tokens, template.stop_id) for tokens in conversations]
+    return prompt == list(tree.prompt) and ended == expected
 
 
 def applied(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool = False) -> list[int]:

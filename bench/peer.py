@@ -100,10 +100,10 @@ def make_sft(job: Job, rows: Rows) -> Trainer:
     marked = has_generation_markers(tokenizer.get_chat_template())
     conversations = [row["prompt"] + row["chosen"] for row in rows]
     if marked:
-        dataset = [{"messages": each} for each in conversations]
+        dataset = [{"messages": messages} for messages in conversations]
     else:
         stop_id = ChatTemplate(tokenizer).stop_id
-        dataset = [labelled(tokenizer, stop_id, each) for each in conversations]
+        dataset = [labelled(tokenizer, stop_id, messages) for messages in conversations]
     arguments = _arguments(SFTConfig, job, assistant_only_loss=marked, **options)
     if way in PACKED:
         arguments.packing_strategy = way

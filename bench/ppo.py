@@ -123,11 +123,11 @@ class Comparison:
     @cached_property
     def _material(self) -> dict[str, Any]:
         """What the runs are given; made when it is first asked for."""
-        found = shape.find(self._chosen.model)
-        base = shape.place(self._kept, found, self._chosen.data, pretrained=True)
+        model = shape.find(self._chosen.model)
+        base = shape.place(self._kept, model, self._chosen.data, pretrained=True)
         longest = self._stored(self._job(1, self._chosen.steps))
         said: dict[str, Any] = processes.fresh(
-            self._directory, self._chosen.threads, "bench.ppo_material", longest, found, base, *self._sides
+            self._directory, self._chosen.threads, "bench.ppo_material", longest, model, base, *self._sides
         )
         return said
 

@@ -134,15 +134,15 @@ def _train(job: Job, shape: Path, stored: Path, policy: Artifact) -> Result:
     material.link_base(training, shape, stored)
     material.make(training, job.reward_rows)
     context = stage_context(training, job.kind, policy)
-    found: Result = import_module(f"stages.{job.kind}").run(context)
-    assert found.adaptation is not None
+    trained: Result = import_module(f"stages.{job.kind}").run(context)
+    assert trained.adaptation is not None
     said = {
-        "adaptation": found.adaptation.model_dump(mode="json"),
-        "tokenizer": found.tokenizer,
+        "adaptation": trained.adaptation.model_dump(mode="json"),
+        "tokenizer": trained.tokenizer,
         "settings": context.settings.model_dump(mode="json", include={"lora"}),
     }
     result.with_suffix(".json").write_text(json.dumps(said), encoding="utf-8")
-    return found
+    return trained
 
 
 def _adapter_artifact(job: Job, name: str, kind: Literal["adapter", "reward"]) -> Artifact:

@@ -115,16 +115,16 @@ def machine(*packages: str) -> dict[str, Any]:
 def options(chosen: argparse.Namespace) -> dict[str, str]:
     """What the command line chose, as text; of a path its name alone, and nothing of where bases are kept and results
     are put, since that means nothing elsewhere."""
-    found = {key: value for key, value in vars(chosen).items() if key not in ("cache", "output")}
-    if "model" in found:
-        found["model"] = shape.label(found["model"])
-    return {key: value.name if isinstance(value, Path) else str(value) for key, value in found.items()}
+    named = {key: value for key, value in vars(chosen).items() if key not in ("cache", "output")}
+    if "model" in named:
+        named["model"] = shape.label(named["model"])
+    return {key: value.name if isinstance(value, Path) else str(value) for key, value in named.items()}
 
 
-def command(name: str, given: Sequence[str]) -> str:
+def command(name: str, arguments: Sequence[str]) -> str:
     """The command line of a benchmark, without the folders of this machine."""
     return shlex.join(
-        ["python", "-m", f"bench.{name}", *(Path(each).name if each[:1] == "/" else each for each in given)]
+        ["python", "-m", f"bench.{name}", *(Path(word).name if word[:1] == "/" else word for word in arguments)]
     )
 
 
